@@ -1,0 +1,54 @@
+//! The contract between the runtime on the host and the agent in the guest.
+//!
+//! Owns the `.proto` files (Kata's wire: names, numbers and meanings), the generated messages and ttRPC stubs, the
+//! ports, tags and guest paths that both sides must agree on, and the conversion of an OCI spec to its message form.
+//! Runs nothing.
+
+pub mod limits;
+#[cfg(feature = "oci")]
+pub mod oci_convert;
+pub mod paths;
+pub mod ports;
+
+/// Generated code: `proto/*.proto` through `ttrpc-codegen`, see `build.rs`.
+#[allow(
+    warnings,
+    unsafe_code,
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction,
+    reason = "generated"
+)]
+mod generated {
+    pub mod agent {
+        include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+    }
+    pub mod agent_ttrpc {
+        include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+    }
+    pub mod csi {
+        include!(concat!(env!("OUT_DIR"), "/csi.rs"));
+    }
+    pub mod health {
+        include!(concat!(env!("OUT_DIR"), "/health.rs"));
+    }
+    pub mod health_ttrpc {
+        include!(concat!(env!("OUT_DIR"), "/health_ttrpc.rs"));
+    }
+    pub mod oci {
+        include!(concat!(env!("OUT_DIR"), "/oci.rs"));
+    }
+    pub mod types {
+        include!(concat!(env!("OUT_DIR"), "/types.rs"));
+    }
+}
+
+pub use generated::{agent, agent_ttrpc, csi, health, health_ttrpc, oci, types};
+
+pub use protobuf;
+pub use ttrpc;
+
+/// `grpc_version` of `Health.Version`; Kata's agents answer the same.
+pub const API_VERSION: &str = "0.0.1";
