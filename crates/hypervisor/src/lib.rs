@@ -1,1 +1,93 @@
-//! (being written)
+//! Boots virtual machines for anyone.
+//!
+//! Owns the [`Hypervisor`] and [`Vm`] traits, what a VM is made of ([`VmSpec`]), and a folder a driver. Knows nothing of
+//! containers, OCI, containerd or the agent's protocol.
+//!
+//! A VM is described as data, then launched: there is no half-made VM to be configured. What the host gives to the VMM
+//! (sockets, the guest's channel) it gives as open file descriptors, so that the VMM opens nothing by path that could
+//! be passed.
+
+pub mod console;
+mod error;
+pub mod helper;
+pub mod qemu;
+mod spec;
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+pub use console::Console;
+pub use error::Error;
+pub use spec::{Boot, Channel, SharedDir, Size, VmSpec};
+
+/// A VMM driver. Cheap to make: it holds paths and options, no VM.
+#[async_trait]
+pub trait Hypervisor: Send + Sync {
+    /// The driver's name in messages, for example `qemu`.
+    fn name(&self) -> &'static str;
+
+    /// Starts a VM and returns as soon as the VMM runs; the guest is then still booting.
+    ///
+    /// # Errors
+    /// The VMM cannot be started. Nothing is left running.
+    async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error>;
+}
+
+/// A VM that runs. Dropping it kills the VMM.
+#[async_trait]
+pub trait Vm: Send + Sync {
+    /// The host's end of the guest's serial channel; `None` when it was taken or the channel is vsock.
+    fn take_channel(&mut self) -> Option<OwnedFd>;
+
+    /// The VMM's process.
+    fn pid(&self) -> u32;
+
+    /// How the guest's instructions run, for messages: `kvm` or `tcg`.
+    fn accelerator(&self) -> &'static str;
+
+    /// Becomes `Some` once, when the VMM is gone for whatever reason.
+    fn exit(&self) -> watch::Receiver<Option<VmExit>>;
+
+    /// The last lines that the guest wrote on its console.
+    fn console(&self) -> &Console;
+
+    /// Stops the guest's processors.
+    ///
+    /// # Errors
+    /// The VMM refuses or does not answer.
+    async fn pause(&self) -> Result<(), Error>;
+
+    /// Lets them go on.
+    ///
+    /// # Errors
+    /// As [`Vm::pause`].
+    async fn resume(&self) -> Result<(), Error>;
+
+    /// Waits `grace` for the VMM to end by itself, then kills it. Idempotent; the VMM is gone afterwards.
+    ///
+    /// # Errors
+    /// The process could not be waited for.
+    async fn stop(&mut self, grace: Duration) -> Result<(), Error>;
+}
+
+/// Why a VMM is gone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmExit {
+    /// Exit status or signal, in words.
+    pub reason: String,
+    /// The last of what it wrote on its standard error.
+    pub stderr: String,
+}
+
+impl std::fmt::Display for VmExit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.reason)?;
+        if !self.stderr.trim().is_empty() {
+            write!(f, ": {}", self.stderr.trim())?;
+        }
+        Ok(())
+    }
+}

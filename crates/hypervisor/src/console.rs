@@ -1,0 +1,70 @@
+//! What the guest writes on its console: the last of it is kept for error messages, all of it is logged on demand.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+
+/// Kept of the guest's console, bytes. The guest is hostile: it may write for ever.
+const KEPT: usize = 16 << 10;
+/// Lines in an error message.
+const SHOWN_LINES: usize = 12;
+
+/// The tail of a guest's console. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Console(Arc<Mutex<Vec<u8>>>);
+
+impl Console {
+    /// Reads `stream` until its end; `log` also writes each line to the log.
+    pub async fn follow(self, mut stream: UnixStream, log: bool) {
+        let mut chunk = [0; 4096];
+        while let Ok(count) = stream.read(&mut chunk).await {
+            if count == 0 {
+                break;
+            }
+            if log {
+                for line in printable(&chunk[..count]).lines().filter(|line| !line.trim().is_empty()) {
+                    tracing::info!(target: "guest", "{line}");
+                }
+            }
+            let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            kept.extend_from_slice(&chunk[..count]);
+            let excess = kept.len().saturating_sub(KEPT);
+            kept.drain(..excess);
+        }
+    }
+
+    /// The last lines, fit for a message: control characters of the guest do not reach a terminal.
+    pub fn tail(&self) -> String {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = printable(&kept);
+        let lines: Vec<_> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+        lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n")
+    }
+}
+
+fn printable(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).chars().filter(|c| *c == '\n' || !c.is_control()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt;
+
+    #[tokio::test]
+    async fn keeps_the_last_lines_and_no_controls() {
+        let (mut guest, host) = UnixStream::pair().expect("a pair");
+        let console = Console::default();
+        let reader = tokio::spawn(console.clone().follow(host, false));
+        for n in 0..5000 {
+            guest.write_all(format!("line {n}\x1b[2J\r\n").as_bytes()).await.expect("written");
+        }
+        drop(guest);
+        reader.await.expect("read to the end");
+        let tail = console.tail();
+        assert_eq!(tail.lines().count(), SHOWN_LINES);
+        assert!(tail.ends_with("line 4999[2J"), "{tail}");
+        assert!(console.0.lock().expect("kept").len() <= KEPT);
+    }
+}

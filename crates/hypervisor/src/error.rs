@@ -1,0 +1,61 @@
+//! What can go wrong with a VMM, in terms that tell a driver's user what to do.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A VMM could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The program could not be run.
+    #[error("cannot run {what} {}: {source}: install it or set `{key}` in configuration.toml", .binary.display())]
+    Spawn {
+        /// What the program is for.
+        what: &'static str,
+        /// Its path.
+        binary: PathBuf,
+        /// The configuration's key.
+        key: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The VMM refused a command.
+    #[error("{call} refused by the VMM: {answer}")]
+    Refused {
+        /// The command.
+        call: String,
+        /// What it said.
+        answer: String,
+    },
+    /// No answer came.
+    #[error("no answer to {call} within {after:?}")]
+    Timeout {
+        /// The command.
+        call: String,
+        /// The limit that passed.
+        after: Duration,
+    },
+    /// The VMM is gone.
+    #[error("the VMM is gone")]
+    Gone,
+    /// KVM was demanded and does not work.
+    #[error("accelerator = \"kvm\" is set, but {0}: set it to \"auto\" or \"tcg\", or mend KVM on this host")]
+    NoKvm(String),
+    /// The operating system refused.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// For `map_err`: names what was tried.
+    pub fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::System { what, source: source.into() }
+    }
+}

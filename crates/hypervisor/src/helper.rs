@@ -1,0 +1,173 @@
+//! A child process of ours (a VMM, virtiofsd): spawned with file descriptors, its standard error kept, its end watched.
+//!
+//! A helper never outlives the shim: the kernel kills it when the thread that spawned it ends. Spawn helpers on the
+//! runtime's main thread, never on a blocking thread, which may end earlier.
+#![allow(unsafe_code, reason = "pre_exec: prctl and fcntl between fork and exec")]
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, BufReader};
+use tokio::process::Command;
+use tokio::sync::{oneshot, watch};
+
+use crate::{Error, VmExit};
+
+/// Kept of a helper's standard error, bytes.
+const STDERR_KEPT: usize = 8 << 10;
+
+/// A running helper process. Dropping it kills the process.
+#[derive(Debug)]
+pub struct Helper {
+    pid: u32,
+    exit: watch::Receiver<Option<VmExit>>,
+    kill: Option<oneshot::Sender<()>>,
+}
+
+impl Helper {
+    /// Starts `program` with `args`; `fds` stay open in it under the same numbers.
+    ///
+    /// `what` and `key` name it in errors: what it is for and the configuration's key of its path.
+    ///
+    /// # Errors
+    /// [`Error::Spawn`] when it cannot be executed.
+    pub fn spawn(
+        what: &'static str,
+        key: &'static str,
+        program: &Path,
+        args: &[String],
+        fds: &[OwnedFd],
+    ) -> Result<Self, Error> {
+        let passed: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let parent = std::process::id();
+        let mut command = Command::new(program);
+        command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+        // SAFETY: the closure runs between fork and exec and calls only prctl, getppid, fcntl and signal functions,
+        // which are async-signal-safe; it allocates nothing.
+        unsafe {
+            command.pre_exec(move || {
+                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                    return Err(io::Error::last_os_error());
+                }
+                // the parent may have died before the line above
+                if libc::getppid() as u32 != parent {
+                    return Err(io::Error::from_raw_os_error(libc::ESRCH));
+                }
+                for fd in &passed {
+                    if libc::fcntl(*fd, libc::F_SETFD, 0) != 0 {
+                        return Err(io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            });
+        }
+        let mut child =
+            command.spawn().map_err(|source| Error::Spawn { what, binary: program.to_owned(), key, source })?;
+        let pid = child.id().unwrap_or_default();
+        let stderr = Arc::new(Mutex::new(Vec::new()));
+        let reader = child.stderr.take().map(|pipe| tokio::spawn(keep_tail(what, pipe, Arc::clone(&stderr))));
+
+        let (exit_to, exit) = watch::channel(None);
+        let (kill, mut killed) = oneshot::channel::<()>();
+        tokio::spawn(async move {
+            let status = tokio::select! {
+                status = child.wait() => status,
+                // an explicit kill, or the Helper was dropped
+                _ = &mut killed => {
+                    let _ = child.start_kill();
+                    child.wait().await
+                }
+            };
+            // grandchildren may hold the pipe, so its end is not waited for beyond what is already there
+            if let Some(reader) = reader {
+                let _ = tokio::time::timeout(Duration::from_millis(50), reader).await;
+            }
+            let stderr = String::from_utf8_lossy(&stderr.lock().unwrap_or_else(PoisonError::into_inner)).into_owned();
+            let reason = match status {
+                Ok(status) => format!("{what} ended ({status})"),
+                Err(error) => format!("{what} cannot be waited for ({error})"),
+            };
+            let _ = exit_to.send(Some(VmExit { reason, stderr }));
+        });
+        Ok(Self { pid, exit, kill: Some(kill) })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Becomes `Some` once, when it has ended.
+    pub fn exit(&self) -> watch::Receiver<Option<VmExit>> {
+        self.exit.clone()
+    }
+
+    /// Waits `grace` for it to end, then kills it and waits until it is gone.
+    pub async fn stop(&mut self, grace: Duration) {
+        let mut exit = self.exit.clone();
+        if !grace.is_zero() && tokio::time::timeout(grace, exit.wait_for(Option::is_some)).await.is_ok() {
+            return;
+        }
+        drop(self.kill.take());
+        let _ = exit.wait_for(Option::is_some).await;
+    }
+}
+
+async fn keep_tail(what: &'static str, pipe: tokio::process::ChildStderr, tail: Arc<Mutex<Vec<u8>>>) {
+    let mut pipe = BufReader::with_capacity(4096, pipe);
+    let mut chunk = [0; 4096];
+    while let Ok(count) = pipe.read(&mut chunk).await {
+        if count == 0 {
+            break;
+        }
+        tracing::info!(helper = what, "{}", String::from_utf8_lossy(&chunk[..count]).trim_end());
+        let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
+        tail.extend_from_slice(&chunk[..count]);
+        let excess = tail.len().saturating_sub(STDERR_KEPT);
+        tail.drain(..excess);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn reports_exit_and_stderr() {
+        let args = ["-c".to_owned(), "echo broken >&2; exit 3".to_owned()];
+        let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[]).expect("spawned");
+        let mut exit = helper.exit();
+        let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
+        assert_eq!(seen.stderr, "broken\n");
+        assert!(seen.reason.contains("exit status: 3"), "{seen}");
+    }
+
+    #[tokio::test]
+    async fn passes_descriptors_under_the_same_number() {
+        let file = tempfile::tempfile().expect("a file");
+        let fd = OwnedFd::from(file);
+        let args = ["-c".to_owned(), format!("test -e /proc/self/fd/{}", fd.as_raw_fd())];
+        let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[fd]).expect("spawned");
+        let mut exit = helper.exit();
+        let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
+        assert!(seen.reason.contains("exit status: 0"), "{seen}");
+    }
+
+    #[tokio::test]
+    async fn stop_kills() {
+        let args = ["1000".to_owned()];
+        let mut helper = Helper::spawn("sleep", "path", Path::new("/bin/sleep"), &args, &[]).expect("spawned");
+        helper.stop(Duration::ZERO).await;
+        assert!(!Path::new(&format!("/proc/{}", helper.pid())).exists());
+    }
+
+    #[tokio::test]
+    async fn missing_program_names_the_key() {
+        let error = Helper::spawn("QEMU", "path", Path::new("/no/qemu"), &[], &[]).expect_err("missing");
+        assert!(error.to_string().contains("/no/qemu") && error.to_string().contains("`path`"), "{error}");
+    }
+}

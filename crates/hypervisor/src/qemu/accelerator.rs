@@ -1,0 +1,123 @@
+//! KVM or TCG: decided by running a guest, because a `/dev/kvm` that opens is no proof.
+//!
+//! Some hosts (nested, para-virtual) have a `/dev/kvm` on which an ordinary kernel dies or hangs. So the first start
+//! after a boot of the host lets the configured kernel and initrd run under KVM until the guest speaks; the answer is
+//! kept for as long as host, QEMU and kernel are the same.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use crate::Boot;
+
+/// What runs the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// The processor itself.
+    Kvm,
+    /// QEMU's translator.
+    Tcg,
+}
+
+impl Accelerator {
+    /// Its name in messages and on QEMU's command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+
+    pub(super) fn cpu_model(self) -> &'static str {
+        match self {
+            Self::Kvm => "host",
+            Self::Tcg => "max",
+        }
+    }
+}
+
+/// What the user wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Wanted {
+    /// KVM where it works.
+    #[default]
+    Auto,
+    /// KVM or an error.
+    Kvm,
+    /// TCG, no questions.
+    Tcg,
+}
+
+/// The kept answer of a probe.
+#[derive(Debug, Clone)]
+pub(super) struct Memory {
+    file: PathBuf,
+    key: String,
+}
+
+impl Memory {
+    /// Below `dir`, for this host boot, this QEMU and this guest.
+    pub(super) fn new(dir: &Path, qemu: &Path, boot: &Boot) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default());
+        for path in [qemu, &boot.kernel, &boot.initrd, Path::new("/dev/kvm")] {
+            hash.update(path.as_os_str().as_encoded_bytes());
+            if let Ok(meta) = fs::metadata(path) {
+                hash.update(format!(" {} {} {}\n", meta.ino(), meta.size(), meta.mtime_nsec()));
+            }
+        }
+        let digest = hash.finalize();
+        let key = digest.iter().take(12).fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
+        Self { file: dir.join("accelerator"), key }
+    }
+
+    /// The answer, when there is one for this host and guest, with the reason that was found.
+    pub(super) fn recall(&self) -> Option<(Accelerator, String)> {
+        let text = fs::read_to_string(&self.file).ok()?;
+        let mut parts = text.trim_end().splitn(3, ' ');
+        if parts.next()? != self.key {
+            return None;
+        }
+        let accelerator = match parts.next()? {
+            "kvm" => Accelerator::Kvm,
+            "tcg" => Accelerator::Tcg,
+            _ => return None,
+        };
+        Some((accelerator, parts.next().unwrap_or_default().to_owned()))
+    }
+
+    /// Keeps the answer; a host that cannot keep it probes again next time.
+    pub(super) fn store(&self, accelerator: Accelerator, reason: &str) {
+        let reason = reason.lines().next().unwrap_or_default();
+        let text = format!("{} {} {reason}\n", self.key, accelerator.name());
+        let written = self.file.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| {
+            // written whole beside it and renamed: another start never reads a half line
+            let draft = self.file.with_extension(std::process::id().to_string());
+            fs::File::create(&draft)?.write_all(text.as_bytes())?;
+            fs::rename(&draft, &self.file)
+        });
+        if let Err(error) = written {
+            tracing::warn!(file = %self.file.display(), %error, "the accelerator probe's answer cannot be kept");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_kept_for_the_same_guest_only() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let boot = |kernel: &str| Boot { kernel: kernel.into(), initrd: "/i".into(), kernel_params: String::new() };
+        let memory = Memory::new(dir.path(), Path::new("/q"), &boot("/k"));
+        assert_eq!(memory.recall(), None);
+        memory.store(Accelerator::Tcg, "QEMU ended\nmore");
+        assert_eq!(memory.recall(), Some((Accelerator::Tcg, "QEMU ended".into())));
+        assert_eq!(Memory::new(dir.path(), Path::new("/q"), &boot("/other")).recall(), None);
+        assert_eq!(fs::read_dir(dir.path()).expect("listed").count(), 1, "no draft is left");
+    }
+}

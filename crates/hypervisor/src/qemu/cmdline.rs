@@ -1,0 +1,157 @@
+//! The QEMU command line, as a pure function of what the VM is made of.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
+
+use super::QemuSettings;
+use super::accelerator::Accelerator;
+use crate::{Channel, VmSpec};
+
+/// The child's ends of the sockets that the driver made.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sockets {
+    pub(super) qmp: RawFd,
+    pub(super) console: RawFd,
+    pub(super) channel: Option<RawFd>,
+}
+
+/// Kernel parameters that every guest of ours gets.
+///
+/// `panic=-1`: a panic resets at once, and QEMU ends on a reset (`-no-reboot`): that is how the host learns of it.
+/// `no_timer_check` and `tsc=reliable`: emulated timers are what they say, checking them costs tens of milliseconds.
+/// `cryptomgr.notests`, `rcupdate.rcu_expedited=1`, `i8042.*`, `net.ifnames`: as Kata's guests boot.
+const KERNEL_PARAMS: &str = "console=ttyS0 panic=-1 reboot=t no_timer_check tsc=reliable \
+    rcupdate.rcu_expedited=1 cryptomgr.notests noreplace-smp pci=lastbus=0 net.ifnames=0 random.trust_cpu=on";
+
+/// All arguments after the program's name.
+pub(super) fn arguments(
+    settings: &QemuSettings,
+    accelerator: Accelerator,
+    spec: &VmSpec,
+    sockets: Sockets,
+) -> Vec<String> {
+    let mut args = Args(Vec::with_capacity(64));
+    let size = spec.size;
+    args.pair("-name", format!("kata-{},debug-threads=on", escape(&spec.id)));
+    args.pair(
+        "-machine",
+        format!(
+            "{},memory-backend=mem,hpet=off,sata=off,smbus=off,usb=off,vmport=off,graphics=off,i8042=off",
+            settings.machine
+        ),
+    );
+    match accelerator {
+        Accelerator::Kvm => args.pair("-accel", "kvm"),
+        Accelerator::Tcg if settings.tcg_buffer_mib > 0 => {
+            args.pair("-accel", format!("tcg,tb-size={}", settings.tcg_buffer_mib));
+        }
+        Accelerator::Tcg => args.pair("-accel", "tcg"),
+    }
+    let model = accelerator.cpu_model();
+    match settings.cpu_features.trim_matches(',') {
+        "" => args.pair("-cpu", model),
+        features => args.pair("-cpu", format!("{model},{features}")),
+    }
+    args.pair("-smp", size.vcpus.to_string());
+    args.pair("-m", format!("{}M", size.memory_mib));
+    args.pair("-object", format!("memory-backend-memfd,id=mem,size={}M,share=on", size.memory_mib));
+    for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
+        args.0.push(flag.to_owned());
+    }
+    args.pair("-display", "none");
+    if let Some(firmware) = &settings.firmware {
+        args.pair("-bios", path(firmware));
+    }
+    if !settings.seccomp_sandbox.is_empty() {
+        args.pair("-sandbox", settings.seccomp_sandbox.clone());
+    }
+
+    args.pair("-kernel", path(&spec.boot.kernel));
+    args.pair("-initrd", path(&spec.boot.initrd));
+    let quiet = if spec.debug { "" } else { " quiet" };
+    args.pair("-append", format!("{KERNEL_PARAMS}{quiet} nr_cpus={} {}", size.vcpus, spec.boot.kernel_params));
+
+    args.pair("-chardev", format!("socket,id=qmp,fd={}", sockets.qmp));
+    args.pair("-mon", "chardev=qmp,mode=control");
+    args.pair("-chardev", format!("socket,id=console,fd={}", sockets.console));
+    args.pair("-serial", "chardev:console");
+
+    args.pair("-object", format!("rng-random,id=entropy,filename={}", path(&spec.entropy_source)));
+    args.pair("-device", "virtio-rng-pci,rng=entropy");
+    match &spec.channel {
+        Channel::Serial { port } => {
+            if let Some(fd) = sockets.channel {
+                args.pair("-chardev", format!("socket,id=agent,fd={fd}"));
+                args.pair("-device", "virtio-serial-pci,max_ports=2");
+                args.pair("-device", format!("virtserialport,chardev=agent,name={}", escape(port)));
+            }
+        }
+        Channel::Vsock { vhost, cid } => {
+            args.pair("-device", format!("vhost-vsock-pci,vhostfd={},guest-cid={cid}", vhost.as_raw_fd()));
+        }
+    }
+    for (index, dir) in spec.shared_dirs.iter().enumerate() {
+        args.pair("-chardev", format!("socket,id=fs{index},fd={}", dir.socket.as_raw_fd()));
+        args.pair(
+            "-device",
+            format!("vhost-user-fs-pci,chardev=fs{index},tag={},queue-size={}", escape(dir.tag), dir.queue_size),
+        );
+    }
+    args.0
+}
+
+struct Args(Vec<String>);
+
+impl Args {
+    fn pair(&mut self, name: &str, value: impl Into<String>) {
+        self.0.push(name.to_owned());
+        self.0.push(value.into());
+    }
+}
+
+/// In QEMU's option lists a comma is written twice.
+fn escape(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+fn path(path: &Path) -> String {
+    escape(&path.to_string_lossy())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Boot, Size};
+
+    fn spec(memory_mib: u64) -> VmSpec {
+        VmSpec {
+            id: "pod,1".into(),
+            boot: Boot { kernel: "/k,x".into(), initrd: "/i".into(), kernel_params: "agent.log=debug".into() },
+            size: Size { vcpus: 2, memory_mib },
+            channel: Channel::Serial { port: "agent.0" },
+            shared_dirs: Vec::new(),
+            entropy_source: "/dev/urandom".into(),
+            debug: false,
+        }
+    }
+
+    #[test]
+    fn is_what_the_spec_says() {
+        let settings = QemuSettings { tcg_buffer_mib: 32, cpu_features: "pmu=off".into(), ..QemuSettings::default() };
+        let sockets = Sockets { qmp: 3, console: 4, channel: Some(5) };
+        let line = arguments(&settings, Accelerator::Tcg, &spec(512), sockets).join(" ");
+        for part in [
+            "-name kata-pod,,1,debug-threads=on",
+            "-accel tcg,tb-size=32",
+            "-cpu max,pmu=off",
+            "-m 512M",
+            "size=512M,share=on",
+            "-kernel /k,,x",
+            "-smp 2",
+            "socket,id=agent,fd=5",
+            "quiet nr_cpus=2 agent.log=debug",
+        ] {
+            assert!(line.contains(part), "{part} is missing in {line}");
+        }
+    }
+}

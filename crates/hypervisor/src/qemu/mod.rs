@@ -1,0 +1,258 @@
+//! The QEMU driver: q35, entered by PVH, under KVM where that really works, else under TCG.
+
+mod accelerator;
+mod cmdline;
+mod qmp;
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+
+pub use accelerator::{Accelerator, Wanted};
+
+use self::accelerator::Memory;
+use self::cmdline::Sockets;
+use self::qmp::Qmp;
+use crate::helper::Helper;
+use crate::{Boot, Channel, Console, Error, Hypervisor, Size, Vm, VmExit, VmSpec};
+
+/// How long a guest may take to speak under KVM before KVM counts as broken.
+const PROBE_LIMIT: Duration = Duration::from_secs(5);
+/// The serial port of the probe's guest.
+const PROBE_PORT: &str = "org.katacontainers.probe.0";
+
+/// What the driver must know, from the configuration.
+#[derive(Debug, Clone)]
+pub struct QemuSettings {
+    /// The program.
+    pub path: PathBuf,
+    /// `-machine`, for example `q35`.
+    pub machine: String,
+    /// KVM, TCG, or what works.
+    pub wanted: Wanted,
+    /// Added to the processor model, comma separated.
+    pub cpu_features: String,
+    /// Size of TCG's translation buffer, MiB; 0 leaves it to QEMU, which takes up to 1 GiB.
+    pub tcg_buffer_mib: u32,
+    /// `-bios`; `None` is QEMU's default.
+    pub firmware: Option<PathBuf>,
+    /// `-sandbox`; empty is none.
+    pub seccomp_sandbox: String,
+    /// Where the answer of the KVM probe is kept; emptied by a reboot.
+    pub state_dir: PathBuf,
+    /// How long a monitor command may take.
+    pub command_deadline: Duration,
+}
+
+impl Default for QemuSettings {
+    fn default() -> Self {
+        Self {
+            path: "/usr/bin/qemu-system-x86_64".into(),
+            machine: "q35".into(),
+            wanted: Wanted::Auto,
+            cpu_features: String::new(),
+            tcg_buffer_mib: 0,
+            firmware: None,
+            seccomp_sandbox: String::new(),
+            state_dir: "/run/kata-containers".into(),
+            command_deadline: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The driver.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    settings: QemuSettings,
+}
+
+impl Qemu {
+    /// A driver with these settings.
+    pub fn new(settings: QemuSettings) -> Self {
+        Self { settings }
+    }
+
+    /// Decides what runs the guest, by a probe once per boot of the host.
+    async fn accelerator(&self, boot: &Boot) -> Result<Accelerator, Error> {
+        if self.settings.wanted == Wanted::Tcg {
+            return Ok(Accelerator::Tcg);
+        }
+        let memory = Memory::new(&self.settings.state_dir, &self.settings.path, boot);
+        let (accelerator, reason) = if let Some(answer) = memory.recall() {
+            answer
+        } else {
+            let (accelerator, reason) = match self.try_kvm(boot).await {
+                Ok(()) => (Accelerator::Kvm, "a guest ran under KVM".to_owned()),
+                Err(reason) => (Accelerator::Tcg, reason),
+            };
+            memory.store(accelerator, &reason);
+            tracing::warn!(accelerator = accelerator.name(), reason, "probed the accelerator");
+            (accelerator, reason)
+        };
+        if self.settings.wanted == Wanted::Kvm && accelerator != Accelerator::Kvm {
+            return Err(Error::NoKvm(reason));
+        }
+        Ok(accelerator)
+    }
+
+    /// Boots the guest under KVM until it speaks.
+    async fn try_kvm(&self, boot: &Boot) -> Result<(), String> {
+        std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .map_err(|error| format!("/dev/kvm cannot be opened ({error})"))?;
+        let spec = VmSpec {
+            id: "kvm-probe".into(),
+            boot: Boot {
+                kernel_params: format!("{} agent.server_addr=serial://{PROBE_PORT}", boot.kernel_params),
+                ..boot.clone()
+            },
+            size: Size { vcpus: 1, memory_mib: 256 },
+            channel: Channel::Serial { port: PROBE_PORT },
+            shared_dirs: Vec::new(),
+            entropy_source: "/dev/urandom".into(),
+            debug: false,
+        };
+        let mut vm = self.start(spec, Accelerator::Kvm).await.map_err(|error| error.to_string())?;
+        let channel = vm.take_channel().ok_or("no channel")?;
+        let mut channel = stream(channel).map_err(|error| error.to_string())?;
+        let mut byte = [0];
+        let outcome = tokio::time::timeout(PROBE_LIMIT, channel.read(&mut byte)).await;
+        let spoke = matches!(outcome, Ok(Ok(1)));
+        if let Err(error) = vm.stop(Duration::ZERO).await {
+            tracing::warn!(%error, "the probe's VM");
+        }
+        let exit = vm.exit().borrow().clone();
+        match (spoke, outcome.is_err(), exit) {
+            (true, ..) => Ok(()),
+            (false, true, _) => Err(format!("a guest said nothing within {PROBE_LIMIT:?} under KVM")),
+            (false, false, Some(exit)) => {
+                Err(format!("a guest does not run under KVM: {}", exit.to_string().replace('\n', "; ")))
+            }
+            (false, false, None) => Err("a guest ended at once under KVM".into()),
+        }
+    }
+
+    async fn start(&self, spec: VmSpec, accelerator: Accelerator) -> Result<QemuVm, Error> {
+        let (qmp, qmp_child) = pair()?;
+        let (console_stream, console_child) = pair()?;
+        let (channel, channel_child) = match spec.channel {
+            Channel::Serial { .. } => {
+                let (ours, theirs) = pair()?;
+                (Some(ours), Some(theirs))
+            }
+            Channel::Vsock { .. } => (None, None),
+        };
+        let sockets = Sockets {
+            qmp: qmp_child.as_raw_fd(),
+            console: console_child.as_raw_fd(),
+            channel: channel_child.as_ref().map(AsRawFd::as_raw_fd),
+        };
+        let args = cmdline::arguments(&self.settings, accelerator, &spec, sockets);
+        tracing::debug!(program = %self.settings.path.display(), ?args, "starting QEMU");
+
+        let mut passed = vec![qmp_child, console_child];
+        passed.extend(channel_child);
+        passed.extend(spec.shared_dirs.into_iter().map(|dir| dir.socket));
+        if let Channel::Vsock { vhost, .. } = spec.channel {
+            passed.push(vhost);
+        }
+        let process = Helper::spawn("QEMU", "path", &self.settings.path, &args, &passed)?;
+        // the child has its own copies; ours would keep its sockets from ever reaching their end
+        drop(passed);
+
+        let console = Console::default();
+        tokio::spawn(
+            console.clone().follow(stream(console_stream).map_err(Error::system("console socket"))?, spec.debug),
+        );
+        let qmp =
+            Qmp::start(stream(qmp).map_err(Error::system("monitor socket"))?, self.settings.command_deadline).await?;
+        Ok(QemuVm { process, qmp, console, channel, accelerator })
+    }
+}
+
+#[async_trait]
+impl Hypervisor for Qemu {
+    fn name(&self) -> &'static str {
+        "qemu"
+    }
+
+    async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error> {
+        let accelerator = self.accelerator(&spec.boot).await?;
+        Ok(Box::new(self.start(spec, accelerator).await?))
+    }
+}
+
+/// A QEMU that runs.
+#[derive(Debug)]
+struct QemuVm {
+    process: Helper,
+    qmp: Qmp,
+    console: Console,
+    channel: Option<OwnedFd>,
+    accelerator: Accelerator,
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    fn take_channel(&mut self) -> Option<OwnedFd> {
+        self.channel.take()
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn accelerator(&self) -> &'static str {
+        self.accelerator.name()
+    }
+
+    fn exit(&self) -> watch::Receiver<Option<VmExit>> {
+        self.process.exit()
+    }
+
+    fn console(&self) -> &Console {
+        &self.console
+    }
+
+    async fn pause(&self) -> Result<(), Error> {
+        self.qmp.execute("stop", json!({})).await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<(), Error> {
+        self.qmp.execute("cont", json!({})).await.map(drop)
+    }
+
+    async fn stop(&mut self, grace: Duration) -> Result<(), Error> {
+        self.process.stop(grace).await;
+        Ok(())
+    }
+}
+
+/// Firmware that QEMU brings and that enters a kernel fastest, where it is installed.
+pub fn quick_firmware() -> Option<PathBuf> {
+    ["/usr/share/qemu/qboot.rom", "/usr/share/qemu-kvm/qboot.rom", "/usr/local/share/qemu/qboot.rom"]
+        .iter()
+        .map(Path::new)
+        .find(|path| path.is_file())
+        .map(Path::to_owned)
+}
+
+fn pair() -> Result<(OwnedFd, OwnedFd), Error> {
+    use std::os::unix::net::UnixStream as Blocking;
+    let (ours, theirs) = Blocking::pair().map_err(Error::system("socketpair"))?;
+    Ok((ours.into(), theirs.into()))
+}
+
+fn stream(fd: OwnedFd) -> std::io::Result<UnixStream> {
+    let blocking = std::os::unix::net::UnixStream::from(fd);
+    blocking.set_nonblocking(true)?;
+    UnixStream::from_std(blocking)
+}
