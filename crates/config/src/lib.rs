@@ -1,1 +1,98 @@
-//! (being written)
+//! `configuration.toml` → one validated [`Config`].
+//!
+//! Owns: which file is read, Kata's keys in both of its dialects, defaults, and the errors: one line each, with file,
+//! line, key, value and what is allowed. Reads no other files than these; starts nothing.
+
+mod file;
+mod host;
+mod keys;
+mod known;
+mod types;
+
+use std::path::{Path, PathBuf};
+
+pub use types::{Accelerator, Agent, Config, FsCache, Hypervisor, Runtime};
+
+/// A configuration that cannot be used. One line.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// No file was found.
+    #[error("no configuration.toml found in {0}: run `make install`, or set ConfigPath in the runtime's options")]
+    Missing(String),
+    /// A file cannot be read.
+    #[error("{file}: {why}", file = .file.display())]
+    Unreadable {
+        /// The file.
+        file: PathBuf,
+        /// Why, and what is to be done.
+        why: String,
+    },
+    /// Not TOML.
+    #[error("{file}:{line}: {why}", file = .file.display())]
+    Syntax {
+        /// The file.
+        file: PathBuf,
+        /// Its line, from 1.
+        line: usize,
+        /// The parser's words.
+        why: String,
+    },
+    /// A value that cannot be.
+    #[error("{file}:{line}: {key} = {value}: {allowed}", file = .file.display())]
+    Value {
+        /// The file.
+        file: PathBuf,
+        /// Its line, from 1; 0 for a default.
+        line: usize,
+        /// The key with its table.
+        key: String,
+        /// What was set.
+        value: String,
+        /// What is allowed.
+        allowed: String,
+    },
+}
+
+impl Config {
+    /// Finds, reads and checks the configuration. `explicit` is the runtime option `ConfigPath`.
+    ///
+    /// # Errors
+    /// One line that says what to mend.
+    pub fn load(explicit: Option<&Path>) -> Result<Self, Error> {
+        let base = match explicit {
+            Some(path) => path.to_owned(),
+            None => Self::search_paths().into_iter().find(|path| path.is_file()).ok_or_else(|| {
+                let tried: Vec<_> = Self::search_paths().iter().map(|path| path.display().to_string()).collect();
+                Error::Missing(tried.join(", "))
+            })?,
+        };
+        let mut entries = file::read(&base)?;
+        for drop_in in file::drop_ins(&base)? {
+            entries.extend(file::read(&drop_in)?);
+        }
+        let (config, settings) = keys::apply(entries, &base)?;
+        host::check(&config, &settings)?;
+        Ok(config)
+    }
+
+    /// Parses one text without looking at the host.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str, source: &Path) -> Result<Self, Error> {
+        keys::apply(file::parse(text, source)?, source).map(|(config, _)| config)
+    }
+
+    /// Where it is looked for, in order, when no path is given. `KATA_CONF_FILE` is for developers and the tools.
+    pub fn search_paths() -> Vec<PathBuf> {
+        const SHARED: &str = "share/defaults/kata-containers/configuration.toml";
+        let beside = std::env::current_exe()
+            .ok()
+            .and_then(|exe| exe.parent().and_then(Path::parent).map(|prefix| prefix.join(SHARED)));
+        let mut paths: Vec<PathBuf> = std::env::var_os("KATA_CONF_FILE").map(PathBuf::from).into_iter().collect();
+        paths.push("/etc/kata-containers/configuration.toml".into());
+        paths.extend(beside);
+        paths.extend(["/usr", "/opt/kata"].map(|prefix| Path::new(prefix).join(SHARED)));
+        paths
+    }
+}

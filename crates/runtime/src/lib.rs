@@ -1,1 +1,21 @@
-//! (being written)
+//! A pod: its VM, its containers, what they share with the host, and the way back to a clean host.
+//!
+//! Owns [`Sandbox`]: the one handle through which the shim asks for anything. Knows neither containerd nor its protocol;
+//! talks to the guest through the agent's protocol and to VMMs through the `hypervisor` crate.
+
+mod agent_client;
+pub mod cleanup;
+mod container;
+mod error;
+mod id;
+mod sandbox;
+mod sizing;
+mod storage;
+pub mod trace;
+
+pub use agent_api;
+pub use container::{ContainerSpec, ExecSpec, Exit, ProcessRef, ProcessView, Status, Stdio};
+pub use error::Error;
+pub use id::{ContainerId, ExecId};
+pub use sandbox::{Env, Event, Sandbox, SandboxSpec};
+pub use storage::rootfs::RootfsMount;

@@ -1,2 +1,47 @@
-//! (being written)
-fn main() {}
+//! `containerd-shim-kata-v2`: one process a pod, between containerd and the pod's VM.
+
+mod args;
+mod bootstrap;
+mod convert;
+mod events;
+mod handshake;
+mod logger;
+mod server;
+mod task;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::types::introspection::RuntimeInfo;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // containerd shows what is on standard error
+            let _ = writeln!(std::io::stderr(), "containerd-shim-kata-v2: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let args = args::parse(std::env::args().skip(1))?;
+    if args.version {
+        let _ = writeln!(std::io::stdout(), "containerd-shim-kata-v2 {}", env!("CARGO_PKG_VERSION"));
+        return Ok(());
+    }
+    if args.info {
+        let info = RuntimeInfo { name: "io.containerd.kata.v2".into(), ..Default::default() };
+        std::io::stdout().write_all(&info.write_to_bytes()?)?;
+        return Ok(());
+    }
+    match args.action.as_str() {
+        "start" => bootstrap::start(&args),
+        "delete" => bootstrap::delete(&args),
+        "" => server::run(&args),
+        other => anyhow::bail!("unknown action {other:?}: start, delete, or nothing for the server"),
+    }
+}

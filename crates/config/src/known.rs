@@ -1,0 +1,182 @@
+//! Kata's keys that do nothing here yet: fine at Kata's own defaults, refused otherwise, so that no setting is ignored in
+//! silence. What nobody knows is a warning with the nearest known key.
+
+use crate::Error;
+use crate::file::{Entry, Value};
+use crate::keys::{self, refuse};
+
+/// A key and the values that change nothing. Numbers and truths are written as in TOML.
+type Row = (&'static str, &'static [&'static str]);
+
+/// `*` accepts anything: what the key steers does not exist here, so every value means the same.
+const ROWS: &[Row] = &[
+    ("hypervisor.qemu.enable_annotations", &["*"]),
+    ("hypervisor.qemu.valid_hypervisor_paths", &["*"]),
+    ("hypervisor.qemu.valid_virtio_fs_daemon_paths", &["*"]),
+    ("hypervisor.qemu.valid_entropy_sources", &["*"]),
+    ("hypervisor.qemu.valid_vhost_user_store_paths", &["*"]),
+    ("hypervisor.qemu.rootfs_type", &["*"]),
+    ("hypervisor.qemu.machine_accelerators", &["\"\""]),
+    ("hypervisor.qemu.rootless", &["false"]),
+    ("hypervisor.qemu.firmware_volume", &["\"\""]),
+    ("hypervisor.qemu.pflashes", &["[]"]),
+    ("hypervisor.qemu.default_bridges", &["*"]),
+    ("hypervisor.qemu.memory_slots", &["*"]),
+    ("hypervisor.qemu.memory_offset", &["0"]),
+    ("hypervisor.qemu.enable_virtio_mem", &["false"]),
+    ("hypervisor.qemu.enable_mem_prealloc", &["false"]),
+    ("hypervisor.qemu.reclaim_guest_freed_memory", &["false"]),
+    ("hypervisor.qemu.enable_hugepages", &["false"]),
+    ("hypervisor.qemu.enable_numa", &["false"]),
+    ("hypervisor.qemu.numa_mapping", &["[]"]),
+    ("hypervisor.qemu.enable_guest_swap", &["false"]),
+    ("hypervisor.qemu.disable_block_device_use", &["true", "false"]),
+    ("hypervisor.qemu.virtio_fs_cache_size", &["0"]),
+    ("hypervisor.qemu.msize_9p", &["*"]),
+    ("hypervisor.qemu.block_device_driver", &["*"]),
+    ("hypervisor.qemu.block_device_aio", &["*"]),
+    ("hypervisor.qemu.block_device_cache_set", &["false"]),
+    ("hypervisor.qemu.block_device_cache_direct", &["false"]),
+    ("hypervisor.qemu.block_device_cache_noflush", &["false"]),
+    ("hypervisor.qemu.block_device_logical_sector_size", &["0"]),
+    ("hypervisor.qemu.block_device_physical_sector_size", &["0"]),
+    ("hypervisor.qemu.enable_iothreads", &["false"]),
+    ("hypervisor.qemu.indep_iothreads", &["0"]),
+    ("hypervisor.qemu.enable_vhost_user_store", &["false"]),
+    ("hypervisor.qemu.vhost_user_store_path", &["*"]),
+    ("hypervisor.qemu.vhost_user_reconnect_timeout_sec", &["0"]),
+    ("hypervisor.qemu.enable_iommu", &["false"]),
+    ("hypervisor.qemu.enable_iommu_platform", &["false"]),
+    ("hypervisor.qemu.hot_plug_vfio", &["\"no-port\""]),
+    ("hypervisor.qemu.cold_plug_vfio", &["\"no-port\""]),
+    ("hypervisor.qemu.pcie_root_port", &["0"]),
+    ("hypervisor.qemu.pcie_switch_port", &["0"]),
+    ("hypervisor.qemu.disable_image_nvdimm", &["*"]),
+    ("hypervisor.qemu.disable_vhost_net", &["*"]),
+    ("hypervisor.qemu.rx_rate_limiter_max_rate", &["0"]),
+    ("hypervisor.qemu.tx_rate_limiter_max_rate", &["0"]),
+    ("hypervisor.qemu.guest_hook_path", &["\"\""]),
+    ("hypervisor.qemu.guest_memory_dump_path", &["\"\""]),
+    ("hypervisor.qemu.guest_memory_dump_paging", &["false"]),
+    ("hypervisor.qemu.disable_selinux", &["*"]),
+    ("hypervisor.qemu.disable_guest_selinux", &["true"]),
+    ("hypervisor.qemu.extra_monitor_socket", &["\"\""]),
+    ("hypervisor.qemu.disable_nesting_checks", &["*"]),
+    ("hypervisor.qemu.use_legacy_serial", &["*"]),
+    ("hypervisor.qemu.confidential_guest", &["false"]),
+    ("hypervisor.qemu.kernel_verity_params", &["\"\""]),
+    // the Rust runtime's
+    ("hypervisor.qemu.overhead_vcpus", &["*"]),
+    ("hypervisor.qemu.overhead_memory", &["*"]),
+    ("hypervisor.qemu.vm_rootfs_driver", &["*"]),
+    ("hypervisor.qemu.queue_size", &["*"]),
+    ("hypervisor.qemu.num_queues", &["1"]),
+    ("hypervisor.qemu.network_queues", &["1"]),
+    ("hypervisor.qemu.hugepage_type", &["*"]),
+    ("hypervisor.qemu.selinux_label", &["\"\""]),
+    ("hypervisor.qemu.log_level", &["*"]),
+    ("hypervisor.qemu.ctlpath", &["\"\""]),
+    ("hypervisor.qemu.valid_ctlpaths", &["[]"]),
+    ("hypervisor.qemu.guest_swap_path", &["*"]),
+    ("hypervisor.qemu.guest_swap_size_percent", &["*"]),
+    ("hypervisor.qemu.guest_swap_create_threshold_secs", &["*"]),
+    ("hypervisor.qemu.disable_nested_virtualization", &["*"]),
+    ("hypervisor.qemu.factory.enable_template", &["false"]),
+    ("hypervisor.qemu.factory.template_path", &["*"]),
+    ("factory.enable_template", &["false"]),
+    ("factory.template_path", &["*"]),
+    ("factory.vm_cache_number", &["0"]),
+    ("factory.vm_cache_endpoint", &["*"]),
+    ("agent.kata.enable_tracing", &["false"]),
+    ("agent.kata.kernel_modules", &["[]"]),
+    ("agent.kata.debug_console_enabled", &["false"]),
+    ("agent.kata.cdh_api_timeout", &["*"]),
+    ("agent.kata.cdh_api_timeout_ms", &["*"]),
+    ("agent.kata.container_pipe_size", &["0"]),
+    ("agent.kata.server_port", &["1024"]),
+    ("agent.kata.log_port", &["1025"]),
+    ("agent.kata.health_check_request_timeout_ms", &["*"]),
+    ("agent.kata.log_level", &["*"]),
+    ("agent.kata.policy", &["\"\""]),
+    ("agent.kata.launch_process_timeout", &["*"]),
+    ("agent.kata.visible_cdi_devices", &["false"]),
+    ("runtime.internetworking_model", &["\"tcfilter\"", "\"none\""]),
+    ("runtime.enable_vcpus_pinning", &["false"]),
+    ("runtime.guest_selinux_label", &["\"\""]),
+    ("runtime.enable_tracing", &["false"]),
+    ("runtime.jaeger_endpoint", &["*"]),
+    ("runtime.jaeger_user", &["*"]),
+    ("runtime.jaeger_password", &["*"]),
+    ("runtime.disable_new_netns", &["false"]),
+    ("runtime.sandbox_cgroup_only", &["false", "true"]),
+    ("runtime.static_sandbox_resource_mgmt", &["true", "false"]),
+    ("runtime.sandbox_bind_mounts", &["[]"]),
+    ("runtime.vfio_mode", &["*"]),
+    ("runtime.disable_guest_empty_dir", &["*"]),
+    ("runtime.emptydir_mode", &["\"shared-fs\""]),
+    ("runtime.experimental", &["[]"]),
+    ("runtime.enable_pprof", &["false"]),
+    ("runtime.dan_conf", &["*"]),
+    ("runtime.kubelet_root_dir", &["*"]),
+    ("runtime.pod_resource_api_sock", &["\"\""]),
+    ("runtime.name", &["\"virt_container\""]),
+    ("runtime.hypervisor_name", &["\"qemu\""]),
+    ("runtime.agent_name", &["\"kata\""]),
+    ("runtime.log_level", &["*"]),
+    ("runtime.keep_abnormal", &["false"]),
+    ("runtime.use_passfd_io", &["false"]),
+    ("runtime.passfd_listener_port", &["*"]),
+    ("runtime.shared_mounts", &["[]"]),
+];
+
+/// A key that [`keys`] does not know.
+pub(crate) fn other(entry: &Entry, warnings: &mut Vec<String>) -> Result<(), Error> {
+    let key = entry.key.as_str();
+    if key == "hypervisor.qemu.image" {
+        return Err(refuse(entry, "a guest image is not supported yet: remove the key and set `initrd`"));
+    }
+    if let Some(name) = key.strip_prefix("hypervisor.").and_then(|rest| rest.split('.').next())
+        && name != "qemu"
+    {
+        return Err(refuse(entry, "this hypervisor is not supported yet: use [hypervisor.qemu]"));
+    }
+    if key.starts_with("agent.kata.mem_agent") {
+        return if matches!(entry.value, Value::Bool(true)) {
+            Err(refuse(entry, "is not supported yet: remove it"))
+        } else {
+            Ok(())
+        };
+    }
+    if let Some((_, accepted)) = ROWS.iter().find(|(name, _)| *name == key) {
+        let value = entry.value.to_string();
+        if accepted.iter().any(|one| *one == "*" || *one == value) {
+            return Ok(());
+        }
+        return Err(refuse(entry, format!("is not supported yet: remove it or set it to {}", accepted.join(" or "))));
+    }
+    let known = keys::SUPPORTED.iter().copied().chain(ROWS.iter().map(|(name, _)| *name));
+    let nearest = known.map(|name| (distance(name, key), name)).min();
+    let hint = match nearest {
+        Some((far, name)) if far <= 1 + name.len() / 5 => format!("; did you mean `{name}`?"),
+        _ => String::new(),
+    };
+    let shown: String = key.chars().take(200).collect();
+    warnings.push(format!("{}:{}: nothing is called `{shown}`{hint}", entry.file.display(), entry.line));
+    Ok(())
+}
+
+/// Levenshtein's.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().take(200).collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let substituted = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = substituted.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}

@@ -1,0 +1,167 @@
+//! The configuration as types, and the defaults: the template that is installed is checked against these.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Everything.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// `[hypervisor.qemu]`.
+    pub hypervisor: Hypervisor,
+    /// `[agent.kata]`.
+    pub agent: Agent,
+    /// `[runtime]`.
+    pub runtime: Runtime,
+    /// The base file.
+    pub source: PathBuf,
+    /// Keys that nobody knows, each with the nearest known one.
+    pub warnings: Vec<String>,
+}
+
+/// What runs the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Accelerator {
+    /// KVM where a guest really runs under it, else TCG.
+    #[default]
+    Auto,
+    /// KVM or an error.
+    Kvm,
+    /// QEMU's translator.
+    Tcg,
+}
+
+/// What virtiofsd lets the guest keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FsCache {
+    /// Nothing.
+    Never,
+    /// Names and attributes.
+    Metadata,
+    /// As the files change.
+    #[default]
+    Auto,
+    /// Everything, for files that the host never changes.
+    Always,
+}
+
+impl FsCache {
+    /// virtiofsd's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Never => "never",
+            Self::Metadata => "metadata",
+            Self::Auto => "auto",
+            Self::Always => "always",
+        }
+    }
+}
+
+/// `[hypervisor.qemu]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Hypervisor {
+    /// QEMU.
+    pub path: PathBuf,
+    /// Guest kernel: bzImage, or ELF with a PVH note (quicker).
+    pub kernel: PathBuf,
+    /// Guest initrd with the agent as `/init`.
+    pub initrd: Option<PathBuf>,
+    /// `-machine`.
+    pub machine_type: String,
+    /// Own key.
+    pub accelerator: Accelerator,
+    /// Added to the guest's kernel command line.
+    pub kernel_params: String,
+    /// `-bios`; `None` is qboot where QEMU brings it.
+    pub firmware: Option<PathBuf>,
+    /// Added to the processor model.
+    pub cpu_features: String,
+    /// Processors at boot.
+    pub default_vcpus: u32,
+    /// Most processors a VM may have.
+    pub default_maxvcpus: u32,
+    /// Memory at boot, MiB.
+    ///
+    /// Kata's default is 2048. A page of memory costs 64 bytes of the guest's memory map, which is written at boot:
+    /// 32 MiB for 2 GiB, in time and in resident memory of every pod. A container's own limit is added on top.
+    pub default_memory_mib: u64,
+    /// Most memory a VM may have, MiB.
+    pub default_maxmemory_mib: u64,
+    /// Own key: QEMU's translation buffer, MiB. QEMU alone takes up to 1 GiB a VM.
+    pub tcg_tb_size_mib: u32,
+    /// `None` looks at the usual places.
+    pub virtio_fs_daemon: Option<PathBuf>,
+    /// What the guest may keep.
+    pub virtio_fs_cache: FsCache,
+    /// Entries of the request queue.
+    pub virtio_fs_queue_size: u32,
+    /// Appended to virtiofsd's arguments.
+    pub virtio_fs_extra_args: Vec<String>,
+    /// Where the guest's random numbers come from.
+    pub entropy_source: PathBuf,
+    /// QEMU's `-sandbox`; empty is none.
+    pub seccomp_sandbox: String,
+    /// The guest's console goes to the log.
+    pub enable_debug: bool,
+}
+
+/// `[agent.kata]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Agent {
+    /// The agent logs more, and its log goes to the shim's.
+    pub enable_debug: bool,
+    /// How long a guest may take from its start to the agent's first word.
+    pub dial_timeout: Duration,
+    /// How long any one call may take.
+    pub request_timeout: Duration,
+}
+
+/// `[runtime]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Runtime {
+    /// The shim logs more.
+    pub enable_debug: bool,
+    /// `true` drops the container's seccomp profile. Kata's default is `true`; here a profile that was asked for is
+    /// kept.
+    pub disable_guest_seccomp: bool,
+    /// How long making a container may take.
+    pub create_container_timeout: Duration,
+}
+
+impl Default for Hypervisor {
+    fn default() -> Self {
+        Self {
+            path: "/usr/bin/qemu-system-x86_64".into(),
+            kernel: "/usr/local/share/kata-containers/vmlinux.container".into(),
+            initrd: Some("/usr/local/share/kata-containers/kata-containers-initrd.img".into()),
+            machine_type: "q35".into(),
+            accelerator: Accelerator::Auto,
+            kernel_params: String::new(),
+            firmware: None,
+            cpu_features: String::new(),
+            default_vcpus: 1,
+            default_maxvcpus: 0,
+            default_memory_mib: 512,
+            default_maxmemory_mib: 0,
+            tcg_tb_size_mib: 32,
+            virtio_fs_daemon: None,
+            virtio_fs_cache: FsCache::Auto,
+            virtio_fs_queue_size: 1024,
+            virtio_fs_extra_args: vec!["--thread-pool-size=1".into()],
+            entropy_source: "/dev/urandom".into(),
+            seccomp_sandbox: String::new(),
+            enable_debug: false,
+        }
+    }
+}
+
+impl Default for Agent {
+    fn default() -> Self {
+        Self { enable_debug: false, dial_timeout: Duration::from_secs(45), request_timeout: Duration::from_secs(60) }
+    }
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Self { enable_debug: false, disable_guest_seccomp: false, create_container_timeout: Duration::from_secs(60) }
+    }
+}

@@ -1,0 +1,159 @@
+//! Calls into the guest: every one bounded in time, and ended by the VM's end.
+
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use agent_api::agent_ttrpc::AgentServiceClient;
+use agent_api::ports;
+use agent_api::ttrpc;
+use agent_api::ttrpc::r#async::{Client, transport::Socket};
+use agent_api::ttrpc::context::{self, Context};
+use hypervisor::{Console, Vm, VmExit};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+
+use crate::Error;
+
+/// How long after a broken connection the VMM's end is waited for, so that the error can tell the cause.
+const CAUSE_WAIT: Duration = Duration::from_millis(800);
+
+/// What ends a call early, and what an error then shows.
+#[derive(Debug, Clone)]
+pub(crate) struct VmWatch {
+    exit: watch::Receiver<Option<VmExit>>,
+    console: Console,
+}
+
+impl VmWatch {
+    pub(crate) fn new(vm: &dyn Vm) -> Self {
+        Self { exit: vm.exit(), console: vm.console().clone() }
+    }
+
+    /// Resolves when the VMM is gone.
+    pub(crate) async fn gone(&self, what: &str) -> Error {
+        let mut exit = self.exit.clone();
+        let reason = match exit.wait_for(Option::is_some).await {
+            Ok(exit) => exit.as_ref().map(ToString::to_string).unwrap_or_default(),
+            Err(_) => "its watcher is gone".into(),
+        };
+        Error::VmGone { what: what.into(), reason, console: self.console_tail() }
+    }
+
+    /// Runs `work`, or says why it cannot be done any more.
+    pub(crate) async fn unless_gone<T>(
+        &self,
+        what: &str,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        tokio::select! {
+            biased;
+            done = work => done,
+            gone = self.gone(what) => Err(gone),
+        }
+    }
+
+    fn console_tail(&self) -> String {
+        let tail = self.console.tail();
+        if tail.is_empty() { tail } else { format!("\nguest console:\n{tail}") }
+    }
+}
+
+/// The agent of one VM.
+#[derive(Clone)]
+pub(crate) struct AgentClient {
+    client: AgentServiceClient,
+    vm: VmWatch,
+    deadline: Duration,
+}
+
+impl AgentClient {
+    /// Waits until the agent says over the serial channel that it is up.
+    pub(crate) async fn over_serial(
+        channel: OwnedFd,
+        vm: VmWatch,
+        dial: Duration,
+        deadline: Duration,
+    ) -> Result<Self, Error> {
+        let what = "starting the guest";
+        let stream = std::os::unix::net::UnixStream::from(channel);
+        stream.set_nonblocking(true).map_err(Error::host("the agent's channel"))?;
+        let mut stream = UnixStream::from_std(stream).map_err(Error::host("the agent's channel"))?;
+        let hello = async {
+            let mut hello = [0; ports::SERIAL_HELLO.len()];
+            match stream.read_exact(&mut hello).await {
+                Ok(_) if hello == ports::SERIAL_HELLO => Ok(()),
+                Ok(_) => Err(Error::Unsupported(
+                    "the guest's agent speaks another protocol on its serial port: use the initrd of `make guest`"
+                        .into(),
+                )),
+                // the socket ends a moment before the process does; the process knows why
+                Err(_) => Err(vm.gone(what).await),
+            }
+        };
+        tokio::time::timeout(dial, vm.unless_gone(what, hello)).await.map_err(|_| Error::AgentSilent {
+            what: what.into(),
+            limit: dial,
+            console: vm.console_tail(),
+        })??;
+        let client = AgentServiceClient::new(Client::new(Socket::new(stream)));
+        Ok(Self { client, vm, deadline })
+    }
+
+    /// The VM behind it.
+    pub(crate) fn vm(&self) -> &VmWatch {
+        &self.vm
+    }
+
+    /// One call with the usual deadline. `what` is for errors.
+    pub(crate) async fn call<'a, T, F>(
+        &'a self,
+        what: &str,
+        call: impl FnOnce(&'a AgentServiceClient, Context) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        self.call_within(what, Some(self.deadline), call).await
+    }
+
+    /// One call with another deadline, or none: waiting for a process or its output may take for ever.
+    pub(crate) async fn call_within<'a, T, F>(
+        &'a self,
+        what: &str,
+        limit: Option<Duration>,
+        call: impl FnOnce(&'a AgentServiceClient, Context) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        let context = limit.map_or_else(Context::default, context::with_duration);
+        let answer = call(&self.client, context);
+        tokio::select! {
+            biased;
+            answer = answer => match answer {
+                Ok(value) => Ok(value),
+                Err(ttrpc::Error::RpcStatus(status)) => match (status.code(), limit) {
+                    (ttrpc::Code::DEADLINE_EXCEEDED, Some(limit)) => {
+                        Err(Error::AgentSilent { what: what.into(), limit, console: self.vm.console_tail() })
+                    }
+                    (code, _) => Err(Error::Agent { code, message: status.message().to_owned() }),
+                },
+                Err(error) => self.broken(what, &error).await,
+            },
+            gone = self.vm.gone(what) => Err(gone),
+        }
+    }
+
+    async fn broken<T>(&self, what: &str, error: &ttrpc::Error) -> Result<T, Error> {
+        match tokio::time::timeout(CAUSE_WAIT, self.vm.gone(what)).await {
+            Ok(gone) => Err(gone),
+            Err(_) => Err(Error::VmGone {
+                what: what.into(),
+                reason: format!("the agent's connection broke ({error})"),
+                console: self.vm.console_tail(),
+            }),
+        }
+    }
+}

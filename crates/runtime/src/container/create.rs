@@ -1,0 +1,82 @@
+//! A container's own part of `Create`: rootfs and volumes into the share, then the agent's call.
+
+use std::sync::Arc;
+
+use agent_api::agent::CreateContainerRequest;
+use oci_spec::runtime::Spec;
+
+use super::process::Process;
+use super::{Container, ContainerSpec, ProcessRef, spec};
+use crate::Error;
+use crate::agent_client::AgentClient;
+use crate::cleanup;
+use crate::storage::share::{Share, guest_path};
+use crate::storage::{rootfs, volume};
+
+/// What has been prepared on the host.
+pub(crate) struct Prepared {
+    request: CreateContainerRequest,
+    shared: Vec<String>,
+}
+
+/// The host's part; needs no guest, so it is done while the guest boots.
+pub(crate) fn prepare(share: &Share, from: &ContainerSpec, oci: &Spec, keep_seccomp: bool) -> Result<Prepared, Error> {
+    let mut shared = vec![from.id.as_str().to_owned()];
+    let outcome = (|| {
+        let root_name = format!("{}/rootfs", from.id);
+        let (mut guest, sandbox_pidns) = spec::for_guest(oci, &from.id, guest_path(&root_name), keep_seccomp)?;
+        let bundle_root = match oci.root() {
+            // an absolute path stays as it is
+            Some(root) => from.bundle.join(root.path()),
+            None => return Err(Error::Invalid("the specification has no root".into())),
+        };
+        rootfs::connect(&from.rootfs, &bundle_root, &share.host_path(&root_name))?;
+        shared.extend(volume::connect(share, &from.id, &mut guest)?);
+        if let Some(process) = guest.Process.as_mut() {
+            process.Terminal = from.stdio.terminal;
+        }
+        Ok(CreateContainerRequest {
+            container_id: from.id.as_str().into(),
+            exec_id: from.id.as_str().into(),
+            OCI: Some(guest).into(),
+            sandbox_pidns,
+            ..Default::default()
+        })
+    })();
+    match outcome {
+        Ok(request) => Ok(Prepared { request, shared }),
+        Err(error) => {
+            release(share, &shared);
+            Err(error)
+        }
+    }
+}
+
+/// The guest's part.
+pub(crate) async fn create(
+    agent: &AgentClient,
+    from: &ContainerSpec,
+    prepared: Prepared,
+    limit: std::time::Duration,
+) -> Result<Container, Error> {
+    agent
+        .call_within("creating the container", Some(limit), |client, context| {
+            let request = prepared.request;
+            async move { client.create_container(context, &request).await }
+        })
+        .await?;
+    let name = ProcessRef { container: from.id.clone(), exec: None };
+    let init = Arc::new(Process::new(name, from.stdio.clone(), None));
+    Ok(Container::new(from.bundle.clone(), init, prepared.shared))
+}
+
+/// Takes a container's parts out of the share. Goes on past errors: the sandbox's journal has the whole folder.
+pub(crate) fn release(share: &Share, names: &[String]) {
+    for name in names {
+        let path = share.host_path(name);
+        let gone = cleanup::unmount_tree(&path).and_then(|()| cleanup::remove_mount_points(&path));
+        if let Err(error) = gone {
+            tracing::warn!(path = %path.display(), %error, "taking a container's files out of the share");
+        }
+    }
+}

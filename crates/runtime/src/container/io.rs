@@ -1,0 +1,161 @@
+//! A process's streams: from the guest to containerd's named pipes and back, a chunk at a time, so that a slow reader
+//! slows the writer and nothing is held in between. Output ends at the guest's end of file, never at the exit.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use agent_api::agent::{CloseStdinRequest, ReadStreamRequest, WriteStreamRequest};
+use agent_api::limits::STREAM_CHUNK;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
+
+use super::Process;
+use crate::Error;
+use crate::agent_client::AgentClient;
+
+/// The host's ends of a process's streams, open.
+#[derive(Debug)]
+pub(crate) struct Pipes {
+    stdin: Option<pipe::Receiver>,
+    stdout: Option<pipe::Sender>,
+    stderr: Option<pipe::Sender>,
+}
+
+impl Pipes {
+    /// Opens what is named. Output pipes are opened for reading too, so that a client that goes away and comes back
+    /// finds its stream, and a client that is late is waited for (as runc's shim does).
+    pub(crate) fn open(process: &Process) -> Result<Self, Error> {
+        let stdio = &process.stdio;
+        let out = |path: &str| match path {
+            "" => Ok(None),
+            path => pipe::OpenOptions::new()
+                .read_write(true)
+                .open_sender(Path::new(path))
+                .map(Some)
+                .map_err(Error::host(format!("named pipe {path}"))),
+        };
+        let stdin = match stdio.stdin.as_str() {
+            "" => None,
+            path => Some(
+                pipe::OpenOptions::new()
+                    .open_receiver(Path::new(path))
+                    .map_err(Error::host(format!("named pipe {path}")))?,
+            ),
+        };
+        Ok(Self { stdin, stdout: out(&stdio.stdout)?, stderr: if stdio.terminal { None } else { out(&stdio.stderr)? } })
+    }
+}
+
+/// Copies until both outputs have ended, then says so in `process`.
+pub(crate) fn start(agent: &AgentClient, process: &Arc<Process>, pipes: Pipes) {
+    if let Some(stdin) = pipes.stdin {
+        tokio::spawn(copy_in(agent.clone(), Arc::clone(process), stdin));
+    }
+    let (agent, process) = (agent.clone(), Arc::clone(process));
+    tokio::spawn(async move {
+        tokio::join!(
+            copy_out(&agent, &process, pipes.stdout, Output::Stdout),
+            copy_out(&agent, &process, pipes.stderr, Output::Stderr)
+        );
+        process.output_is_done();
+    });
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Output {
+    Stdout,
+    Stderr,
+}
+
+async fn copy_out(agent: &AgentClient, process: &Process, mut to: Option<pipe::Sender>, which: Output) {
+    // a terminal has one output; and without a reader the guest's pipe must be emptied all the same
+    if which == Output::Stderr && process.stdio.terminal {
+        return;
+    }
+    let request = ReadStreamRequest {
+        container_id: process.name.container.as_str().into(),
+        exec_id: process.name.wire_exec(),
+        len: STREAM_CHUNK as u32,
+        ..Default::default()
+    };
+    loop {
+        let answer = agent
+            .call_within("reading output", None, |client, context| async {
+                match which {
+                    Output::Stdout => client.read_stdout(context, &request).await,
+                    Output::Stderr => client.read_stderr(context, &request).await,
+                }
+            })
+            .await;
+        let data = match answer {
+            Ok(answer) if !answer.data.is_empty() => answer.data,
+            // the end, or a process that is no more
+            _ => break,
+        };
+        if let Some(pipe) = &mut to
+            && let Err(error) = pipe.write_all(&data).await
+        {
+            tracing::debug!(%error, "output pipe");
+            to = None;
+        }
+    }
+}
+
+async fn copy_in(agent: AgentClient, process: Arc<Process>, mut from: pipe::Receiver) {
+    let mut chunk = vec![0; STREAM_CHUNK / 4];
+    loop {
+        let count = tokio::select! {
+            biased;
+            read = from.read(&mut chunk) => read.unwrap_or(0),
+            // containerd's CloseIO: what the client wrote before it is in the pipe already
+            () = process.close_stdin.notified() => {
+                while let Ok(count @ 1..) = from.try_read(&mut chunk) {
+                    if write(&agent, &process, &chunk[..count]).await.is_err() {
+                        return;
+                    }
+                }
+                0
+            }
+            _ = process.wait() => return,
+        };
+        if count == 0 {
+            break;
+        }
+        if write(&agent, &process, &chunk[..count]).await.is_err() {
+            // the process closed its end; the client learns of it by its own closed pipe
+            return;
+        }
+    }
+    let request = CloseStdinRequest {
+        container_id: process.name.container.as_str().into(),
+        exec_id: process.name.wire_exec(),
+        ..Default::default()
+    };
+    if let Err(error) =
+        agent.call("closing stdin", |client, context| async { client.close_stdin(context, &request).await }).await
+    {
+        tracing::debug!(%error, "closing stdin");
+    }
+}
+
+async fn write(agent: &AgentClient, process: &Process, mut data: &[u8]) -> Result<(), Error> {
+    while !data.is_empty() {
+        let request = WriteStreamRequest {
+            container_id: process.name.container.as_str().into(),
+            exec_id: process.name.wire_exec(),
+            data: data.to_vec(),
+            ..Default::default()
+        };
+        // no deadline: a process may leave its input unread for as long as it likes
+        let done = agent
+            .call_within("writing stdin", None, |client, context| async { client.write_stdin(context, &request).await })
+            .await?;
+        // the guest is hostile: it may claim more than there was
+        let taken = (done.len as usize).min(data.len());
+        if taken == 0 {
+            return Err(Error::WrongState("the process takes no input".into()));
+        }
+        data = &data[taken..];
+    }
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! A container and its processes as the host sees them: state, exit, streams.
+
+pub(crate) mod create;
+pub(crate) mod io;
+mod process;
+pub(crate) mod spec;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub(crate) use process::Process;
+pub use process::{Exit, ProcessRef, ProcessView, Status, Stdio};
+
+use crate::storage::rootfs::RootfsMount;
+use crate::{ContainerId, Error, ExecId};
+
+/// What containerd asks for with `Create`.
+#[derive(Debug, Clone)]
+pub struct ContainerSpec {
+    /// Its id.
+    pub id: ContainerId,
+    /// The folder with `config.json`.
+    pub bundle: PathBuf,
+    /// The root file system; empty means `root.path` of the specification.
+    pub rootfs: Vec<RootfsMount>,
+    /// Where its streams go.
+    pub stdio: Stdio,
+}
+
+/// What containerd asks for with `Exec`.
+#[derive(Debug, Clone)]
+pub struct ExecSpec {
+    /// The process to be.
+    pub process: ProcessRef,
+    /// As in `config.json`.
+    pub spec: oci_spec::runtime::Process,
+    /// Where its streams go.
+    pub stdio: Stdio,
+}
+
+/// A container that was made in the guest.
+#[derive(Debug)]
+pub(crate) struct Container {
+    pub(crate) bundle: PathBuf,
+    pub(crate) init: Arc<Process>,
+    execs: Mutex<HashMap<ExecId, Arc<Process>>>,
+    /// Names in the shared folder that go with it.
+    pub(crate) shared: Vec<String>,
+}
+
+impl Container {
+    pub(crate) fn new(bundle: PathBuf, init: Arc<Process>, shared: Vec<String>) -> Self {
+        Self { bundle, init, execs: Mutex::new(HashMap::new()), shared }
+    }
+
+    pub(crate) fn process(&self, of: &ProcessRef) -> Result<Arc<Process>, Error> {
+        match &of.exec {
+            None => Ok(Arc::clone(&self.init)),
+            Some(exec) => self
+                .execs
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .get(exec)
+                .cloned()
+                .ok_or_else(|| Error::NotFound(format!("process {exec} in container {}", of.container))),
+        }
+    }
+
+    pub(crate) fn add(&self, exec: ExecId, process: Arc<Process>) -> Result<(), Error> {
+        let mut execs = self.execs.lock().unwrap_or_else(PoisonError::into_inner);
+        if execs.contains_key(&exec) {
+            return Err(Error::Exists(format!("process {exec}")));
+        }
+        execs.insert(exec, process);
+        Ok(())
+    }
+
+    pub(crate) fn remove(&self, exec: &ExecId) {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner).remove(exec);
+    }
+
+    /// Init and execs.
+    pub(crate) fn all(&self) -> Vec<Arc<Process>> {
+        let execs = self.execs.lock().unwrap_or_else(PoisonError::into_inner);
+        std::iter::once(&self.init).chain(execs.values()).cloned().collect()
+    }
+}

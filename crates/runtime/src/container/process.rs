@@ -1,0 +1,209 @@
+//! One process: created → running ⇄ paused → stopped. Pure state; the calls are made by the sandbox.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
+
+use agent_api::oci;
+use tokio::sync::watch;
+
+use crate::{ContainerId, Error, ExecId};
+
+/// Names a process: a container's first, or an exec.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ProcessRef {
+    /// The container.
+    pub container: ContainerId,
+    /// `None` is the container's first process.
+    pub exec: Option<ExecId>,
+}
+
+impl ProcessRef {
+    /// The exec's id on the wire; the first process has the container's.
+    pub(crate) fn wire_exec(&self) -> String {
+        self.exec.as_ref().map_or_else(|| self.container.as_str(), ExecId::as_str).to_owned()
+    }
+}
+
+/// Where a process is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// Made, not yet started.
+    Created,
+    /// Runs.
+    Running,
+    /// Frozen with its container.
+    Paused,
+    /// Has ended.
+    Stopped,
+}
+
+/// Named pipes, or empty for none.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stdio {
+    /// Read by the process.
+    pub stdin: String,
+    /// Written by the process; everything, when there is a terminal.
+    pub stdout: String,
+    /// Written by the process.
+    pub stderr: String,
+    /// The process has a terminal.
+    pub terminal: bool,
+}
+
+/// How and when a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// Exit code, or 128 + signal.
+    pub status: u32,
+    /// When the host learnt of it.
+    pub at: SystemTime,
+}
+
+/// What `State` shows.
+#[derive(Debug, Clone)]
+pub struct ProcessView {
+    /// Where it is.
+    pub status: Status,
+    /// Set when it has ended.
+    pub exit: Option<Exit>,
+    /// Its streams.
+    pub stdio: Stdio,
+    /// The container's bundle.
+    pub bundle: std::path::PathBuf,
+}
+
+/// A process and how it may change.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) name: ProcessRef,
+    pub(crate) stdio: Stdio,
+    /// An exec's specification; the first process has the container's.
+    pub(crate) spec: Option<oci::Process>,
+    status: Mutex<Status>,
+    exit: watch::Sender<Option<Exit>>,
+    /// `true` when all output has been delivered.
+    drained: watch::Sender<bool>,
+    /// Ends the copying of its input.
+    pub(crate) close_stdin: tokio::sync::Notify,
+}
+
+impl Process {
+    pub(crate) fn new(name: ProcessRef, stdio: Stdio, spec: Option<oci::Process>) -> Self {
+        Self {
+            name,
+            stdio,
+            spec,
+            status: Mutex::new(Status::Created),
+            exit: watch::Sender::new(None),
+            drained: watch::Sender::new(false),
+            close_stdin: tokio::sync::Notify::new(),
+        }
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        *self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Goes to `to` if that is a step of the life.
+    pub(crate) fn advance(&self, to: Status) -> Result<(), Error> {
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        let allowed = matches!(
+            (*status, to),
+            (Status::Created, Status::Running)
+                | (Status::Running, Status::Paused)
+                | (Status::Paused, Status::Running)
+                | (_, Status::Stopped)
+        );
+        if !allowed {
+            let verb = match to {
+                Status::Running if *status == Status::Created => "start",
+                Status::Running => "start or resume",
+                Status::Paused => "pause",
+                _ => "change",
+            };
+            return Err(Error::WrongState(format!("cannot {verb} a {} process", status.name())));
+        }
+        *status = to;
+        Ok(())
+    }
+
+    /// Ends it, once; `false` when it had ended before.
+    pub(crate) fn ended(&self, status: u32) -> Option<Exit> {
+        let exit = Exit { status, at: SystemTime::now() };
+        let first = self.exit.send_if_modified(|slot| {
+            let first = slot.is_none();
+            if first {
+                *slot = Some(exit);
+            }
+            first
+        });
+        *self.status.lock().unwrap_or_else(PoisonError::into_inner) = Status::Stopped;
+        first.then_some(exit)
+    }
+
+    pub(crate) fn exit(&self) -> Option<Exit> {
+        *self.exit.borrow()
+    }
+
+    pub(crate) async fn wait(&self) -> Option<Exit> {
+        self.exit.subscribe().wait_for(Option::is_some).await.ok().and_then(|exit| *exit)
+    }
+
+    pub(crate) fn output_is_done(&self) {
+        self.drained.send_replace(true);
+    }
+
+    pub(crate) async fn output_done(&self) {
+        let _ = self.drained.subscribe().wait_for(|done| *done).await;
+    }
+}
+
+impl Status {
+    /// In messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn process() -> Process {
+        let container = ContainerId::try_from("c1").expect("an id");
+        Process::new(ProcessRef { container, exec: None }, Stdio::default(), None)
+    }
+
+    #[test]
+    fn a_process_ends_once() {
+        let process = process();
+        assert_eq!(process.ended(3).map(|exit| exit.status), Some(3));
+        assert_eq!(process.ended(4), None);
+        assert_eq!(process.exit().map(|exit| exit.status), Some(3));
+        process.advance(Status::Running).expect_err("ended");
+    }
+
+    proptest! {
+        #[test]
+        fn stopped_is_for_ever_and_created_is_only_first(steps in proptest::collection::vec(0..4u8, 0..20)) {
+            let process = process();
+            let mut seen = vec![process.status()];
+            for step in steps {
+                let to = [Status::Created, Status::Running, Status::Paused, Status::Stopped][step as usize];
+                let _ = process.advance(to);
+                seen.push(process.status());
+            }
+            for pair in seen.windows(2) {
+                prop_assert!(pair[0] != Status::Stopped || pair[1] == Status::Stopped);
+                prop_assert!(pair[1] != Status::Created || pair[0] == Status::Created);
+                prop_assert!(!(pair[0] == Status::Created && pair[1] == Status::Paused));
+            }
+        }
+    }
+}

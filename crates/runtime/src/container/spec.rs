@@ -1,0 +1,200 @@
+//! The host's specification → the guest's. Pure: what belongs to the host is taken out or refused here.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use agent_api::{oci, oci_convert};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use crate::{ContainerId, Error};
+
+/// Largest `config.json`, bytes. The biggest real ones, with long seccomp lists and hundreds of mounts, are near 200 KiB;
+/// the guest's protocol ends at 4 MiB.
+const CONFIG_LIMIT: u64 = 3 << 20;
+
+/// Reads `config.json` of a bundle.
+pub(crate) fn read(bundle: &Path) -> Result<Spec, Error> {
+    let path = bundle.join("config.json");
+    let mut text = Vec::new();
+    File::open(&path)
+        .and_then(|file| file.take(CONFIG_LIMIT + 1).read_to_end(&mut text))
+        .map_err(Error::host(path.display().to_string()))?;
+    if text.len() as u64 > CONFIG_LIMIT {
+        return Err(Error::Invalid(format!("{} is larger than {CONFIG_LIMIT} bytes: shorten it", path.display())));
+    }
+    let spec: Spec = serde_json::from_slice(&text)
+        .map_err(|error| Error::Invalid(format!("{} is not an OCI specification: {error}", path.display())))?;
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| Error::Invalid(format!("{} has no process: nothing to run", path.display())))?;
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(Error::Invalid(format!("{}: process.args must not be empty", path.display())));
+    }
+    Ok(spec)
+}
+
+/// What the agent gets. `root` is the rootfs in the guest.
+pub(crate) fn for_guest(
+    spec: &Spec,
+    id: &ContainerId,
+    root: String,
+    keep_seccomp: bool,
+) -> Result<(oci::Spec, bool), Error> {
+    let linux = spec.linux().as_ref();
+    let namespaces = linux.and_then(|linux| linux.namespaces().clone()).unwrap_or_default();
+    let namespace = |wanted| namespaces.iter().find(|namespace| namespace.typ() == wanted);
+    if namespace(LinuxNamespaceType::Network).is_none() {
+        return Err(Error::Unsupported(
+            "host network is not possible in a virtual machine: give the container a network namespace (no --net-host)"
+                .into(),
+        ));
+    }
+    if namespace(LinuxNamespaceType::Pid).is_none() {
+        return Err(Error::Unsupported(
+            "the host's processes cannot be shown in a virtual machine: give the container a PID namespace".into(),
+        ));
+    }
+    if let Some(hooks) = spec.hooks() {
+        #[allow(deprecated, reason = "prestart is deprecated in the specification and still used")]
+        let lists = [
+            hooks.prestart(),
+            hooks.create_runtime(),
+            hooks.create_container(),
+            hooks.start_container(),
+            hooks.poststart(),
+            hooks.poststop(),
+        ];
+        if lists.iter().any(|list| list.as_ref().is_some_and(|list| !list.is_empty())) {
+            return Err(Error::Unsupported("OCI hooks on the host are not supported yet: remove `hooks`".into()));
+        }
+    }
+    // a path means: another container's processes in the same pod
+    let shared_pids = namespace(LinuxNamespaceType::Pid).is_some_and(|namespace| namespace.path().is_some());
+
+    let mut guest = oci_convert::spec(spec)?;
+    guest.Annotations = oci_convert::guest_annotations(&guest.Annotations);
+    if let Some(rootfs) = guest.Root.as_mut() {
+        rootfs.Path = root;
+    }
+    if let Some(process) = guest.Process.as_mut() {
+        unlabel(process);
+    }
+    if let Some(linux) = guest.Linux.as_mut() {
+        // the VM is the network, cgroup and time namespace; the others are made in the guest
+        linux.Namespaces.retain(|namespace| {
+            !["network", "cgroup", "time"].contains(&namespace.Type.as_str())
+                && !(shared_pids && namespace.Type == "pid")
+        });
+        for namespace in &mut linux.Namespaces {
+            namespace.Path.clear();
+        }
+        linux.CgroupsPath = format!("/{id}");
+        linux.MountLabel.clear();
+        if !keep_seccomp {
+            linux.Seccomp.clear();
+        }
+        if let Some(resources) = linux.Resources.as_mut() {
+            for_guest_resources(resources)?;
+        }
+    }
+    Ok((guest, shared_pids))
+}
+
+/// Takes out what names the host's processors and devices.
+pub(crate) fn for_guest_resources(resources: &mut oci::LinuxResources) -> Result<(), Error> {
+    if let Some(cpu) = resources.CPU.as_mut()
+        && !(cpu.Cpus.is_empty() && cpu.Mems.is_empty())
+    {
+        tracing::warn!(
+            cpus = cpu.Cpus,
+            mems = cpu.Mems,
+            "cpuset names the host's processors: not applied in the guest"
+        );
+        cpu.Cpus.clear();
+        cpu.Mems.clear();
+    }
+    if let Some(block) = resources.BlockIO.as_ref() {
+        let devices = block.WeightDevice.len()
+            + block.ThrottleReadBpsDevice.len()
+            + block.ThrottleWriteBpsDevice.len()
+            + block.ThrottleReadIOPSDevice.len()
+            + block.ThrottleWriteIOPSDevice.len();
+        if devices > 0 {
+            return Err(Error::Unsupported(
+                "block I/O limits name the host's devices, which the guest does not have: remove them".into(),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Labels of the host's security modules mean nothing to the guest's kernel; the VM is the boundary.
+pub(crate) fn unlabel(process: &mut oci::Process) {
+    process.ApparmorProfile.clear();
+    process.SelinuxLabel.clear();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(namespaces: &serde_json::Value) -> Spec {
+        serde_json::from_value(serde_json::json!({
+            "ociVersion": "1.0.2",
+            "process": {"user": {"uid": 0, "gid": 0}, "args": ["x"], "cwd": "/", "apparmorProfile": "p"},
+            "root": {"path": "rootfs"},
+            "linux": {"namespaces": namespaces, "cgroupsPath": "/a/b", "seccomp": {"defaultAction": "SCMP_ACT_ALLOW"},
+                "resources": {"cpu": {"cpus": "7", "shares": 5}}}
+        }))
+        .expect("a specification")
+    }
+
+    fn id() -> ContainerId {
+        ContainerId::try_from("c1").expect("an id")
+    }
+
+    #[test]
+    fn the_hosts_part_is_taken_out() {
+        let spec = spec(&serde_json::json!([{"type": "pid"}, {"type": "network", "path": "/n"}, {"type": "mount"}]));
+        let (guest, shared_pids) = for_guest(&spec, &id(), "/r".into(), true).expect("converted");
+        assert!(!shared_pids);
+        let types: Vec<_> = guest.Linux.Namespaces.iter().map(|namespace| namespace.Type.as_str()).collect();
+        assert_eq!(types, ["pid", "mount"]);
+        assert_eq!((guest.Root.Path.as_str(), guest.Linux.CgroupsPath.as_str()), ("/r", "/c1"));
+        assert_eq!(guest.Process.ApparmorProfile, "");
+        assert!(guest.Linux.Resources.CPU.Cpus.is_empty() && guest.Linux.Resources.CPU.Shares == 5);
+        assert!(guest.Linux.Seccomp.is_some());
+        let (guest, _) = for_guest(&spec, &id(), "/r".into(), false).expect("converted");
+        assert!(guest.Linux.Seccomp.is_none());
+    }
+
+    #[test]
+    fn the_hosts_network_and_processes_are_refused() {
+        let error =
+            for_guest(&spec(&serde_json::json!([{"type": "pid"}])), &id(), "/r".into(), true).expect_err("host");
+        assert!(error.to_string().contains("host network"), "{error}");
+        let error =
+            for_guest(&spec(&serde_json::json!([{"type": "network"}])), &id(), "/r".into(), true).expect_err("host");
+        assert!(error.to_string().contains("PID"), "{error}");
+    }
+
+    #[test]
+    fn bad_bundles_are_named() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("config.json");
+        assert!(read(dir.path()).expect_err("missing").to_string().contains("config.json"));
+        for (text, part) in [
+            ("{", "not an OCI specification"),
+            (r#"{"ociVersion":"1.0.2"}"#, "no process"),
+            (r#"{"ociVersion":"1.0.2","process":{"user":{"uid":0,"gid":0},"args":[],"cwd":"/"}}"#, "process.args"),
+        ] {
+            std::fs::write(&path, text).expect("written");
+            let error = read(dir.path()).expect_err(part).to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        std::fs::write(&path, vec![b' '; 20 << 20]).expect("written");
+        assert!(read(dir.path()).expect_err("large").to_string().contains("larger"));
+    }
+}

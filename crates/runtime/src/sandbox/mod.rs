@@ -1,0 +1,446 @@
+//! The pod: one VM, its containers, and every question that the shim asks about them.
+
+mod start;
+mod stop;
+mod watch;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use agent_api::agent as api;
+use hypervisor::{Hypervisor, Vm};
+use tokio::sync::mpsc;
+
+use crate::agent_client::AgentClient;
+use crate::cleanup::RunDir;
+use crate::container::{Container, Process, create, io, spec};
+use crate::storage::share::Share;
+use crate::trace::Trace;
+use crate::{ContainerId, ContainerSpec, Error, ExecSpec, Exit, ProcessRef, ProcessView, Status};
+
+/// What a sandbox needs from outside.
+pub struct Env {
+    /// The parsed configuration.
+    pub config: config::Config,
+    /// The VMM driver.
+    pub hypervisor: Box<dyn Hypervisor>,
+}
+
+/// What is known before the first container.
+#[derive(Debug, Clone)]
+pub struct SandboxSpec {
+    /// The pod's id: its first container's.
+    pub id: ContainerId,
+    /// Where its run folder is to be.
+    pub run_dir: PathBuf,
+}
+
+/// Something happened that containerd wants to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A process ended.
+    Exit(ProcessRef, Exit),
+    /// The guest's kernel killed a process of the container for want of memory.
+    Oom(ContainerId),
+}
+
+/// A pod. Clones are handles on the same one.
+#[derive(Clone)]
+pub struct Sandbox(Arc<Inner>);
+
+struct Inner {
+    env: Env,
+    agent: AgentClient,
+    pid: u32,
+    containers: Mutex<HashMap<ContainerId, Slot>>,
+    events: mpsc::UnboundedSender<Event>,
+    /// What must be given back; taken by the stop.
+    host: tokio::sync::Mutex<Option<Host>>,
+}
+
+/// A container's place, taken before the container is made, so that of two equal creates one is refused.
+enum Slot {
+    Making,
+    Made(Arc<Container>),
+}
+
+/// The host's side of a running sandbox.
+struct Host {
+    vm: Box<dyn Vm>,
+    share: Share,
+    run: RunDir,
+}
+
+impl Sandbox {
+    /// Starts the VM and makes the pod's first container in it.
+    ///
+    /// # Errors
+    /// Whatever failed; nothing is left of the sandbox.
+    pub async fn start(
+        env: Env,
+        sandbox: SandboxSpec,
+        first: ContainerSpec,
+        events: mpsc::UnboundedSender<Event>,
+        trace: &Trace,
+    ) -> Result<Self, Error> {
+        start::start(env, sandbox, first, events, trace).await
+    }
+
+    /// The VMM's process id: what containerd gets for every process, since the guest's ids mean nothing on the host.
+    pub fn pid(&self) -> u32 {
+        self.0.pid
+    }
+
+    /// Makes another container.
+    ///
+    /// # Errors
+    /// [`Error::Exists`], or what the host or the guest refused; the sandbox stays as it was.
+    pub async fn create_container(&self, from: ContainerSpec) -> Result<(), Error> {
+        self.reserve(&from.id)?;
+        let made = self.make(&from).await;
+        let mut containers = self.containers();
+        match made {
+            Ok(container) => {
+                containers.insert(from.id, Slot::Made(Arc::new(container)));
+                Ok(())
+            }
+            Err(error) => {
+                containers.remove(&from.id);
+                Err(error)
+            }
+        }
+    }
+
+    async fn make(&self, from: &ContainerSpec) -> Result<Container, Error> {
+        let oci = spec::read(&from.bundle)?;
+        let keep_seccomp = !self.0.env.config.runtime.disable_guest_seccomp;
+        let host = self.0.host.lock().await;
+        let host = host.as_ref().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
+        let prepared = create::prepare(&host.share, from, &oci, keep_seccomp)?;
+        let limit = self.0.env.config.runtime.create_container_timeout;
+        create::create(&self.0.agent, from, prepared, limit).await
+    }
+
+    /// Starts a created process.
+    ///
+    /// # Errors
+    /// [`Error::WrongState`] unless it is created; or what the guest said.
+    pub async fn start_process(&self, name: &ProcessRef) -> Result<(), Error> {
+        let process = self.process(name)?;
+        if process.status() != Status::Created {
+            return Err(Error::WrongState(format!("cannot start a {} process", process.status().name())));
+        }
+        let pipes = io::Pipes::open(&process)?;
+        match &process.spec {
+            None => {
+                let request =
+                    api::StartContainerRequest { container_id: name.container.as_str().into(), ..Default::default() };
+                self.0
+                    .agent
+                    .call("starting the container", |client, context| async {
+                        client.start_container(context, &request).await
+                    })
+                    .await?;
+            }
+            Some(spec) => {
+                let request = api::ExecProcessRequest {
+                    container_id: name.container.as_str().into(),
+                    exec_id: name.wire_exec(),
+                    process: Some(spec.clone()).into(),
+                    ..Default::default()
+                };
+                self.0
+                    .agent
+                    .call("starting the process", |client, context| async {
+                        client.exec_process(context, &request).await
+                    })
+                    .await?;
+            }
+        }
+        process.advance(Status::Running)?;
+        io::start(&self.0.agent, &process, pipes);
+        watch::exit(&self.0, process);
+        Ok(())
+    }
+
+    /// Adds a process to a running container; it starts with [`Sandbox::start_process`].
+    ///
+    /// # Errors
+    /// [`Error::Exists`], [`Error::WrongState`] when the container does not run.
+    pub fn exec(&self, from: ExecSpec) -> Result<(), Error> {
+        let Some(exec) = from.process.exec.clone() else {
+            return Err(Error::Invalid("an exec needs an id".into()));
+        };
+        let container = self.container(&from.process.container)?;
+        if container.init.status() != Status::Running {
+            let state = container.init.status().name();
+            return Err(Error::WrongState(format!("cannot exec in a {state} container")));
+        }
+        if from.spec.args().as_ref().is_none_or(Vec::is_empty) {
+            return Err(Error::Invalid("process.args must not be empty".into()));
+        }
+        let mut wire = agent_api::oci_convert::process(&from.spec)?;
+        spec::unlabel(&mut wire);
+        wire.Terminal = from.stdio.terminal;
+        container.add(exec, Arc::new(Process::new(from.process, from.stdio, Some(wire))))
+    }
+
+    /// Sends a signal; `all` to every process of the container.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when it has ended.
+    pub async fn signal(&self, name: &ProcessRef, signal: u32, all: bool) -> Result<(), Error> {
+        let process = self.process(name)?;
+        match process.status() {
+            Status::Stopped => return Err(Error::NotFound("process already finished".into())),
+            // an exec that was not started has no process in the guest
+            Status::Created if name.exec.is_some() => {
+                return Err(Error::WrongState("cannot signal a created process".into()));
+            }
+            _ => {}
+        }
+        // on the wire an empty exec id with signal 9 means all
+        let exec_id = if all { String::new() } else { name.wire_exec() };
+        let request = api::SignalProcessRequest {
+            container_id: name.container.as_str().into(),
+            exec_id,
+            signal,
+            ..Default::default()
+        };
+        self.0
+            .agent
+            .call("sending a signal", |client, context| async { client.signal_process(context, &request).await })
+            .await?;
+        // a container that was never started has nobody who waits for it
+        if process.status() == Status::Created {
+            watch::exit(&self.0, process);
+        }
+        Ok(())
+    }
+
+    /// Waits until the process has ended.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub async fn wait(&self, name: &ProcessRef) -> Result<Exit, Error> {
+        let process = self.process(name)?;
+        process.wait().await.ok_or_else(|| Error::NotFound(format!("process of {}", name.container)))
+    }
+
+    /// Where a process is.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub fn view(&self, name: &ProcessRef) -> Result<ProcessView, Error> {
+        let container = self.container(&name.container)?;
+        let process = container.process(name)?;
+        Ok(ProcessView {
+            status: process.status(),
+            exit: process.exit(),
+            stdio: process.stdio.clone(),
+            bundle: container.bundle.clone(),
+        })
+    }
+
+    /// Takes an ended (or never started) process away. With the last container the whole sandbox goes.
+    ///
+    /// # Errors
+    /// [`Error::WrongState`] while it runs.
+    pub async fn delete(&self, name: &ProcessRef) -> Result<Option<Exit>, Error> {
+        let container = self.container(&name.container)?;
+        let process = container.process(name)?;
+        if matches!(process.status(), Status::Running | Status::Paused) {
+            return Err(Error::WrongState(format!("cannot delete a {} process", process.status().name())));
+        }
+        if process.exit().is_some() {
+            // what was written before the exit is delivered before the process is forgotten
+            process.output_done().await;
+        }
+        match &name.exec {
+            Some(exec) => container.remove(exec),
+            None => self.remove_container(&container, &name.container).await?,
+        }
+        Ok(process.exit())
+    }
+
+    async fn remove_container(&self, container: &Container, id: &ContainerId) -> Result<(), Error> {
+        let last = {
+            let containers = self.containers();
+            containers.keys().all(|other| other == id)
+        };
+        if last {
+            self.stop().await?;
+        } else {
+            let request = api::RemoveContainerRequest { container_id: id.as_str().into(), ..Default::default() };
+            self.0
+                .agent
+                .call("removing the container", |client, context| async {
+                    client.remove_container(context, &request).await
+                })
+                .await?;
+            if let Some(host) = self.0.host.lock().await.as_ref() {
+                create::release(&host.share, &container.shared);
+            }
+        }
+        self.containers().remove(id);
+        Ok(())
+    }
+
+    /// Ends the VM and gives everything back to the host. Idempotent.
+    ///
+    /// # Errors
+    /// Something could not be given back; the rest was.
+    pub async fn stop(&self) -> Result<(), Error> {
+        stop::stop(&self.0).await
+    }
+
+    /// No container is left.
+    pub fn is_empty(&self) -> bool {
+        self.containers().is_empty()
+    }
+
+    /// Freezes a container.
+    ///
+    /// # Errors
+    /// [`Error::WrongState`] unless it runs.
+    pub async fn pause(&self, id: &ContainerId) -> Result<(), Error> {
+        let container = self.container(id)?;
+        if container.init.status() != Status::Running {
+            return Err(Error::WrongState(format!("cannot pause a {} container", container.init.status().name())));
+        }
+        let request = api::PauseContainerRequest { container_id: id.as_str().into(), ..Default::default() };
+        self.0
+            .agent
+            .call("pausing", |client, context| async { client.pause_container(context, &request).await })
+            .await?;
+        container.init.advance(Status::Paused)
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// [`Error::WrongState`] unless it is paused.
+    pub async fn resume(&self, id: &ContainerId) -> Result<(), Error> {
+        let container = self.container(id)?;
+        if container.init.status() != Status::Paused {
+            return Err(Error::WrongState(format!("cannot resume a {} container", container.init.status().name())));
+        }
+        let request = api::ResumeContainerRequest { container_id: id.as_str().into(), ..Default::default() };
+        self.0
+            .agent
+            .call("resuming", |client, context| async { client.resume_container(context, &request).await })
+            .await?;
+        container.init.advance(Status::Running)
+    }
+
+    /// The container's processes, by their ids in the guest.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or what the guest said.
+    pub async fn pids(&self, id: &ContainerId) -> Result<Vec<u32>, Error> {
+        self.container(id)?;
+        let request =
+            api::ListProcessesRequest { container_id: id.as_str().into(), format: "json".into(), ..Default::default() };
+        let answer = self
+            .0
+            .agent
+            .call("listing processes", |client, context| async { client.list_processes(context, &request).await })
+            .await?;
+        serde_json::from_slice(&answer.process_list)
+            .map_err(|error| Error::Invalid(format!("the guest's process list: {error}")))
+    }
+
+    /// What the container uses.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or what the guest said.
+    pub async fn stats(&self, id: &ContainerId) -> Result<api::StatsContainerResponse, Error> {
+        self.container(id)?;
+        let request = api::StatsContainerRequest { container_id: id.as_str().into(), ..Default::default() };
+        self.0
+            .agent
+            .call("reading statistics", |client, context| async { client.stats_container(context, &request).await })
+            .await
+    }
+
+    /// Changes a container's limits.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], a limit that the guest cannot keep, or what the guest said.
+    pub async fn update(&self, id: &ContainerId, limits: &oci_spec::runtime::LinuxResources) -> Result<(), Error> {
+        self.container(id)?;
+        let mut resources = agent_api::oci_convert::resources(limits)?;
+        spec::for_guest_resources(&mut resources)?;
+        let request = api::UpdateContainerRequest {
+            container_id: id.as_str().into(),
+            resources: Some(resources).into(),
+            ..Default::default()
+        };
+        self.0
+            .agent
+            .call("updating limits", |client, context| async { client.update_container(context, &request).await })
+            .await
+            .map(drop)
+    }
+
+    /// Sets a terminal's size, characters.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or what the guest said.
+    pub async fn resize(&self, name: &ProcessRef, width: u32, height: u32) -> Result<(), Error> {
+        let process = self.process(name)?;
+        if process.status() == Status::Stopped {
+            return Ok(());
+        }
+        let request = api::TtyWinResizeRequest {
+            container_id: name.container.as_str().into(),
+            exec_id: name.wire_exec(),
+            row: height,
+            column: width,
+            ..Default::default()
+        };
+        self.0
+            .agent
+            .call("resizing the terminal", |client, context| async { client.tty_win_resize(context, &request).await })
+            .await
+            .map(drop)
+    }
+
+    /// No more input for the process than what is in its pipe.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub fn close_stdin(&self, name: &ProcessRef) -> Result<(), Error> {
+        self.process(name)?.close_stdin.notify_one();
+        Ok(())
+    }
+
+    fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<ContainerId, Slot>> {
+        self.0.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reserve(&self, id: &ContainerId) -> Result<(), Error> {
+        let mut containers = self.containers();
+        if containers.contains_key(id) {
+            return Err(Error::Exists(format!("container {id}")));
+        }
+        containers.insert(id.clone(), Slot::Making);
+        Ok(())
+    }
+
+    fn container(&self, id: &ContainerId) -> Result<Arc<Container>, Error> {
+        match self.containers().get(id) {
+            Some(Slot::Made(container)) => Ok(Arc::clone(container)),
+            _ => Err(Error::NotFound(format!("container {id}"))),
+        }
+    }
+
+    fn process(&self, name: &ProcessRef) -> Result<Arc<Process>, Error> {
+        self.container(&name.container)?.process(name)
+    }
+}
+
+/// How long the guest may take to write its caches back before its VM is ended.
+const GOODBYE: Duration = Duration::from_secs(5);

@@ -1,0 +1,174 @@
+//! The start of a pod, step by step: the table of contents of a create request.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use agent_api::agent as api;
+use agent_api::{paths, ports};
+use hypervisor::{Boot, Channel, SharedDir, VmSpec};
+use oci_spec::runtime::Spec;
+use tokio::sync::mpsc;
+
+use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, watch};
+use crate::agent_client::{AgentClient, VmWatch};
+use crate::cleanup::RunDir;
+use crate::container::{ContainerSpec, create, spec};
+use crate::storage::share::Share;
+use crate::trace::Trace;
+use crate::{Error, sizing};
+
+pub(super) async fn start(
+    env: Env,
+    sandbox: SandboxSpec,
+    first: ContainerSpec,
+    events: mpsc::UnboundedSender<Event>,
+    trace: &Trace,
+) -> Result<Sandbox, Error> {
+    // everything that can be refused is refused before anything is made
+    let oci = spec::read(&first.bundle)?;
+    let mut run = RunDir::create(&sandbox.run_dir, &first.bundle)
+        .map_err(Error::host(format!("run folder {}", sandbox.run_dir.display())))?;
+    match boot(&env, &sandbox, &first, &oci, &mut run, trace).await {
+        Ok((vm, share, agent, container)) => {
+            let pid = vm.pid();
+            let containers = HashMap::from([(first.id.clone(), Slot::Made(Arc::new(container)))]);
+            let inner = Arc::new(Inner {
+                env,
+                agent,
+                pid,
+                containers: Mutex::new(containers),
+                events,
+                host: tokio::sync::Mutex::new(Some(Host { vm, share, run })),
+            });
+            watch::virtiofsd(&inner).await;
+            watch::memory(&inner);
+            trace.step("created");
+            Ok(Sandbox(inner))
+        }
+        Err(error) => {
+            if let Ok(Err(left)) = tokio::task::spawn_blocking(move || run.undo()).await {
+                tracing::error!(error = %left, "cleaning after a failed start");
+            }
+            Err(error)
+        }
+    }
+}
+
+type Booted = (Box<dyn hypervisor::Vm>, Share, AgentClient, crate::container::Container);
+
+async fn boot(
+    env: &Env,
+    sandbox: &SandboxSpec,
+    first: &ContainerSpec,
+    oci: &Spec,
+    run: &mut RunDir,
+    trace: &Trace,
+) -> Result<Booted, Error> {
+    let config = &env.config.hypervisor;
+    let (share, socket) = Share::start(config, run)?;
+    trace.step("virtiofsd-started");
+    let mut vm = env.hypervisor.launch(vm_spec(env, sandbox, oci, socket)).await?;
+    run.push(crate::cleanup::Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
+    trace.step("vmm-started");
+
+    // while the guest boots
+    let keep_seccomp = !env.config.runtime.disable_guest_seccomp;
+    let prepared = create::prepare(&share, first, oci, keep_seccomp)?;
+    trace.step("rootfs-ready");
+
+    let vm_watch = VmWatch::new(vm.as_ref());
+    let channel = vm.take_channel().ok_or_else(|| Error::Unsupported("the VM has no serial channel".into()))?;
+    let guest = async {
+        let agent = AgentClient::over_serial(
+            channel,
+            vm_watch,
+            env.config.agent.dial_timeout,
+            env.config.agent.request_timeout,
+        )
+        .await?;
+        trace.step("agent-ready");
+        tokio::try_join!(create_sandbox(&agent, sandbox, oci), set_clock(&agent))?;
+        trace.step("sandbox-created");
+        let limit = env.config.runtime.create_container_timeout;
+        let container = create::create(&agent, first, prepared, limit).await?;
+        trace.step("container-created");
+        Ok::<_, Error>((agent, container))
+    };
+    let mut daemon = share.daemon.exit();
+    let (agent, container) = tokio::select! {
+        biased;
+        made = guest => made?,
+        end = daemon.wait_for(Option::is_some) => {
+            let reason = end.ok().and_then(|end| end.as_ref().map(ToString::to_string)).unwrap_or_default();
+            return Err(Error::VmGone { what: "starting the guest".into(), reason, console: String::new() });
+        }
+    };
+    Ok((vm, share, agent, container))
+}
+
+fn vm_spec(env: &Env, sandbox: &SandboxSpec, oci: &Spec, socket: OwnedFd) -> VmSpec {
+    let config = &env.config.hypervisor;
+    let log = if env.config.agent.enable_debug { "debug" } else { "info" };
+    let kernel_params = format!(
+        "agent.server_addr=serial://{} agent.log={log} cgroup_no_v1=all {}",
+        ports::AGENT_SERIAL,
+        config.kernel_params
+    );
+    VmSpec {
+        id: sandbox.id.as_str().into(),
+        boot: Boot {
+            kernel: config.kernel.clone(),
+            initrd: config.initrd.clone().unwrap_or_default(),
+            kernel_params: kernel_params.trim_end().into(),
+        },
+        size: sizing::plan(config, oci),
+        channel: Channel::Serial { port: ports::AGENT_SERIAL },
+        shared_dirs: vec![SharedDir { tag: paths::SHARE_TAG, socket, queue_size: config.virtio_fs_queue_size }],
+        entropy_source: config.entropy_source.clone(),
+        debug: config.enable_debug || env.config.agent.enable_debug,
+    }
+}
+
+async fn create_sandbox(agent: &AgentClient, sandbox: &SandboxSpec, oci: &Spec) -> Result<(), Error> {
+    let share = api::Storage {
+        driver: "virtio-fs".into(),
+        source: paths::SHARE_TAG.into(),
+        fstype: "virtiofs".into(),
+        mount_point: paths::SHARED.into(),
+        ..Default::default()
+    };
+    let request = api::CreateSandboxRequest {
+        hostname: oci.hostname().clone().unwrap_or_default(),
+        sandbox_id: sandbox.id.as_str().into(),
+        storages: vec![share],
+        ..Default::default()
+    };
+    agent
+        .call("creating the sandbox", |client, context| async { client.create_sandbox(context, &request).await })
+        .await
+        .map(drop)
+}
+
+/// The guest's clock starts from a clock chip that counts whole seconds.
+async fn set_clock(agent: &AgentClient) -> Result<(), Error> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let request = api::SetGuestDateTimeRequest {
+        Sec: now.as_secs() as i64,
+        Usec: i64::from(now.subsec_micros()),
+        ..Default::default()
+    };
+    agent
+        .call("setting the guest's clock", |client, context| async {
+            client.set_guest_date_time(context, &request).await
+        })
+        .await
+        .map(drop)
+}
+
+/// Where the sandbox `id` of containerd's `namespace` keeps its run folder.
+pub fn run_dir(root: &Path, namespace: &str, id: &crate::ContainerId) -> std::path::PathBuf {
+    root.join(namespace).join(id.as_str())
+}

@@ -1,0 +1,110 @@
+//! What is waited for while a pod lives: the end of processes, of the VM, of virtiofsd, and want of memory.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_api::agent as api;
+
+use super::{Event, Inner, Slot};
+use crate::container::Process;
+use crate::{ContainerId, Error};
+
+/// Exit status of a process whose VM is gone (what containerd uses when it does not know).
+const LOST: u32 = 255;
+
+/// Waits for the end of `process` and tells it. The end of the VM is the end of every process in it.
+pub(super) fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
+    let inner = Arc::clone(inner);
+    tokio::spawn(async move {
+        let request = api::WaitProcessRequest {
+            container_id: process.name.container.as_str().into(),
+            exec_id: process.name.wire_exec(),
+            ..Default::default()
+        };
+        let answer = inner
+            .agent
+            .call_within("waiting for the process", None, |client, context| async {
+                client.wait_process(context, &request).await
+            })
+            .await;
+        let status = match answer {
+            Ok(answer) => answer.status as u32,
+            Err(error) => {
+                tracing::error!(container = %process.name.container, %error, "the process is lost");
+                LOST
+            }
+        };
+        if let Some(exit) = process.ended(status) {
+            let _ = inner.events.send(Event::Exit(process.name.clone(), exit));
+        }
+        if process.name.exec.is_none() {
+            end_execs(&inner, &process.name.container).await;
+        }
+    });
+}
+
+/// With a container's first process its others end; each has its own waiter, except those that were never started.
+async fn end_execs(inner: &Arc<Inner>, id: &ContainerId) {
+    let container = {
+        let containers = inner.containers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match containers.get(id) {
+            Some(Slot::Made(container)) => Arc::clone(container),
+            _ => return,
+        }
+    };
+    for process in container.all() {
+        if process.status() == crate::Status::Created {
+            process.ended(LOST);
+            process.output_is_done();
+        }
+    }
+}
+
+/// A pod cannot live without its files: with virtiofsd the VM ends.
+pub(super) async fn virtiofsd(inner: &Arc<Inner>) {
+    let Some(mut daemon) = inner.host.lock().await.as_ref().map(|host| host.share.daemon.exit()) else { return };
+    let inner = Arc::downgrade(inner);
+    tokio::spawn(async move {
+        let reason = match daemon.wait_for(Option::is_some).await {
+            Ok(end) => end.as_ref().map(ToString::to_string).unwrap_or_default(),
+            Err(_) => return,
+        };
+        let Some(inner) = inner.upgrade() else { return };
+        // a normal stop has taken the host's side already
+        if let Some(host) = inner.host.lock().await.as_mut() {
+            tracing::error!(reason, "virtiofsd is gone: ending the virtual machine");
+            if let Err(error) = host.vm.stop(Duration::ZERO).await {
+                tracing::error!(%error, "ending the virtual machine");
+            }
+        }
+    });
+}
+
+/// Asks the agent again and again for containers that were hit by the guest's out-of-memory killer (a long poll).
+pub(super) fn memory(inner: &Arc<Inner>) {
+    let (agent, events) = (inner.agent.clone(), inner.events.clone());
+    tokio::spawn(async move {
+        loop {
+            let request = api::GetOOMEventRequest::new();
+            let answer = agent
+                .call_within("waiting for want of memory", None, |client, context| async {
+                    client.get_oom_event(context, &request).await
+                })
+                .await;
+            match answer {
+                Ok(hit) => {
+                    let Ok(id) = ContainerId::try_from(hit.container_id.as_str()) else { continue };
+                    if events.send(Event::Oom(id)).is_err() {
+                        return;
+                    }
+                }
+                // an agent without the call, or the end of the sandbox
+                Err(Error::Agent { .. } | Error::VmGone { .. }) => return,
+                Err(error) => {
+                    tracing::debug!(%error, "out-of-memory events");
+                    return;
+                }
+            }
+        }
+    });
+}

@@ -1,0 +1,5 @@
+//! What a pod's containers see of the host's files.
+
+pub(crate) mod rootfs;
+pub(crate) mod share;
+pub(crate) mod volume;

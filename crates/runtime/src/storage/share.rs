@@ -1,0 +1,123 @@
+//! The pod's shared folder and the virtiofsd that serves it.
+//!
+//! Two views of one folder: the shim mounts into `mounts`; virtiofsd serves `shared`, a read-only slave of it. So the
+//! guest cannot make anything between the mount points, where the shim works by path, and what is mounted later appears
+//! by propagation (mount_namespaces(7)).
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use hypervisor::helper::Helper;
+use nix::mount::{MsFlags, mount};
+
+use crate::Error;
+use crate::cleanup::{RunDir, Step};
+
+/// A served folder.
+#[derive(Debug)]
+pub(crate) struct Share {
+    mounts: PathBuf,
+    /// The daemon.
+    pub(crate) daemon: Helper,
+}
+
+impl Share {
+    /// Makes the two views and starts the daemon; returns the VMM's connection to it too.
+    pub(crate) fn start(config: &config::Hypervisor, run: &mut RunDir) -> Result<(Self, OwnedFd), Error> {
+        let mounts = run.path().join("mounts");
+        let shared = run.path().join("shared");
+        for folder in [&mounts, &shared] {
+            for step in [Step::Staging(folder.clone()), Step::Mounts(folder.clone())] {
+                run.push(step).map_err(Error::host("the undo journal"))?;
+            }
+            fs::DirBuilder::new().mode(0o755).create(folder).map_err(Error::host(folder.display().to_string()))?;
+        }
+        bind(&mounts, &mounts)?;
+        flags(&mounts, MsFlags::MS_PRIVATE)?;
+        flags(&mounts, MsFlags::MS_SHARED)?;
+        bind(&mounts, &shared)?;
+        flags(&shared, MsFlags::MS_SLAVE)?;
+        flags(&shared, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY)?;
+
+        let socket = run.path().join("virtiofsd.sock");
+        // it listens before the daemon exists, so nobody waits for a path to appear
+        let listener = UnixListener::bind(&socket).map_err(Error::host(socket.display().to_string()))?;
+        let connection = UnixStream::connect(&socket).map_err(Error::host(socket.display().to_string()))?;
+        fs::remove_file(&socket).map_err(Error::host(socket.display().to_string()))?;
+
+        let program = daemon_path(config)?;
+        let listener = OwnedFd::from(listener);
+        let args = arguments(&program, config, &shared, &listener);
+        let daemon = Helper::spawn("virtiofsd", "virtio_fs_daemon", &program, &args, &[listener])?;
+        run.push(Step::process(daemon.pid())).map_err(Error::host("the undo journal"))?;
+        Ok((Self { mounts, daemon }, connection.into()))
+    }
+
+    /// Where `name` is to be mounted on the host.
+    pub(crate) fn host_path(&self, name: &str) -> PathBuf {
+        self.mounts.join(name)
+    }
+}
+
+/// Where the guest finds it.
+pub(crate) fn guest_path(name: &str) -> String {
+    format!("{}/{name}", agent_api::paths::SHARED)
+}
+
+fn daemon_path(config: &config::Hypervisor) -> Result<PathBuf, Error> {
+    const USUAL: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd"];
+    if let Some(path) = &config.virtio_fs_daemon {
+        return Ok(path.clone());
+    }
+    USUAL.iter().map(PathBuf::from).find(|path| path.is_file()).ok_or_else(|| {
+        Error::Unsupported(format!(
+            "virtiofsd not found in {}: install qemu-system-common or virtiofsd, or set `virtio_fs_daemon` in \
+             configuration.toml",
+            USUAL.join(", ")
+        ))
+    })
+}
+
+/// QEMU's own C daemon takes `-o` lists, the Rust one long options; they are told apart by where they come from.
+fn arguments(program: &Path, config: &config::Hypervisor, shared: &Path, listener: &OwnedFd) -> Vec<String> {
+    use std::os::fd::AsRawFd;
+    let cache = config.virtio_fs_cache.as_str();
+    let fd = listener.as_raw_fd();
+    let is_c = program.components().any(|part| part.as_os_str() == "qemu");
+    let mut args = if is_c {
+        // the C daemon has no "never" and "metadata"
+        let cache = match cache {
+            "never" | "metadata" => "none",
+            other => other,
+        };
+        let options = format!("source={},cache={cache},sandbox=namespace,announce_submounts,xattr", shared.display());
+        vec![format!("--fd={fd}"), "-f".into(), "-o".into(), options]
+    } else {
+        vec![
+            format!("--fd={fd}"),
+            format!("--shared-dir={}", shared.display()),
+            format!("--cache={cache}"),
+            "--sandbox=namespace".into(),
+            "--announce-submounts".into(),
+            "--xattr".into(),
+        ]
+    };
+    args.extend(config.virtio_fs_extra_args.iter().cloned());
+    args
+}
+
+fn bind(from: &Path, to: &Path) -> Result<(), Error> {
+    mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(Error::host(format!(
+        "bind mount of {} on {}",
+        from.display(),
+        to.display()
+    )))
+}
+
+fn flags(at: &Path, flags: MsFlags) -> Result<(), Error> {
+    mount(None::<&str>, at, None::<&str>, flags, None::<&str>)
+        .map_err(Error::host(format!("mount flags {flags:?} of {}", at.display())))
+}

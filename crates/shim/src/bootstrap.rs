@@ -1,0 +1,177 @@
+//! `start`: one server process a pod, listening before containerd is told where. `delete`: what a dead server left.
+#![allow(unsafe_code, reason = "the inherited socket is taken over by its number")]
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::protobuf::{Message, MessageField, well_known_types::timestamp::Timestamp};
+use runtime::{ContainerId, cleanup};
+use sha2::{Digest, Sha256};
+
+use crate::args::Args;
+use crate::handshake;
+
+/// Sandboxes' run folders, by containerd namespace.
+pub(crate) const RUN_ROOT: &str = "/run/kata-containers/sandboxes";
+/// Where containerd's shims have their sockets.
+const SOCKET_DIR: &str = "/run/containerd/s";
+/// The server inherits its listening socket under this number.
+const SOCKET_FD: i32 = 3;
+
+/// The namespace and id as path-safe names, and the run folder that they make.
+pub(crate) fn run_dir(args: &Args) -> Result<(ContainerId, PathBuf)> {
+    let id = ContainerId::try_from(args.id.as_str())?;
+    let namespace = ContainerId::try_from(args.namespace.as_str()).context("containerd's namespace")?;
+    Ok((id.clone(), Path::new(RUN_ROOT).join(namespace.as_str()).join(id.as_str())))
+}
+
+/// Starts a server for the pod, or finds the one that serves it; writes the answer for containerd on stdout.
+pub(crate) fn start(args: &Args) -> Result<()> {
+    let (id, run_dir) = run_dir(args)?;
+    let bundle = std::env::current_dir().context("the bundle")?;
+    let handshake = handshake::read(&args.id, &args.namespace)?;
+    let group = sandbox_of(&bundle)?.unwrap_or_else(|| id.as_str().to_owned());
+    let path = socket_path(args, &group);
+    let address = format!("unix://{}", path.display());
+
+    if group == id.as_str() {
+        make_room(&run_dir, &bundle)?;
+        let listener = listen(&path)?;
+        let outcome = spawn_server(args, &listener, &handshake.ttrpc_address).and_then(|pid| {
+            fs::write("shim.pid", pid.to_string()).context("shim.pid")?;
+            fs::write("address", &address).context("address")
+        });
+        if let Err(error) = outcome {
+            let _ = fs::remove_file(&path);
+            return Err(error);
+        }
+    } else {
+        // a container of a pod that runs: its server is the pod's
+        UnixStream::connect(&path).with_context(|| format!("the shim of sandbox {group} does not answer"))?;
+        fs::write("address", &address).context("address")?;
+    }
+    let mut stdout = std::io::stdout();
+    stdout.write_all(&handshake.answer(&address)?)?;
+    stdout.flush().context("answering containerd")
+}
+
+/// After the server is gone: undoes what it left, and tells containerd an exit status.
+pub(crate) fn delete(args: &Args) -> Result<()> {
+    let (id, run_dir) = run_dir(args)?;
+    let bundle = if args.bundle.is_empty() { std::env::current_dir()? } else { PathBuf::from(&args.bundle) };
+    let group = sandbox_of(&bundle).ok().flatten().unwrap_or_else(|| id.as_str().to_owned());
+    if group == id.as_str() {
+        // containerd deletes only what it has given up; a server that still runs is stuck, or was never connected to
+        cleanup::evict(&run_dir).with_context(|| format!("cleaning {}", run_dir.display()))?;
+        let _ = fs::remove_file(socket_path(args, &group));
+    }
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let response = DeleteResponse {
+        exit_status: 128 + 9,
+        exited_at: MessageField::some(Timestamp {
+            seconds: now.as_secs() as i64,
+            nanos: now.subsec_nanos() as i32,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    std::io::stdout().write_all(&response.write_to_bytes()?).context("answering containerd")
+}
+
+/// The listening socket that `start` made.
+pub(crate) fn inherited_listener() -> Result<UnixListener> {
+    // SAFETY: `start` put the socket there for this process alone, and this is called once, first of all.
+    let listener = unsafe { UnixListener::from_raw_fd(SOCKET_FD) };
+    listener.local_addr().context("no socket was inherited: this program is started by containerd")?;
+    listener.set_nonblocking(true)?;
+    nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+    Ok(listener)
+}
+
+/// A start that follows a broken one finds a clean host; a sandbox that lives elsewhere is left alone.
+fn make_room(run_dir: &Path, bundle: &Path) -> Result<()> {
+    if !run_dir.exists() {
+        return Ok(());
+    }
+    match cleanup::owner(run_dir) {
+        Some(owner) if owner.bundle == bundle => cleanup::evict(run_dir),
+        _ => cleanup::clean(run_dir),
+    }
+    .with_context(|| format!("a sandbox of this name is still there: {}", run_dir.display()))
+}
+
+fn listen(path: &Path) -> Result<UnixListener> {
+    if UnixStream::connect(path).is_ok() {
+        bail!("another shim serves {}: delete its task first", path.display());
+    }
+    // nobody answers, so it is a dead shim's
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| path.display().to_string());
+        }
+        _ => {}
+    }
+    fs::create_dir_all(SOCKET_DIR).context(SOCKET_DIR)?;
+    let listener = UnixListener::bind(path).with_context(|| path.display().to_string())?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).with_context(|| path.display().to_string())?;
+    Ok(listener)
+}
+
+fn spawn_server(args: &Args, listener: &UnixListener, ttrpc_address: &str) -> Result<u32> {
+    let socket = listener.as_raw_fd();
+    let mut command = Command::new(std::env::current_exe().context("this program")?);
+    command
+        .args(["-namespace", &args.namespace, "-id", &args.id, "-address", &args.address])
+        .env("TTRPC_ADDRESS", ttrpc_address)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(crate::logger::open().map_or_else(|_| Stdio::null(), Stdio::from))
+        .process_group(0);
+    if args.debug {
+        command.arg("-debug");
+    }
+    // SAFETY: dup2 and fcntl are async-signal-safe; the descriptor is open until the spawn returns.
+    unsafe {
+        command.pre_exec(move || {
+            // dup2 onto itself would leave close-on-exec set
+            let result =
+                if socket == SOCKET_FD { libc::fcntl(socket, libc::F_SETFD, 0) } else { libc::dup2(socket, SOCKET_FD) };
+            if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+        });
+    }
+    Ok(command.spawn().context("starting the shim's server")?.id())
+}
+
+/// As containerd's own shims name theirs: a hash of everything that tells two pods apart.
+pub(crate) fn socket_path(args: &Args, group: &str) -> PathBuf {
+    let digest = Sha256::digest(format!("{}/{}/{group}", args.address, args.namespace));
+    let name = digest.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
+    Path::new(SOCKET_DIR).join(name)
+}
+
+/// The pod that the bundle's container belongs to, when it is not the pod's first (CRI annotations).
+fn sandbox_of(bundle: &Path) -> Result<Option<String>> {
+    const KINDS: [(&str, &str); 2] = [
+        ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
+        ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
+    ];
+    // a broken or overlong file gets its error from `Create`, which can tell the user
+    let Ok(text) = fs::read(bundle.join("config.json")) else { return Ok(None) };
+    let Ok(spec) = serde_json::from_slice::<serde_json::Value>(&text) else { return Ok(None) };
+    let annotation = |key| spec.pointer("/annotations").and_then(|all| all.get(key)).and_then(|value| value.as_str());
+    for (kind, sandbox) in KINDS {
+        if annotation(kind) == Some("container") {
+            let id = annotation(sandbox).with_context(|| format!("annotation {sandbox} is missing"))?;
+            return Ok(Some(ContainerId::try_from(id)?.as_str().to_owned()));
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,258 @@
+//! containerd's messages ⇄ the runtime's types, and nothing else.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use containerd_shim_protos::api::{ExecProcessRequest, Status as WireStatus, UpdateTaskRequest};
+use containerd_shim_protos::cgroups::metrics::{
+    BlkIOEntry, BlkIOStat, CPUStat, CPUUsage, HugetlbStat, MemoryEntry, MemoryStat, Metrics, PidsStat, Throttle,
+};
+use containerd_shim_protos::cgroups_v2::metrics as v2;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use containerd_shim_protos::protobuf::{Message, MessageField, MessageFull};
+use containerd_shim_protos::ttrpc::{self, Code};
+use runtime::agent_api::agent as api;
+use runtime::{ContainerId, Error, ExecId, ProcessRef, Status};
+
+pub(crate) type Rpc<T> = ttrpc::Result<T>;
+
+/// What containerd shall see of an error: the code decides what clients do, the text is what a person reads.
+pub(crate) fn status(error: &Error) -> ttrpc::Error {
+    let code = match error {
+        Error::NotFound(_) => Code::NOT_FOUND,
+        Error::Exists(_) => Code::ALREADY_EXISTS,
+        Error::WrongState(_) => Code::FAILED_PRECONDITION,
+        Error::Invalid(_) | Error::Config(_) => Code::INVALID_ARGUMENT,
+        Error::Unsupported(_) => Code::UNIMPLEMENTED,
+        Error::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
+        Error::Agent { code, .. } => *code,
+        _ => Code::UNKNOWN,
+    };
+    rpc_error(code, error.to_string())
+}
+
+pub(crate) fn rpc_error(code: Code, text: impl Into<String>) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, text.into()))
+}
+
+/// Names a process as the Task API does: an empty exec id is the container's first.
+pub(crate) fn process(container: &str, exec: &str) -> Rpc<ProcessRef> {
+    let container = ContainerId::try_from(container).map_err(|error| status(&error))?;
+    let exec = match exec {
+        "" => None,
+        exec => Some(ExecId::try_from(exec).map_err(|error| status(&error))?),
+    };
+    Ok(ProcessRef { container, exec })
+}
+
+pub(crate) fn timestamp(at: SystemTime) -> Timestamp {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp { seconds: since.as_secs() as i64, nanos: since.subsec_nanos() as i32, ..Default::default() }
+}
+
+pub(crate) fn wire_status(status: Status) -> WireStatus {
+    match status {
+        Status::Created => WireStatus::CREATED,
+        Status::Running => WireStatus::RUNNING,
+        Status::Paused => WireStatus::PAUSED,
+        Status::Stopped => WireStatus::STOPPED,
+    }
+}
+
+/// The configuration file that the runtime's options name. Field 2 in `runtimeoptions.v1.Options`, and in the older
+/// `cri.runtimeoptions.v1.Options`; runc's options are passed over.
+pub(crate) fn config_path(options: Option<&Any>) -> Option<String> {
+    let any = options?;
+    if !any.type_url.ends_with("runtimeoptions.v1.Options") {
+        return None;
+    }
+    // the same field numbers as runc's `Options` has for other things, so only unknown fields are looked at
+    let unknown =
+        containerd_shim_protos::protobuf::well_known_types::empty::Empty::parse_from_bytes(&any.value).ok()?;
+    let field = unknown.special_fields.unknown_fields().get(2)?;
+    match field {
+        containerd_shim_protos::protobuf::UnknownValueRef::LengthDelimited(bytes) if !bytes.is_empty() => {
+            String::from_utf8(bytes.to_vec()).ok()
+        }
+        _ => None,
+    }
+}
+
+pub(crate) fn exec_spec(request: &ExecProcessRequest) -> Rpc<oci_spec::runtime::Process> {
+    let any =
+        request.spec.as_ref().ok_or_else(|| rpc_error(Code::INVALID_ARGUMENT, "the exec has no specification"))?;
+    serde_json::from_slice(&any.value)
+        .map_err(|error| rpc_error(Code::INVALID_ARGUMENT, format!("the exec's specification: {error}")))
+}
+
+/// New limits: the OCI type as JSON in the request's `Any`.
+pub(crate) fn limits(request: &UpdateTaskRequest) -> Rpc<oci_spec::runtime::LinuxResources> {
+    let any =
+        request.resources.as_ref().ok_or_else(|| rpc_error(Code::INVALID_ARGUMENT, "the update has no limits"))?;
+    serde_json::from_slice(&any.value)
+        .map_err(|error| rpc_error(Code::INVALID_ARGUMENT, format!("the update's limits: {error}")))
+}
+
+pub(crate) fn any(message: &impl MessageFull) -> Rpc<Any> {
+    let value = message.write_to_bytes().map_err(|error| rpc_error(Code::INTERNAL, error.to_string()))?;
+    Ok(Any { type_url: descriptor_name(message), value, ..Default::default() })
+}
+
+fn descriptor_name<M: MessageFull>(_: &M) -> String {
+    M::descriptor().full_name().to_owned()
+}
+
+/// The guest's numbers in the form that clients on this host expect: that of the host's own cgroup version.
+pub(crate) fn metrics(stats: &api::StatsContainerResponse, host_is_v2: bool) -> Rpc<Any> {
+    let cgroup = &stats.cgroup_stats;
+    if host_is_v2 { any(&metrics_v2(cgroup)) } else { any(&metrics_v1(cgroup)) }
+}
+
+fn metrics_v1(stats: &api::CgroupStats) -> Metrics {
+    let (cpu, memory) = (&stats.cpu_stats, &stats.memory_stats);
+    let detail = |name: &str| memory.stats.get(name).copied().unwrap_or_default();
+    let entry = |data: &api::MemoryData| MemoryEntry {
+        limit: data.limit,
+        usage: data.usage,
+        max: data.max_usage,
+        failcnt: data.failcnt,
+        ..Default::default()
+    };
+    Metrics {
+        hugetlb: stats
+            .hugetlb_stats
+            .iter()
+            .map(|(size, data)| HugetlbStat {
+                usage: data.usage,
+                max: data.max_usage,
+                failcnt: data.failcnt,
+                pagesize: size.clone(),
+                ..Default::default()
+            })
+            .collect(),
+        pids: MessageField::some(PidsStat {
+            current: stats.pids_stats.current,
+            limit: stats.pids_stats.limit,
+            ..Default::default()
+        }),
+        cpu: MessageField::some(CPUStat {
+            usage: MessageField::some(CPUUsage {
+                total: cpu.cpu_usage.total_usage,
+                kernel: cpu.cpu_usage.usage_in_kernelmode,
+                user: cpu.cpu_usage.usage_in_usermode,
+                per_cpu: cpu.cpu_usage.percpu_usage.clone(),
+                ..Default::default()
+            }),
+            throttling: MessageField::some(Throttle {
+                periods: cpu.throttling_data.periods,
+                throttled_periods: cpu.throttling_data.throttled_periods,
+                throttled_time: cpu.throttling_data.throttled_time,
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        memory: MessageField::some(MemoryStat {
+            cache: detail("file"),
+            rss: detail("anon"),
+            mapped_file: detail("file_mapped"),
+            dirty: detail("file_dirty"),
+            writeback: detail("file_writeback"),
+            pg_fault: detail("pgfault"),
+            pg_maj_fault: detail("pgmajfault"),
+            inactive_anon: detail("inactive_anon"),
+            active_anon: detail("active_anon"),
+            inactive_file: detail("inactive_file"),
+            active_file: detail("active_file"),
+            unevictable: detail("unevictable"),
+            total_inactive_file: detail("inactive_file"),
+            total_active_file: detail("active_file"),
+            total_cache: detail("file"),
+            total_rss: detail("anon"),
+            usage: MessageField::some(entry(&memory.usage)),
+            swap: MessageField::some(entry(&memory.swap_usage)),
+            kernel: MessageField::some(entry(&memory.kernel_usage)),
+            ..Default::default()
+        }),
+        blkio: MessageField::some(BlkIOStat {
+            io_service_bytes_recursive: blkio(&stats.blkio_stats.io_service_bytes_recursive),
+            io_serviced_recursive: blkio(&stats.blkio_stats.io_serviced_recursive),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+fn blkio(entries: &[api::BlkioStatsEntry]) -> Vec<BlkIOEntry> {
+    entries
+        .iter()
+        .map(|entry| BlkIOEntry {
+            op: entry.op.clone(),
+            major: entry.major,
+            minor: entry.minor,
+            value: entry.value,
+            ..Default::default()
+        })
+        .collect()
+}
+
+fn metrics_v2(stats: &api::CgroupStats) -> v2::Metrics {
+    let (cpu, memory) = (&stats.cpu_stats, &stats.memory_stats);
+    let detail = |name: &str| memory.stats.get(name).copied().unwrap_or_default();
+    v2::Metrics {
+        pids: MessageField::some(v2::PidsStat {
+            current: stats.pids_stats.current,
+            limit: stats.pids_stats.limit,
+            ..Default::default()
+        }),
+        cpu: MessageField::some(v2::CPUStat {
+            usage_usec: cpu.cpu_usage.total_usage / 1000,
+            user_usec: cpu.cpu_usage.usage_in_usermode / 1000,
+            system_usec: cpu.cpu_usage.usage_in_kernelmode / 1000,
+            nr_periods: cpu.throttling_data.periods,
+            nr_throttled: cpu.throttling_data.throttled_periods,
+            throttled_usec: cpu.throttling_data.throttled_time / 1000,
+            ..Default::default()
+        }),
+        memory: MessageField::some(v2::MemoryStat {
+            anon: detail("anon"),
+            file: detail("file"),
+            kernel_stack: detail("kernel_stack"),
+            slab: detail("slab"),
+            sock: detail("sock"),
+            shmem: detail("shmem"),
+            file_mapped: detail("file_mapped"),
+            file_dirty: detail("file_dirty"),
+            file_writeback: detail("file_writeback"),
+            inactive_anon: detail("inactive_anon"),
+            active_anon: detail("active_anon"),
+            inactive_file: detail("inactive_file"),
+            active_file: detail("active_file"),
+            unevictable: detail("unevictable"),
+            pgfault: detail("pgfault"),
+            pgmajfault: detail("pgmajfault"),
+            usage: memory.usage.usage,
+            usage_limit: memory.usage.limit,
+            swap_usage: memory.swap_usage.usage,
+            swap_limit: memory.swap_usage.limit,
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_file_is_found_in_the_options() {
+        // field 2, length-delimited
+        let value = [vec![0x12, 4], b"/etc".to_vec()].concat();
+        let any = |url: &str| Any { type_url: url.into(), value: value.clone(), ..Default::default() };
+        for url in ["runtimeoptions.v1.Options", "cri.runtimeoptions.v1.Options"] {
+            assert_eq!(config_path(Some(&any(url))), Some("/etc".into()));
+        }
+        assert_eq!(config_path(Some(&any("containerd.runc.v1.Options"))), None);
+        assert_eq!(config_path(None), None);
+    }
+}

@@ -1,0 +1,61 @@
+//! The server process: serves the Task API on the socket that `start` made, until containerd says that it is done.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use containerd_shim_protos::shim_async::{Task, create_task};
+use containerd_shim_protos::ttrpc::r#async::Server;
+use containerd_shim_protos::ttrpc::r#async::transport::Listener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::args::Args;
+use crate::bootstrap;
+use crate::events::Publisher;
+use crate::task::TaskService;
+
+/// The name that containerd before 2.0 calls; the messages are the same as those of v3.
+const TASK_V2: &str = "containerd.task.v2.Task";
+const TASK_V3: &str = "containerd.task.v3.Task";
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let listener = bootstrap::inherited_listener()?;
+    crate::logger::init(&args.id, args.debug);
+    // one thread: a pod's traffic is small, and what blocks goes elsewhere
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()
+        .context("the async runtime")?;
+    runtime.block_on(serve(args, listener))
+}
+
+async fn serve(args: &Args, listener: std::os::unix::net::UnixListener) -> Result<()> {
+    let (id, run_dir) = bootstrap::run_dir(args)?;
+    let publisher = Publisher::start(std::env::var("TTRPC_ADDRESS").unwrap_or_default(), args.namespace.clone());
+    let service = TaskService::new(id, run_dir, publisher);
+    let done = Arc::clone(&service.done);
+    let service = Arc::new(service);
+    let mut services = create_task(Arc::clone(&service) as Arc<dyn Task + Send + Sync>);
+    let mut again = create_task(service as Arc<dyn Task + Send + Sync>);
+    services.extend(again.remove(TASK_V3).map(|v3| (TASK_V2.to_owned(), v3)));
+    let listener = Listener::try_from(listener).context("the socket")?;
+    let mut server = Server::new().add_listener(listener).register_service(services);
+    server.start().await.context("serving")?;
+    log::debug!("serving");
+
+    // a service manager's TERM is for containerd; a pod ends when containerd ends it
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    loop {
+        tokio::select! {
+            () = done.notified() => break,
+            _ = terminate.recv() => log::info!("TERM is ignored: end the pod through containerd"),
+            _ = interrupt.recv() => {}
+        }
+    }
+    // the answer to `Shutdown` is on its way
+    let _ = tokio::time::timeout(Duration::from_millis(200), server.shutdown()).await;
+    let _ = std::fs::remove_file(bootstrap::socket_path(args, &args.id));
+    Ok(())
+}

@@ -1,0 +1,340 @@
+//! containerd's Task API: every method converts, makes one call, converts back and tells the event.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::{
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
+    ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
+    StateResponse, StatsRequest, StatsResponse, UpdateTaskRequest, WaitRequest, WaitResponse,
+};
+use containerd_shim_protos::events::task as event;
+use containerd_shim_protos::protobuf::{EnumOrUnknown, MessageField};
+use containerd_shim_protos::shim_async::Task;
+use containerd_shim_protos::ttrpc::Code;
+use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
+use hypervisor::Hypervisor;
+use hypervisor::qemu::{Qemu, QemuSettings, Wanted, quick_firmware};
+use runtime::trace::Trace;
+use runtime::{ContainerId, ContainerSpec, Env, Error, ExecSpec, RootfsMount, Sandbox, SandboxSpec, Stdio};
+use tokio::sync::{Mutex, Notify, mpsc};
+
+use crate::convert::{self, Rpc, rpc_error, status, timestamp};
+use crate::events::Publisher;
+
+/// The pod behind the API.
+pub(crate) struct TaskService {
+    id: ContainerId,
+    run_dir: PathBuf,
+    sandbox: Mutex<Option<Sandbox>>,
+    publisher: Publisher,
+    /// Told when the server shall end.
+    pub(crate) done: Arc<Notify>,
+}
+
+impl TaskService {
+    pub(crate) fn new(id: ContainerId, run_dir: PathBuf, publisher: Publisher) -> Self {
+        Self { id, run_dir, sandbox: Mutex::new(None), publisher, done: Arc::new(Notify::new()) }
+    }
+
+    async fn sandbox(&self) -> Rpc<Sandbox> {
+        self.sandbox.lock().await.clone().ok_or_else(|| rpc_error(Code::NOT_FOUND, "no such task: not found"))
+    }
+
+    /// The pod's first container makes the pod; the others join it.
+    async fn make(&self, request: &CreateTaskRequest) -> Result<u32, Error> {
+        let spec = container_spec(request)?;
+        let mut slot = self.sandbox.lock().await;
+        if let Some(sandbox) = slot.as_ref() {
+            let sandbox = sandbox.clone();
+            drop(slot);
+            sandbox.create_container(spec).await?;
+            return Ok(sandbox.pid());
+        }
+        let trace = Trace::default();
+        let path = convert::config_path(request.options.as_ref());
+        let config = tokio::task::spawn_blocking(move || config::Config::load(path.as_deref().map(AsRef::as_ref)))
+            .await
+            .map_err(|error| Error::Invalid(format!("reading the configuration: {error}")))??;
+        crate::logger::more(config.runtime.enable_debug);
+        for warning in &config.warnings {
+            log::warn!("{warning}");
+        }
+        trace.step("configuration");
+        let hypervisor = driver(&config);
+        let (events_to, events) = mpsc::unbounded_channel();
+        let sandbox = SandboxSpec { id: self.id.clone(), run_dir: self.run_dir.clone() };
+        let sandbox = Sandbox::start(Env { config, hypervisor }, sandbox, spec, events_to, &trace).await?;
+        trace.log();
+        tokio::spawn(self.publisher.clone().follow(sandbox.pid(), events));
+        let pid = sandbox.pid();
+        *slot = Some(sandbox);
+        Ok(pid)
+    }
+}
+
+/// The VMM driver that the configuration names.
+fn driver(config: &config::Config) -> Box<dyn Hypervisor> {
+    let from = &config.hypervisor;
+    Box::new(Qemu::new(QemuSettings {
+        path: from.path.clone(),
+        machine: from.machine_type.clone(),
+        wanted: match from.accelerator {
+            config::Accelerator::Auto => Wanted::Auto,
+            config::Accelerator::Kvm => Wanted::Kvm,
+            config::Accelerator::Tcg => Wanted::Tcg,
+        },
+        cpu_features: from.cpu_features.clone(),
+        tcg_buffer_mib: from.tcg_tb_size_mib,
+        firmware: from.firmware.clone().or_else(quick_firmware),
+        seccomp_sandbox: from.seccomp_sandbox.clone(),
+        ..QemuSettings::default()
+    }))
+}
+
+fn container_spec(request: &CreateTaskRequest) -> Result<ContainerSpec, Error> {
+    if !request.checkpoint.is_empty() {
+        return Err(Error::Unsupported("restoring from a checkpoint is not supported".into()));
+    }
+    let mounts = request.rootfs.iter().map(|mount| RootfsMount {
+        kind: mount.type_.clone(),
+        source: mount.source.clone(),
+        options: mount.options.clone(),
+    });
+    Ok(ContainerSpec {
+        id: ContainerId::try_from(request.id.as_str())?,
+        bundle: PathBuf::from(&request.bundle),
+        rootfs: mounts.collect(),
+        stdio: Stdio {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        },
+    })
+}
+
+/// What went wrong, with runc's words in front, which people and tests look for.
+fn worded(prefix: &'static str) -> impl Fn(Error) -> containerd_shim_protos::ttrpc::Error {
+    move |error| match &error {
+        Error::Agent { code, message } => rpc_error(*code, format!("{prefix}: {message}")),
+        _ => status(&error),
+    }
+}
+
+fn plain(error: Error) -> containerd_shim_protos::ttrpc::Error {
+    log::debug!("{error}");
+    status(&error)
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Rpc<StateResponse> {
+        let name = convert::process(&request.id, &request.exec_id)?;
+        let sandbox = self.sandbox().await?;
+        let view = sandbox.view(&name).map_err(plain)?;
+        Ok(StateResponse {
+            id: request.id,
+            exec_id: request.exec_id,
+            bundle: view.bundle.display().to_string(),
+            pid: sandbox.pid(),
+            status: EnumOrUnknown::new(convert::wire_status(view.status)),
+            stdin: view.stdio.stdin,
+            stdout: view.stdio.stdout,
+            stderr: view.stdio.stderr,
+            terminal: view.stdio.terminal,
+            exit_status: view.exit.map_or(0, |exit| exit.status),
+            exited_at: view.exit.map(|exit| timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> Rpc<CreateTaskResponse> {
+        log::info!("creating container {:.80}", request.id);
+        let pid = match self.make(&request).await {
+            Ok(pid) => pid,
+            Err(error) => {
+                log::error!("creating container {:.80}: {error}", request.id);
+                return Err(worded("OCI runtime create failed: runc create failed")(error));
+            }
+        };
+        let io = event::TaskIO {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+            ..Default::default()
+        };
+        let created = event::TaskCreate {
+            container_id: request.id,
+            bundle: request.bundle,
+            io: MessageField::some(io),
+            pid,
+            ..Default::default()
+        };
+        self.publisher.publish("/tasks/create", &created);
+        Ok(CreateTaskResponse { pid, ..Default::default() })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Rpc<StartResponse> {
+        let name = convert::process(&request.id, &request.exec_id)?;
+        let sandbox = self.sandbox().await?;
+        let prefix = match name.exec {
+            None => "OCI runtime start failed",
+            Some(_) => "OCI runtime exec failed: exec failed",
+        };
+        sandbox.start_process(&name).await.map_err(worded(prefix))?;
+        // nothing is awaited in between, so the exit of a quick process is told after its start
+        let pid = sandbox.pid();
+        if name.exec.is_none() {
+            let started = event::TaskStart { container_id: request.id, pid, ..Default::default() };
+            self.publisher.publish("/tasks/start", &started);
+        } else {
+            let started = event::TaskExecStarted {
+                container_id: request.id,
+                exec_id: request.exec_id,
+                pid,
+                ..Default::default()
+            };
+            self.publisher.publish("/tasks/exec-started", &started);
+        }
+        Ok(StartResponse { pid, ..Default::default() })
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Rpc<DeleteResponse> {
+        let name = convert::process(&request.id, &request.exec_id)?;
+        let sandbox = self.sandbox().await?;
+        let exit = sandbox.delete(&name).await.map_err(plain)?;
+        let pid = sandbox.pid();
+        let (status, at) = exit.map_or((0, std::time::SystemTime::now()), |exit| (exit.status, exit.at));
+        if name.exec.is_none() {
+            let deleted = event::TaskDelete {
+                container_id: request.id.clone(),
+                id: request.id,
+                pid,
+                exit_status: status,
+                exited_at: MessageField::some(timestamp(at)),
+                ..Default::default()
+            };
+            self.publisher.publish("/tasks/delete", &deleted);
+        }
+        Ok(DeleteResponse {
+            pid,
+            exit_status: status,
+            exited_at: MessageField::some(timestamp(at)),
+            ..Default::default()
+        })
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Rpc<PidsResponse> {
+        let name = convert::process(&request.id, "")?;
+        let pids = self.sandbox().await?.pids(&name.container).await.map_err(plain)?;
+        let processes = pids.into_iter().map(|pid| ProcessInfo { pid, ..Default::default() }).collect();
+        Ok(PidsResponse { processes, ..Default::default() })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Rpc<Empty> {
+        let name = convert::process(&request.id, "")?;
+        self.sandbox().await?.pause(&name.container).await.map_err(plain)?;
+        let paused = event::TaskPaused { container_id: request.id, ..Default::default() };
+        self.publisher.publish("/tasks/paused", &paused);
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Rpc<Empty> {
+        let name = convert::process(&request.id, "")?;
+        self.sandbox().await?.resume(&name.container).await.map_err(plain)?;
+        let resumed = event::TaskResumed { container_id: request.id, ..Default::default() };
+        self.publisher.publish("/tasks/resumed", &resumed);
+        Ok(Empty::new())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> Rpc<Empty> {
+        Err(rpc_error(Code::UNIMPLEMENTED, "checkpoint is not supported by the kata runtime"))
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Rpc<Empty> {
+        let name = convert::process(&request.id, &request.exec_id)?;
+        self.sandbox().await?.signal(&name, request.signal, request.all).await.map_err(plain)?;
+        Ok(Empty::new())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> Rpc<Empty> {
+        let process = convert::process(&request.id, &request.exec_id)?;
+        let spec = convert::exec_spec(&request)?;
+        let stdio =
+            Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
+        self.sandbox().await?.exec(ExecSpec { process, spec, stdio }).map_err(plain)?;
+        let added = event::TaskExecAdded { container_id: request.id, exec_id: request.exec_id, ..Default::default() };
+        self.publisher.publish("/tasks/exec-added", &added);
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Rpc<Empty> {
+        let name = convert::process(&request.id, &request.exec_id)?;
+        self.sandbox().await?.resize(&name, request.width, request.height).await.map_err(plain)?;
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Rpc<Empty> {
+        let name = convert::process(&request.id, &request.exec_id)?;
+        if request.stdin {
+            self.sandbox().await?.close_stdin(&name).map_err(plain)?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Rpc<Empty> {
+        let name = convert::process(&request.id, "")?;
+        let limits = convert::limits(&request)?;
+        self.sandbox().await?.update(&name.container, &limits).await.map_err(plain)?;
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Rpc<WaitResponse> {
+        let name = convert::process(&request.id, &request.exec_id)?;
+        let exit = self.sandbox().await?.wait(&name).await.map_err(plain)?;
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at: MessageField::some(timestamp(exit.at)),
+            ..Default::default()
+        })
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Rpc<StatsResponse> {
+        let name = convert::process(&request.id, "")?;
+        let stats = self.sandbox().await?.stats(&name.container).await.map_err(plain)?;
+        let host_is_v2 = std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+        let stats = convert::metrics(&stats, host_is_v2)?;
+        Ok(StatsResponse { stats: MessageField::some(stats), ..Default::default() })
+    }
+
+    async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> Rpc<ConnectResponse> {
+        let task_pid = self.sandbox.lock().await.as_ref().map_or(0, Sandbox::pid);
+        Ok(ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid,
+            version: env!("CARGO_PKG_VERSION").into(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Rpc<Empty> {
+        let mut slot = self.sandbox.lock().await;
+        if slot.as_ref().is_some_and(|sandbox| !sandbox.is_empty()) {
+            // a pod's other containers still run: containerd asks again with the last
+            return Ok(Empty::new());
+        }
+        if let Some(sandbox) = slot.take()
+            && let Err(error) = sandbox.stop().await
+        {
+            log::error!("{error}");
+        }
+        self.publisher.flush(Duration::from_secs(2)).await;
+        self.done.notify_one();
+        Ok(Empty::new())
+    }
+}
