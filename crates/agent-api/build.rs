@@ -4,6 +4,10 @@ use std::{env, fs, path::PathBuf};
 
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
+/// What a generated service answers to a call that it does not have; Kata's agent and gRPC say UNIMPLEMENTED.
+const NOT_FOUND: &str = "::ttrpc::Code::NOT_FOUND";
+const UNIMPLEMENTED: &str = "::ttrpc::Code::UNIMPLEMENTED";
+
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let protos = ["agent", "csi", "health", "oci", "types"].map(|name| format!("proto/{name}.proto"));
@@ -24,6 +28,6 @@ fn main() {
     for entry in fs::read_dir(&out).expect("reading OUT_DIR").flatten() {
         let text = fs::read_to_string(entry.path()).expect("reading generated code");
         let kept: Vec<_> = text.lines().filter(|line| !line.starts_with("#![") && !line.starts_with("//!")).collect();
-        fs::write(entry.path(), kept.join("\n")).expect("writing generated code");
+        fs::write(entry.path(), kept.join("\n").replace(NOT_FOUND, UNIMPLEMENTED)).expect("writing generated code");
     }
 }

@@ -1,2 +1,48 @@
-//! (being written)
-fn main() {}
+//! `kata-agent`: PID 1 of the guest.
+//!
+//! One thread, always: containers are made by cloning this process (see `launcher`), which is safe because nobody else
+//! can hold a lock at that moment. So nothing here may use tokio's blocking pool.
+
+mod cgroup;
+mod container;
+mod device_filter;
+mod error;
+mod guest;
+mod init;
+mod io;
+mod launcher;
+mod log;
+mod oom;
+mod params;
+mod process;
+mod reaper;
+mod sandbox;
+mod server;
+mod storage;
+mod transport;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    if let Err(error) = init::prepare() {
+        log::error(&format!("preparing the guest: {error}"));
+        return ExitCode::FAILURE;
+    }
+    let params = params::Params::read();
+    log::set_level(params.log);
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            log::error(&format!("the async runtime: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(server::run(&params)) {
+        Ok(()) => ExitCode::SUCCESS,
+        // the kernel panics when its first process ends, and the host sees that at once
+        Err(error) => {
+            log::error(&format!("serving: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! A container's cgroup, version 2 (kernel: Documentation/admin-guide/cgroup-v2.rst).
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+
+use agent_api::agent as api;
+use agent_api::oci::{LinuxDeviceCgroup, LinuxResources};
+
+use crate::error::Error;
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// Hands every controller of the root down to the containers' cgroups.
+pub(crate) fn delegate() -> io::Result<()> {
+    let all = fs::read_to_string(format!("{ROOT}/cgroup.controllers"))?;
+    let line: Vec<_> = all.split_whitespace().map(|name| format!("+{name}")).collect();
+    fs::write(format!("{ROOT}/cgroup.subtree_control"), line.join(" "))
+}
+
+/// One cgroup. Dropping it kills what is in it and removes it.
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes it, with its limits and its device rules.
+    pub(crate) fn create(id: &str, resources: Option<&LinuxResources>) -> Result<Self, Error> {
+        let path = PathBuf::from(ROOT).join(id);
+        fs::create_dir(&path).map_err(Error::failed(format!("cgroup {}", path.display())))?;
+        let cgroup = Self { path };
+        let none = Vec::<LinuxDeviceCgroup>::new();
+        let folder = File::open(&cgroup.path).map_err(Error::failed("cgroup"))?;
+        crate::device_filter::attach(folder.as_fd(), resources.map_or(&none, |all| &all.Devices))
+            .map_err(Error::failed("device rules"))?;
+        if let Some(resources) = resources {
+            cgroup.limit(resources)?;
+        }
+        Ok(cgroup)
+    }
+
+    /// Writes limits; zero is "not asked for", as on the wire.
+    pub(crate) fn limit(&self, resources: &LinuxResources) -> Result<(), Error> {
+        for (file, value) in settings(resources)? {
+            match fs::write(self.path.join(&file), &value) {
+                // no swap in this kernel or guest: nothing to limit
+                Err(error) if file == "memory.swap.max" && error.kind() == io::ErrorKind::NotFound => {}
+                other => other.map_err(Error::failed(format!("cgroup {file} = {value}")))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Open for adding processes.
+    pub(crate) fn procs(&self) -> Result<File, Error> {
+        File::options().write(true).open(self.path.join("cgroup.procs")).map_err(Error::failed("cgroup.procs"))
+    }
+
+    pub(crate) fn pids(&self) -> Vec<u32> {
+        let text = fs::read_to_string(self.path.join("cgroup.procs")).unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    pub(crate) fn freeze(&self, frozen: bool) -> Result<(), Error> {
+        fs::write(self.path.join("cgroup.freeze"), if frozen { "1" } else { "0" })
+            .map_err(Error::failed("cgroup.freeze"))
+    }
+
+    /// Every process in it, at once.
+    pub(crate) fn kill(&self) -> Result<(), Error> {
+        fs::write(self.path.join("cgroup.kill"), "1").map_err(Error::failed("cgroup.kill"))
+    }
+
+    pub(crate) fn memory_events(&self) -> PathBuf {
+        self.path.join("memory.events")
+    }
+
+    pub(crate) fn stats(&self) -> api::CgroupStats {
+        let text = |file: &str| fs::read_to_string(self.path.join(file)).unwrap_or_default();
+        let number = |file: &str| text(file).trim().parse::<u64>().unwrap_or_default();
+        // "max" is no limit: the largest number, as runc shows it
+        let limit = |file: &str| {
+            let text = text(file);
+            if text.trim() == "max" { u64::MAX } else { text.trim().parse().unwrap_or_default() }
+        };
+        let cpu = pairs(&text("cpu.stat"));
+        let of = |name: &str| cpu.get(name).copied().unwrap_or_default();
+        let memory = pairs(&text("memory.stat"));
+        let events = pairs(&text("memory.events"));
+        api::CgroupStats {
+            cpu_stats: Some(api::CpuStats {
+                cpu_usage: Some(api::CpuUsage {
+                    total_usage: of("usage_usec") * 1000,
+                    usage_in_kernelmode: of("system_usec") * 1000,
+                    usage_in_usermode: of("user_usec") * 1000,
+                    ..Default::default()
+                })
+                .into(),
+                throttling_data: Some(api::ThrottlingData {
+                    periods: of("nr_periods"),
+                    throttled_periods: of("nr_throttled"),
+                    throttled_time: of("throttled_usec") * 1000,
+                    ..Default::default()
+                })
+                .into(),
+                ..Default::default()
+            })
+            .into(),
+            memory_stats: Some(api::MemoryStats {
+                cache: memory.get("file").copied().unwrap_or_default(),
+                usage: Some(api::MemoryData {
+                    usage: number("memory.current"),
+                    max_usage: number("memory.peak"),
+                    failcnt: events.get("max").copied().unwrap_or_default(),
+                    limit: limit("memory.max"),
+                    ..Default::default()
+                })
+                .into(),
+                swap_usage: Some(api::MemoryData {
+                    usage: number("memory.swap.current"),
+                    limit: limit("memory.swap.max"),
+                    ..Default::default()
+                })
+                .into(),
+                use_hierarchy: true,
+                stats: memory,
+                ..Default::default()
+            })
+            .into(),
+            pids_stats: Some(api::PidsStats {
+                current: number("pids.current"),
+                limit: if text("pids.max").trim() == "max" { 0 } else { number("pids.max") },
+                ..Default::default()
+            })
+            .into(),
+            blkio_stats: Some(io_stats(&text("io.stat"))).into(),
+            ..Default::default()
+        }
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = self.kill();
+        if fs::remove_dir(&self.path).is_ok() {
+            return;
+        }
+        // its processes are dying; the kernel says when the last is gone
+        if let Err(error) = wait_empty(&self.path).and_then(|()| fs::remove_dir(&self.path)) {
+            crate::log::warn(&format!("cgroup {} stays: {error}", self.path.display()));
+        }
+    }
+}
+
+/// `cgroup.events` is readable by poll(2) with POLLPRI when `populated` changes.
+fn wait_empty(path: &std::path::Path) -> io::Result<()> {
+    use io::{Read, Seek};
+    use nix::poll::{PollFd, PollFlags, poll};
+    let mut events = File::open(path.join("cgroup.events"))?;
+    for _ in 0..20 {
+        let mut text = String::new();
+        events.rewind()?;
+        events.read_to_string(&mut text)?;
+        if text.contains("populated 0") {
+            return Ok(());
+        }
+        let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        poll(&mut fds, 100u16)?;
+    }
+    Err(io::Error::other("it still has processes"))
+}
+
+fn pairs(text: &str) -> HashMap<String, u64> {
+    text.lines()
+        .filter_map(|line| {
+            let (name, value) = line.split_once(' ')?;
+            Some((name.to_owned(), value.trim().parse().ok()?))
+        })
+        .collect()
+}
+
+fn io_stats(text: &str) -> api::BlkioStats {
+    let mut stats = api::BlkioStats::new();
+    for line in text.lines() {
+        let mut words = line.split(' ');
+        let Some((major, minor)) = words.next().and_then(|device| device.split_once(':')) else { continue };
+        let (Ok(major), Ok(minor)) = (major.parse(), minor.parse()) else { continue };
+        for (name, value) in words.filter_map(|word| word.split_once('=')) {
+            let (list, op) = match name {
+                "rbytes" => (&mut stats.io_service_bytes_recursive, "Read"),
+                "wbytes" => (&mut stats.io_service_bytes_recursive, "Write"),
+                "rios" => (&mut stats.io_serviced_recursive, "Read"),
+                "wios" => (&mut stats.io_serviced_recursive, "Write"),
+                _ => continue,
+            };
+            let value = value.parse().unwrap_or_default();
+            list.push(api::BlkioStatsEntry { major, minor, op: op.into(), value, ..Default::default() });
+        }
+    }
+    stats
+}
+
+/// Limits of the specification (version 1's terms) as files of version 2.
+fn settings(resources: &LinuxResources) -> Result<Vec<(String, String)>, Error> {
+    let mut out: Vec<(String, String)> = Vec::new();
+    let mut set = |file: &str, value: String| out.push((file.to_owned(), value));
+    let amount = |bytes: i64| if bytes < 0 { "max".to_owned() } else { bytes.to_string() };
+    if let Some(memory) = resources.Memory.as_ref() {
+        if memory.Limit != 0 {
+            set("memory.max", amount(memory.Limit));
+        }
+        if memory.Reservation != 0 {
+            set("memory.low", amount(memory.Reservation));
+        }
+        if memory.Swap != 0 {
+            // version 1 counts memory and swap together
+            let swap = if memory.Swap < 0 { -1 } else { memory.Swap.saturating_sub(memory.Limit.max(0)).max(0) };
+            set("memory.swap.max", amount(swap));
+        }
+    }
+    if let Some(cpu) = resources.CPU.as_ref() {
+        if cpu.Shares != 0 {
+            // 2..262144 onto 1..10000, as runc and systemd do
+            let weight = 1 + (cpu.Shares.clamp(2, 262_144) - 2) * 9999 / 262_142;
+            set("cpu.weight", weight.to_string());
+        }
+        if cpu.Quota != 0 || cpu.Period != 0 {
+            let quota = if cpu.Quota > 0 { cpu.Quota.to_string() } else { "max".to_owned() };
+            let period = if cpu.Period == 0 { 100_000 } else { cpu.Period };
+            set("cpu.max", format!("{quota} {period}"));
+        }
+        if cpu.RealtimeRuntime != 0 || cpu.RealtimePeriod != 0 {
+            return Err(Error::Unsupported("a real-time limit (cgroup version 2 has none)".into()));
+        }
+        for (file, value) in [("cpuset.cpus", &cpu.Cpus), ("cpuset.mems", &cpu.Mems)] {
+            if !value.is_empty() {
+                set(file, value.clone());
+            }
+        }
+    }
+    if let Some(pids) = resources.Pids.as_ref() {
+        if pids.Limit != 0 {
+            set("pids.max", amount(pids.Limit));
+        }
+    }
+    for huge in &resources.HugepageLimits {
+        if huge.Pagesize.contains(['/', '.']) {
+            return Err(Error::Invalid(format!("huge page size {:?}", huge.Pagesize)));
+        }
+        set(&format!("hugetlb.{}.max", huge.Pagesize), huge.Limit.to_string());
+    }
+    for (file, value) in &resources.Unified {
+        if file.contains('/') || !file.contains('.') || file.starts_with("cgroup.") {
+            return Err(Error::Invalid(format!("cgroup file {file:?} cannot be set")));
+        }
+        set(file, value.clone());
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use agent_api::oci::{LinuxCPU, LinuxMemory, LinuxPids};
+
+    #[test]
+    fn version_one_terms_become_files() {
+        let resources = LinuxResources {
+            Memory: Some(LinuxMemory { Limit: 64 << 20, Swap: 96 << 20, ..Default::default() }).into(),
+            CPU: Some(LinuxCPU { Shares: 1024, Quota: 50_000, ..Default::default() }).into(),
+            Pids: Some(LinuxPids { Limit: -1, ..Default::default() }).into(),
+            ..Default::default()
+        };
+        let all: HashMap<_, _> = settings(&resources).expect("settings").into_iter().collect();
+        assert_eq!(all["memory.max"], "67108864");
+        assert_eq!(all["memory.swap.max"], "33554432");
+        assert_eq!(all["cpu.weight"], "39");
+        assert_eq!(all["cpu.max"], "50000 100000");
+        assert_eq!(all["pids.max"], "max");
+    }
+
+    #[test]
+    fn files_outside_are_refused() {
+        for file in ["../x", "cgroup.procs", "x"] {
+            let resources =
+                LinuxResources { Unified: [(file.to_owned(), "1".to_owned())].into(), ..Default::default() };
+            settings(&resources).expect_err(file);
+        }
+    }
+
+    #[test]
+    fn io_is_read() {
+        let stats = io_stats("8:0 rbytes=5 wbytes=6 rios=7 wios=8 dbytes=0 dios=0\nnonsense\n");
+        assert_eq!(stats.io_service_bytes_recursive.len(), 2);
+        assert_eq!(stats.io_serviced_recursive[1].value, 8);
+    }
+}

@@ -1,0 +1,133 @@
+//! A container: its cgroup, its first process and the ones added to it.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use agent_api::oci;
+use nix::fcntl::OFlag;
+
+use crate::cgroup::Cgroup;
+use crate::error::Error;
+use crate::io::Stdio;
+use crate::launcher::{self, Launch, Namespaces};
+use crate::process::Process;
+use crate::reaper::Reaper;
+
+/// A container of this guest.
+#[derive(Debug)]
+pub(crate) struct Container {
+    spec: oci::Spec,
+    pub(crate) cgroup: Cgroup,
+    init: Arc<Process>,
+    /// Written to start it.
+    go: Mutex<Option<OwnedFd>>,
+    execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
+    /// Mount points of its own storages.
+    pub(crate) mounts: Vec<String>,
+}
+
+impl Container {
+    /// Makes everything up to the program's execution.
+    pub(crate) async fn create(
+        id: &str,
+        spec: oci::Spec,
+        own_hostname: bool,
+        mounts: Vec<String>,
+        reaper: &Reaper,
+    ) -> Result<Self, Error> {
+        let resources = spec.Linux.Resources.as_ref();
+        let cgroup = Cgroup::create(id, resources)?;
+        let procs = cgroup.procs()?;
+        let (go_child, go) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("start pipe"))?;
+        let (stdio, streams) = streams(&spec.Process)?;
+        let what = Launch::Container { id, spec: &spec, go: go_child, own_hostname };
+        let launched = launcher::launch(what, streams, &procs, reaper).await?;
+        let stdio = with_terminal(stdio, launched.terminal)?;
+        let init = Arc::new(Process::new(launched.pid, stdio, launched.exit));
+        Ok(Self { spec, cgroup, init, go: Mutex::new(Some(go)), execs: Mutex::default(), mounts })
+    }
+
+    /// Lets the first process execute its program.
+    pub(crate) fn start(&self) -> Result<(), Error> {
+        let go = self.go.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let go = go.ok_or_else(|| Error::State("cannot start a container that has been started".into()))?;
+        std::fs::File::from(go).write_all(b"g").map_err(Error::failed("starting the container"))
+    }
+
+    /// Adds a process and waits until it has executed its program.
+    pub(crate) async fn exec(&self, exec: &str, process: &oci::Process, reaper: &Reaper) -> Result<(), Error> {
+        if self.go.lock().unwrap_or_else(PoisonError::into_inner).is_some() || self.init.has_ended() {
+            return Err(Error::State("cannot exec in a stopped container".into()));
+        }
+        {
+            let mut execs = self.execs.lock().unwrap_or_else(PoisonError::into_inner);
+            if execs.contains_key(exec) {
+                return Err(Error::Exists(format!("process {exec}")));
+            }
+            execs.insert(exec.to_owned(), None);
+        }
+        let launched = self.launch_exec(process, reaper).await;
+        let mut execs = self.execs.lock().unwrap_or_else(PoisonError::into_inner);
+        match launched {
+            Ok(process) => {
+                execs.insert(exec.to_owned(), Some(Arc::new(process)));
+                Ok(())
+            }
+            Err(error) => {
+                execs.remove(exec);
+                Err(error)
+            }
+        }
+    }
+
+    async fn launch_exec(&self, process: &oci::Process, reaper: &Reaper) -> Result<Process, Error> {
+        let (stdio, streams) = streams(process)?;
+        let namespaces = Namespaces::of(self.init.pid)?;
+        let procs = self.cgroup.procs()?;
+        let what = Launch::Exec { spec: &self.spec, process, namespaces };
+        let launched = launcher::launch(what, streams, &procs, reaper).await?;
+        Ok(Process::new(launched.pid, with_terminal(stdio, launched.terminal)?, launched.exit))
+    }
+
+    /// The first process for an empty name or the container's own, else an exec.
+    pub(crate) fn process(&self, id: &str, exec: &str) -> Result<Arc<Process>, Error> {
+        if exec.is_empty() || exec == id {
+            return Ok(Arc::clone(&self.init));
+        }
+        let execs = self.execs.lock().unwrap_or_else(PoisonError::into_inner);
+        execs.get(exec).cloned().flatten().ok_or_else(|| Error::NotFound(format!("process {exec} in container {id}")))
+    }
+
+    /// Forgets an exec whose end and last output have been fetched.
+    pub(crate) fn forget(&self, exec: &str, process: &Process) {
+        if process.is_over() {
+            self.execs.lock().unwrap_or_else(PoisonError::into_inner).remove(exec);
+        }
+    }
+
+    /// Ends everything in it and waits until its first process is gone.
+    pub(crate) async fn end(&self) -> Result<(), Error> {
+        self.cgroup.freeze(false)?;
+        self.cgroup.kill()?;
+        self.init.wait().await;
+        Ok(())
+    }
+}
+
+fn streams(process: &oci::Process) -> Result<(Option<Stdio>, Option<launcher::Streams>), Error> {
+    if process.Terminal {
+        return Ok((None, None));
+    }
+    let (ours, childs) = Stdio::pipes()?;
+    Ok((Some(ours), Some(childs)))
+}
+
+fn with_terminal(stdio: Option<Stdio>, terminal: Option<OwnedFd>) -> Result<Stdio, Error> {
+    match (stdio, terminal) {
+        (Some(stdio), _) => Ok(stdio),
+        (None, Some(master)) => Stdio::terminal(master),
+        (None, None) => Err(Error::Failed("the process made no terminal".into())),
+    }
+}

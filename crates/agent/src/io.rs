@@ -1,0 +1,139 @@
+//! The agent's ends of a process's streams: pipes or a terminal.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Mutex;
+
+use crate::error::Error;
+use crate::launcher::Streams;
+
+/// Asked for a pipe's buffer, bytes; the kernel's default is 64 KiB.
+const PIPE: i32 = 256 << 10;
+
+/// One open end, read or written by one call at a time.
+#[derive(Debug)]
+struct End(Mutex<Option<AsyncFd<OwnedFd>>>);
+
+impl End {
+    fn new(fd: OwnedFd) -> io::Result<Self> {
+        let flags = OFlag::from_bits_truncate(fcntl(&fd, FcntlArg::F_GETFL)?);
+        fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        Ok(Self(Mutex::new(Some(AsyncFd::register(fd)?))))
+    }
+}
+
+/// All streams of a process.
+#[derive(Debug)]
+pub(crate) struct Stdio {
+    stdin: Option<End>,
+    stdout: End,
+    stderr: Option<End>,
+    terminal: Option<OwnedFd>,
+}
+
+/// Which output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Output {
+    Stdout,
+    Stderr,
+}
+
+impl Stdio {
+    /// Three pipes and the child's ends of them.
+    pub(crate) fn pipes() -> Result<(Self, Streams), Error> {
+        let pipe = || {
+            let ends = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("pipe"))?;
+            // a refusal leaves the default, which works too
+            let _ = fcntl(&ends.0, FcntlArg::F_SETPIPE_SZ(PIPE));
+            Ok::<_, Error>(ends)
+        };
+        let (stdin_child, stdin) = pipe()?;
+        let (stdout, stdout_child) = pipe()?;
+        let (stderr, stderr_child) = pipe()?;
+        let end = |fd| End::new(fd).map_err(Error::failed("pipe"));
+        let ours = Self { stdin: Some(end(stdin)?), stdout: end(stdout)?, stderr: Some(end(stderr)?), terminal: None };
+        Ok((ours, Streams { stdin: stdin_child, stdout: stdout_child, stderr: stderr_child }))
+    }
+
+    /// A terminal: one stream both ways.
+    pub(crate) fn terminal(master: OwnedFd) -> Result<Self, Error> {
+        let copy = || master.try_clone().map_err(Error::failed("terminal"));
+        let end = |fd| End::new(fd).map_err(Error::failed("terminal"));
+        Ok(Self { stdin: Some(end(copy()?)?), stdout: end(copy()?)?, stderr: None, terminal: Some(master) })
+    }
+
+    /// Waits for output; empty is the end.
+    pub(crate) async fn read(&self, which: Output, most: usize) -> Result<Vec<u8>, Error> {
+        let end = match which {
+            Output::Stdout => &self.stdout,
+            Output::Stderr => match &self.stderr {
+                Some(end) => end,
+                None => return Ok(Vec::new()),
+            },
+        };
+        let mut slot = end.0.lock().await;
+        let Some(fd) = slot.as_ref() else { return Ok(Vec::new()) };
+        let mut data = vec![0; most];
+        loop {
+            let mut ready = fd.readable().await.map_err(Error::failed("output"))?;
+            match ready.try_io(|fd| nix::unistd::read(fd.get_ref(), &mut data).map_err(io::Error::from)) {
+                Ok(Ok(0)) => break,
+                Ok(Ok(count)) => {
+                    data.truncate(count);
+                    return Ok(data);
+                }
+                // a terminal's way to say that nobody has it open any more
+                Ok(Err(error)) if error.raw_os_error() == Some(Errno::EIO as i32) => break,
+                Ok(Err(error)) => return Err(Error::Failed(format!("output: {error}"))),
+                Err(_) => {}
+            }
+        }
+        *slot = None;
+        Ok(Vec::new())
+    }
+
+    /// Waits until the process takes it, all or a part.
+    pub(crate) async fn write(&self, data: &[u8]) -> Result<usize, Error> {
+        let closed = || Error::State("stdin is closed".into());
+        let slot = self.stdin.as_ref().ok_or_else(closed)?.0.lock().await;
+        let fd = slot.as_ref().ok_or_else(closed)?;
+        let mut written = 0;
+        while written < data.len() {
+            let mut ready = fd.writable().await.map_err(Error::failed("stdin"))?;
+            match ready.try_io(|fd| nix::unistd::write(fd.get_ref(), &data[written..]).map_err(io::Error::from)) {
+                Ok(Ok(count)) => written += count,
+                Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => return Err(closed()),
+                Ok(Err(error)) if error.raw_os_error() == Some(Errno::EIO as i32) => return Err(closed()),
+                Ok(Err(error)) => return Err(Error::Failed(format!("stdin: {error}"))),
+                Err(_) => {}
+            }
+        }
+        Ok(written)
+    }
+
+    /// The end of input. On a terminal that is a key, which only a person presses.
+    pub(crate) async fn close_stdin(&self) {
+        if self.terminal.is_none()
+            && let Some(stdin) = &self.stdin
+        {
+            *stdin.0.lock().await = None;
+        }
+    }
+
+    /// Every output has been read to its end.
+    pub(crate) fn is_drained(&self) -> bool {
+        // one that is being read is not at its end
+        let ended = |end: &End| end.0.try_lock().is_ok_and(|slot| slot.is_none());
+        ended(&self.stdout) && self.stderr.as_ref().is_none_or(ended)
+    }
+
+    pub(crate) fn resize(&self, rows: u32, columns: u32) -> Result<(), Error> {
+        let terminal = self.terminal.as_ref().ok_or_else(|| Error::State("the process has no terminal".into()))?;
+        crate::launcher::set_size(std::os::fd::AsFd::as_fd(terminal), rows, columns)
+            .map_err(Error::failed(format!("size of terminal {}", terminal.as_raw_fd())))
+    }
+}

@@ -1,0 +1,189 @@
+//! From a specification to a running process.
+//!
+//! The agent has one thread, so a plain clone of it is a whole process that may allocate, open and mount; no helper
+//! binary is executed. The child sets itself up and reports over a socket: an error in words, or that it is ready.
+#![allow(unsafe_code, reason = "clone, setns and the child's first steps")]
+
+mod caps;
+mod child;
+mod credentials;
+mod lookup;
+pub(crate) mod options;
+mod rootfs;
+mod seccomp;
+
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use agent_api::oci;
+use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+
+pub(crate) use child::set_size;
+
+use crate::error::Error;
+use crate::reaper::Reaper;
+
+/// Longest report, bytes.
+const REPORT: usize = 4096;
+
+/// The child's ends of a process's streams. `None` for a terminal, which the child makes itself.
+pub(crate) struct Streams {
+    pub(crate) stdin: OwnedFd,
+    pub(crate) stdout: OwnedFd,
+    pub(crate) stderr: OwnedFd,
+}
+
+/// What to launch.
+pub(crate) enum Launch<'a> {
+    /// A container's first process. It waits for a byte on `go`.
+    Container { id: &'a str, spec: &'a oci::Spec, go: OwnedFd, own_hostname: bool },
+    /// A further process, beside a running one of which `namespaces` were opened.
+    Exec { spec: &'a oci::Spec, process: &'a oci::Process, namespaces: Namespaces },
+}
+
+/// A running process's namespaces, in the order in which they are joined.
+pub(crate) struct Namespaces {
+    pid: File,
+    others: Vec<File>,
+}
+
+impl Namespaces {
+    pub(crate) fn of(pid: i32) -> Result<Self, Error> {
+        let open = |name: &str| File::open(format!("/proc/{pid}/ns/{name}"));
+        let gone = |error: io::Error| {
+            if error.kind() == io::ErrorKind::NotFound {
+                Error::State("cannot exec in a stopped container".into())
+            } else {
+                Error::Failed(format!("namespaces of process {pid}: {error}"))
+            }
+        };
+        Ok(Self {
+            pid: open("pid").map_err(gone)?,
+            others: ["cgroup", "ipc", "uts", "mnt"]
+                .iter()
+                .map(|name| open(name))
+                .collect::<io::Result<_>>()
+                .map_err(gone)?,
+        })
+    }
+}
+
+/// A process that was launched.
+pub(crate) struct Launched {
+    pub(crate) pid: i32,
+    pub(crate) exit: watch::Receiver<Option<i32>>,
+    /// The agent's end of its terminal.
+    pub(crate) terminal: Option<OwnedFd>,
+}
+
+/// Launches and waits for the report: for a container that it is ready to execute, for an exec that it has executed.
+pub(crate) async fn launch(
+    what: Launch<'_>,
+    streams: Option<Streams>,
+    cgroup: &File,
+    reaper: &Reaper,
+) -> Result<Launched, Error> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let (report, report_child) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(Error::failed("report socket"))?;
+    let is_exec = matches!(what, Launch::Exec { .. });
+    let clone_flags = clone_flags(&what)?;
+    if let Launch::Exec { namespaces, .. } = &what {
+        // affects children only (setns(2)); taken back below
+        set_pid_namespace(&namespaces.pid)?;
+    }
+    // SAFETY: one thread (main.rs), so the child's copy of the process is whole; it never returns from `child::run`.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, clone_flags | libc::SIGCHLD, 0, 0, 0, 0) };
+    if pid == 0 {
+        child::run(what, streams, cgroup, report_child);
+    }
+    let failed = io::Error::last_os_error();
+    if is_exec {
+        let own = File::open("/proc/self/ns/pid").map_err(Error::failed("own pid namespace"))?;
+        set_pid_namespace(&own)?;
+    }
+    if pid < 0 {
+        return Err(Error::Failed(format!("unable to start container process: clone: {failed}")));
+    }
+    let pid = i32::try_from(pid).map_err(Error::failed("process id"))?;
+    let exit = reaper.follow(pid);
+    drop((report_child, streams, what));
+
+    let report = AsyncFd::register(nonblocking(report)?).map_err(Error::failed("report socket"))?;
+    let mut terminal = None;
+    loop {
+        let (text, fd) = receive(&report).await.map_err(Error::failed("report of the new process"))?;
+        terminal = terminal.or(fd);
+        match text.split_first() {
+            // the container's process waits before its exec
+            Some((b'R', _)) if !is_exec => break,
+            Some((b'R', _)) => {}
+            Some((_, words)) => {
+                let words = String::from_utf8_lossy(words);
+                return Err(Error::Failed(format!("unable to start container process: {words}")));
+            }
+            // closed by the exec, or by a death without a word
+            None if is_exec => break,
+            None => return Err(Error::Failed("unable to start container process: it ended during its set-up".into())),
+        }
+    }
+    Ok(Launched { pid, exit, terminal })
+}
+
+fn clone_flags(what: &Launch<'_>) -> Result<libc::c_int, Error> {
+    let Launch::Container { spec, own_hostname, .. } = what else { return Ok(0) };
+    let mut flags = libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP;
+    for namespace in &spec.Linux.Namespaces {
+        match namespace.Type.as_str() {
+            "mount" | "mnt" | "cgroup" | "network" => {}
+            "pid" => flags |= libc::CLONE_NEWPID,
+            // the VM is the pod: what the pod's containers share is the VM's own
+            "ipc" => {}
+            "uts" if *own_hostname => flags |= libc::CLONE_NEWUTS,
+            "uts" => {}
+            other => return Err(Error::Unsupported(format!("namespace {other:?}"))),
+        }
+    }
+    // the child enters its cgroup first and its cgroup namespace after, so that the cgroup is its root
+    Ok(flags & !libc::CLONE_NEWCGROUP)
+}
+
+fn set_pid_namespace(namespace: &File) -> Result<(), Error> {
+    nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWPID).map_err(Error::failed("pid namespace"))
+}
+
+fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, Error> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(Error::failed("O_NONBLOCK"))?;
+    Ok(fd)
+}
+
+async fn receive(report: &AsyncFd<OwnedFd>) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+    loop {
+        let mut ready = report.readable().await?;
+        let outcome = ready.try_io(|fd| {
+            let mut buffer = [0; REPORT];
+            let mut control = nix::cmsg_space!(RawFd);
+            let mut slices = [IoSliceMut::new(&mut buffer)];
+            let message = recvmsg::<()>(fd.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+            let mut fds = Vec::new();
+            for control in message.cmsgs()? {
+                if let ControlMessageOwned::ScmRights(received) = control {
+                    // SAFETY: the kernel has just made these descriptors for us.
+                    fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                }
+            }
+            let length = message.bytes;
+            Ok((buffer[..length].to_vec(), fds.into_iter().next()))
+        });
+        if let Ok(outcome) = outcome {
+            return match outcome {
+                Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => Ok((Vec::new(), None)),
+                other => other,
+            };
+        }
+    }
+}

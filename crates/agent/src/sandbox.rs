@@ -1,0 +1,185 @@
+//! The pod in the guest: its containers and what it has mounted. The VM's own IPC and UTS namespaces are the pod's.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use agent_api::agent as api;
+use agent_api::limits;
+
+use crate::container::Container;
+use crate::error::Error;
+use crate::oom::OomWatch;
+use crate::reaper::Reaper;
+use crate::storage;
+
+/// The state of the guest.
+pub(crate) struct Sandbox {
+    reaper: Reaper,
+    pub(crate) oom: OomWatch,
+    /// `None` while a container is being made.
+    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    hostname: Mutex<String>,
+}
+
+/// Ids become folder names.
+pub(crate) fn check_id(kind: &str, id: &str) -> Result<(), Error> {
+    let fine = !id.is_empty()
+        && id.len() <= limits::ID
+        && id != "."
+        && id != ".."
+        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
+    if fine {
+        Ok(())
+    } else {
+        let shown: String = id.chars().take(80).collect();
+        Err(Error::Invalid(format!("{kind} id {shown:?} must be 1 to {} of A-Z a-z 0-9 _ . -", limits::ID)))
+    }
+}
+
+impl Sandbox {
+    pub(crate) fn new(reaper: Reaper, oom: OomWatch) -> Self {
+        Self { reaper, oom, containers: Mutex::default(), hostname: Mutex::default() }
+    }
+
+    fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn create(&self, request: &api::CreateSandboxRequest) -> Result<(), Error> {
+        if !request.kernel_modules.is_empty() {
+            return Err(Error::Unsupported("loading kernel modules (this kernel has everything built in)".into()));
+        }
+        if !request.hostname.is_empty() {
+            nix::unistd::sethostname(&request.hostname).map_err(Error::failed("hostname"))?;
+            self.hostname.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&request.hostname);
+        }
+        for storage in &request.storages {
+            storage::connect(storage)?;
+        }
+        Ok(())
+    }
+
+    /// Ends every container and writes the caches back.
+    pub(crate) async fn destroy(&self) {
+        let all: Vec<_> = self.containers().drain().filter_map(|(_, container)| container).collect();
+        for container in all {
+            if let Err(error) = container.end().await {
+                crate::log::warn(&error.to_string());
+            }
+        }
+        nix::unistd::sync();
+    }
+
+    pub(crate) async fn create_container(&self, request: api::CreateContainerRequest) -> Result<(), Error> {
+        let id = request.container_id;
+        check_id("container", &id)?;
+        let spec =
+            request.OCI.into_option().ok_or_else(|| Error::Invalid("the container has no specification".into()))?;
+        for (name, present) in [
+            ("a container without process", spec.Process.is_none()),
+            ("a container without root", spec.Root.is_none()),
+            ("a container without linux", spec.Linux.is_none()),
+            ("hooks in the guest", spec.Hooks.as_ref().is_some_and(has_hooks)),
+            ("devices passed to the guest", !request.devices.is_empty()),
+            ("a process namespace shared by the pod's containers", request.sandbox_pidns),
+        ] {
+            if present {
+                return Err(Error::Unsupported(name.into()));
+            }
+        }
+        {
+            let mut containers = self.containers();
+            if containers.contains_key(&id) {
+                return Err(Error::Exists(format!("container {id}")));
+            }
+            containers.insert(id.clone(), None);
+        }
+        let made = self.make(&id, spec, &request.storages).await;
+        let mut containers = self.containers();
+        match made {
+            Ok(container) => {
+                containers.insert(id, Some(Arc::new(container)));
+                Ok(())
+            }
+            Err(error) => {
+                containers.remove(&id);
+                Err(error)
+            }
+        }
+    }
+
+    async fn make(&self, id: &str, spec: agent_api::oci::Spec, storages: &[api::Storage]) -> Result<Container, Error> {
+        let own_hostname =
+            !spec.Hostname.is_empty() && *self.hostname.lock().unwrap_or_else(PoisonError::into_inner) != spec.Hostname;
+        let mut mounts = Vec::new();
+        let outcome = async {
+            for storage in storages {
+                mounts.push(storage::connect(storage)?);
+            }
+            Container::create(id, spec, own_hostname, mounts.clone(), &self.reaper).await
+        }
+        .await;
+        if outcome.is_err() {
+            for point in mounts.iter().rev() {
+                storage::disconnect(point);
+            }
+        }
+        outcome
+    }
+
+    pub(crate) fn start_container(&self, id: &str) -> Result<(), Error> {
+        let container = self.container(id)?;
+        self.oom.add(id, container.cgroup.memory_events());
+        container.start()
+    }
+
+    pub(crate) async fn remove_container(&self, id: &str) -> Result<(), Error> {
+        let container = self.container(id)?;
+        container.end().await?;
+        for point in container.mounts.iter().rev() {
+            storage::disconnect(point);
+        }
+        self.containers().remove(id);
+        Ok(())
+    }
+
+    pub(crate) async fn exec(&self, request: &api::ExecProcessRequest) -> Result<(), Error> {
+        check_id("exec", &request.exec_id)?;
+        let process = request.process.as_ref().ok_or_else(|| Error::Invalid("the exec has no process".into()))?;
+        self.container(&request.container_id)?.exec(&request.exec_id, process, &self.reaper).await
+    }
+
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
+        self.containers().get(id).cloned().flatten().ok_or_else(|| Error::NotFound(format!("container {id:.80}")))
+    }
+}
+
+fn has_hooks(hooks: &agent_api::oci::Hooks) -> bool {
+    [
+        &hooks.Prestart,
+        &hooks.Poststart,
+        &hooks.Poststop,
+        &hooks.CreateRuntime,
+        &hooks.CreateContainer,
+        &hooks.StartContainer,
+    ]
+    .iter()
+    .any(|list| !list.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn an_id_is_one_folder_name(id in ".*") {
+            if check_id("container", &id).is_ok() {
+                let path = std::path::Path::new("/run").join(&id);
+                prop_assert_eq!(path.parent(), Some(std::path::Path::new("/run")));
+                prop_assert!(path.file_name().is_some());
+            }
+        }
+    }
+}
