@@ -1,4 +1,5 @@
 //! The agent's ends of a process's streams: pipes or a terminal.
+#![allow(unsafe_code, reason = "registering descriptors with the runtime")]
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -14,6 +15,12 @@ use crate::launcher::Streams;
 /// Asked for a pipe's buffer, bytes; the kernel's default is 64 KiB.
 const PIPE: i32 = 256 << 10;
 
+/// Makes a descriptor wait for readiness in the runtime.
+pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives, which is what is asked for.
+    unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)
+}
+
 /// One open end, read or written by one call at a time.
 #[derive(Debug)]
 struct End(Mutex<Option<AsyncFd<OwnedFd>>>);
@@ -22,7 +29,7 @@ impl End {
     fn new(fd: OwnedFd) -> io::Result<Self> {
         let flags = OFlag::from_bits_truncate(fcntl(&fd, FcntlArg::F_GETFL)?);
         fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        Ok(Self(Mutex::new(Some(AsyncFd::register(fd)?))))
+        Ok(Self(Mutex::new(Some(watch(fd)?))))
     }
 }
 

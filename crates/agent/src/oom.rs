@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
-use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
 
 struct Watched {
@@ -33,7 +32,7 @@ impl OomWatch {
             hits: Arc::new(tokio::sync::Mutex::new(from)),
         };
         let watched = Arc::clone(&watch.watched);
-        let ready = AsyncFd::register(inotify.as_fd().try_clone_to_owned()?)?;
+        let ready = crate::io::watch(inotify.as_fd().try_clone_to_owned()?)?;
         tokio::spawn(async move {
             while let Ok(mut guard) = ready.readable().await {
                 guard.clear_ready();

@@ -1,7 +1,7 @@
 //! How the host reaches the agent: vsock, or a virtio-serial port.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -25,7 +25,7 @@ pub(crate) fn listen(params: &Params) -> io::Result<Listener> {
             // the host is listening from the start; a blocking write waits until the device knows
             (&file).write_all(ports::SERIAL_HELLO)?;
             nonblocking(&file)?;
-            let port = SerialPort(AsyncFd::register(file)?);
+            let port = SerialPort(crate::io::watch(file.into())?);
             Ok(Listener::new(Once(Some(Socket::new(port)))))
         }
     }
@@ -94,14 +94,14 @@ fn nonblocking(file: &File) -> io::Result<()> {
 }
 
 /// A character device as a stream.
-struct SerialPort(AsyncFd<File>);
+struct SerialPort(AsyncFd<OwnedFd>);
 
 impl AsyncRead for SerialPort {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
             let mut guard = ready!(self.0.poll_read_ready(context))?;
             let space = buffer.initialize_unfilled();
-            match guard.try_io(|file| file.get_ref().read(space)) {
+            match guard.try_io(|port| nix::unistd::read(port.get_ref(), space).map_err(io::Error::from)) {
                 Ok(Ok(count)) => {
                     buffer.advance(count);
                     return Poll::Ready(Ok(()));
@@ -117,7 +117,7 @@ impl AsyncWrite for SerialPort {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         loop {
             let mut guard = ready!(self.0.poll_write_ready(context))?;
-            match guard.try_io(|file| file.get_ref().write(data)) {
+            match guard.try_io(|port| nix::unistd::write(port.get_ref(), data).map_err(io::Error::from)) {
                 Ok(outcome) => return Poll::Ready(outcome),
                 Err(_) => {}
             }

@@ -112,7 +112,7 @@ pub(crate) async fn launch(
     let exit = reaper.follow(pid);
     drop((report_child, streams, what));
 
-    let report = AsyncFd::register(nonblocking(report)?).map_err(Error::failed("report socket"))?;
+    let report = crate::io::watch(nonblocking(report)?).map_err(Error::failed("report socket"))?;
     let mut terminal = None;
     loop {
         let (text, fd) = receive(&report).await.map_err(Error::failed("report of the new process"))?;
