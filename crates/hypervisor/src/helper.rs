@@ -124,7 +124,7 @@ async fn keep_tail(what: &'static str, pipe: tokio::process::ChildStderr, tail: 
         if count == 0 {
             break;
         }
-        tracing::info!(helper = what, "{}", String::from_utf8_lossy(&chunk[..count]).trim_end());
+        tracing::debug!(helper = what, "{}", String::from_utf8_lossy(&chunk[..count]).trim_end());
         let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
         tail.extend_from_slice(&chunk[..count]);
         let excess = tail.len().saturating_sub(STDERR_KEPT);
