@@ -4,10 +4,12 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use agent_api::agent as api;
 use agent_api::oci::{LinuxDeviceCgroup, LinuxResources};
+
+use tokio::io::Interest;
 
 use crate::error::Error;
 
@@ -67,6 +69,26 @@ impl Cgroup {
     pub(crate) fn freeze(&self, frozen: bool) -> Result<(), Error> {
         fs::write(self.path.join("cgroup.freeze"), if frozen { "1" } else { "0" })
             .map_err(Error::failed("cgroup.freeze"))
+    }
+
+    /// Kills every process in it and waits until the last is gone.
+    pub(crate) async fn end(&self) -> Result<(), Error> {
+        use io::{Read, Seek};
+        self.freeze(false)?;
+        let failed = || Error::failed("cgroup.events");
+        let events = File::open(self.path.join("cgroup.events")).map_err(failed())?;
+        // a change of `populated` is an exceptional condition of this file (cgroup-v2.rst)
+        let events = crate::io::watch_changes(events).map_err(failed())?;
+        self.kill()?;
+        loop {
+            let mut text = String::new();
+            let mut file = events.get_ref();
+            file.rewind().and_then(|()| file.read_to_string(&mut text)).map_err(failed())?;
+            if text.contains("populated 0") {
+                return Ok(());
+            }
+            events.ready(Interest::PRIORITY).await.map_err(failed())?.clear_ready();
+        }
     }
 
     /// Every process in it, at once.
@@ -142,35 +164,27 @@ impl Cgroup {
     }
 }
 
+/// The last resort, for a container that was not made: its processes are dead and reaped by then.
 impl Drop for Cgroup {
     fn drop(&mut self) {
         let _ = self.kill();
-        if fs::remove_dir(&self.path).is_ok() {
-            return;
-        }
-        // its processes are dying; the kernel says when the last is gone
-        if let Err(error) = wait_empty(&self.path).and_then(|()| fs::remove_dir(&self.path)) {
-            crate::log::warn(&format!("cgroup {} stays: {error}", self.path.display()));
+        match remove_tree(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                crate::log::warn(&format!("cgroup {} stays: {error}", self.path.display()));
+            }
+            _ => {}
         }
     }
 }
 
-/// `cgroup.events` is readable by poll(2) with POLLPRI when `populated` changes.
-fn wait_empty(path: &std::path::Path) -> io::Result<()> {
-    use io::{Read, Seek};
-    use nix::poll::{PollFd, PollFlags, poll};
-    let mut events = File::open(path.join("cgroup.events"))?;
-    for _ in 0..20 {
-        let mut text = String::new();
-        events.rewind()?;
-        events.read_to_string(&mut text)?;
-        if text.contains("populated 0") {
-            return Ok(());
+/// A privileged container may have made cgroups of its own below.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(path)?.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_tree(&entry.path())?;
         }
-        let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
-        poll(&mut fds, 100u16)?;
     }
-    Err(io::Error::other("it still has processes"))
+    fs::remove_dir(path)
 }
 
 fn pairs(text: &str) -> HashMap<String, u64> {

@@ -109,8 +109,7 @@ impl Container {
 
     /// Ends everything in it and waits until its first process is gone.
     pub(crate) async fn end(&self) -> Result<(), Error> {
-        self.cgroup.freeze(false)?;
-        self.cgroup.kill()?;
+        self.cgroup.end().await?;
         self.init.wait().await;
         Ok(())
     }

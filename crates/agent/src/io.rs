@@ -21,6 +21,12 @@ pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)
 }
 
+/// Makes a file of the kernel's wait for its exceptional condition.
+pub(crate) fn watch_changes(file: std::fs::File) -> io::Result<AsyncFd<std::fs::File>> {
+    // SAFETY: as above, of a File.
+    unsafe { AsyncFd::register_with_interest(file, tokio::io::Interest::PRIORITY) }.map_err(io::Error::from)
+}
+
 /// One open end, read or written by one call at a time.
 #[derive(Debug)]
 struct End(Mutex<Option<AsyncFd<OwnedFd>>>);

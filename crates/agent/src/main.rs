@@ -38,7 +38,7 @@ fn main() -> ExitCode {
         }
     };
     match runtime.block_on(server::run(&params)) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(never) => match never {},
         // the kernel panics when its first process ends, and the host sees that at once
         Err(error) => {
             log::error(&format!("serving: {error}"));

@@ -1,11 +1,10 @@
 //! Every orphan of the guest is a child of ours: all are reaped, those that somebody waits for are told of.
+#![allow(unsafe_code, reason = "waitpid with statuses that nix cannot hold")]
 
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use nix::errno::Errno;
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
@@ -36,18 +35,42 @@ impl Reaper {
 
     fn reap(&self) {
         loop {
-            // 128 + signal, as shells and runc count
-            let (pid, code) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, code),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + signal as i32),
-                Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return,
-                Ok(_) | Err(Errno::EINTR) => continue,
-                Err(_) => return,
-            };
-            let waiter = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&pid.as_raw());
+            let mut status = 0;
+            // not nix's: it has no word for an end by a real-time signal, and the child would be reaped and lost
+            // SAFETY: a pointer to an integer that lives through the call (waitpid(2)).
+            let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
+            if pid < 0 && std::io::Error::last_os_error().kind() == io::ErrorKind::Interrupted {
+                continue;
+            }
+            if pid <= 0 {
+                return;
+            }
+            let waiter = self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&pid);
+            let code = exit_code(status);
             if let Some(waiter) = waiter {
                 waiter.send_replace(Some(code));
             }
+        }
+    }
+}
+
+/// 128 + signal, as shells and runc count.
+fn exit_code(status: i32) -> i32 {
+    if libc::WIFSIGNALED(status) { 128 + libc::WTERMSIG(status) } else { libc::WEXITSTATUS(status) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use super::exit_code;
+
+    #[test]
+    fn ends_by_code_signal_and_real_time_signal() {
+        for (script, code) in [("exit 7", 7), ("kill -TERM $$", 143), ("kill -40 $$", 168)] {
+            let status = Command::new("/bin/sh").args(["-c", script]).status().expect("ran");
+            assert_eq!(exit_code(status.into_raw()), code, "{script}");
         }
     }
 }

@@ -26,13 +26,13 @@ use crate::transport;
 
 type Rpc<T> = ttrpc::Result<T>;
 
-/// Serves until the sandbox is destroyed, then switches the machine off.
-pub(crate) async fn run(params: &Params) -> Result<(), Error> {
+/// Serves for as long as the machine runs. Whoever started the machine ends it: after `DestroySandbox` everything is on
+/// the host, and a machine that switched itself off could do so before its answer is out.
+pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Error> {
     let reaper = Reaper::start().map_err(Error::failed("reaper"))?;
     let oom = OomWatch::start().map_err(Error::failed("memory watch"))?;
     let sandbox = Arc::new(Sandbox::new(reaper, oom));
-    let ended = Arc::new(tokio::sync::Notify::new());
-    let service = Arc::new(Service { sandbox, ended: Arc::clone(&ended) });
+    let service = Arc::new(Service { sandbox });
     let listener = transport::listen(params).map_err(Error::failed("the agent's channel"))?;
     let mut server = Server::new()
         .add_listener(listener)
@@ -41,18 +41,11 @@ pub(crate) async fn run(params: &Params) -> Result<(), Error> {
     server.start().await.map_err(Error::failed("serving"))?;
     transport::tell_ready(params);
     crate::log::debug("serving");
-    ended.notified().await;
-    // the answer must reach the host first; it then ends the machine, so this is for hosts that wait
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    match nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_POWER_OFF) {
-        Ok(never) => match never {},
-        Err(errno) => Err(Error::Failed(format!("power off: {errno}"))),
-    }
+    std::future::pending().await
 }
 
 struct Service {
     sandbox: Arc<Sandbox>,
-    ended: Arc<tokio::sync::Notify>,
 }
 
 impl Service {
@@ -81,7 +74,6 @@ impl AgentService for Service {
 
     async fn destroy_sandbox(&self, _: &TtrpcContext, _: api::DestroySandboxRequest) -> Rpc<Empty> {
         self.sandbox.destroy().await;
-        self.ended.notify_one();
         Ok(Empty::new())
     }
 

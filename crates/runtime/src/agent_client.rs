@@ -101,11 +101,6 @@ impl AgentClient {
         Ok(Self { client, vm, deadline })
     }
 
-    /// The VM behind it.
-    pub(crate) fn vm(&self) -> &VmWatch {
-        &self.vm
-    }
-
     /// One call with the usual deadline. `what` is for errors.
     pub(crate) async fn call<'a, T, F>(
         &'a self,

@@ -50,7 +50,7 @@ impl Step {
     }
 }
 
-/// The run folder of one sandbox: `<root>/<namespace>/<id>`.
+/// The run folder of one sandbox. Its parent stays, so that one sandbox's end never meets another's start.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
@@ -80,9 +80,11 @@ impl RunDir {
             clean(path)?;
         }
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-        let lock = File::options().create(true).truncate(true).write(true).open(path.join("owner"))?;
+        // whose name is in it is known only with the lock
+        let lock = File::options().create(true).truncate(false).write(true).open(path.join("owner"))?;
         let mut lock =
             Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| io::Error::from(errno))?;
+        lock.set_len(0)?;
         let pid = std::process::id();
         let owner = Owner { pid, started: start_time(pid).unwrap_or_default(), bundle: bundle.to_owned() };
         lock.write_all(&serde_json::to_vec(&owner)?)?;
@@ -179,16 +181,10 @@ fn run(path: &Path, steps: Vec<Step>) -> io::Result<()> {
             fs::remove_file(entry.path())?;
         }
     }
-    for folder in [Some(path), path.parent()].into_iter().flatten() {
-        match fs::remove_dir(folder) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // the namespace's folder goes with its last sandbox
-            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && folder != path => {}
-            Err(error) => return Err(error),
-        }
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// Field 22 of `/proc/<pid>/stat`, in clock ticks since boot (proc_pid_stat(5)).
@@ -306,7 +302,7 @@ mod tests {
     use super::*;
 
     fn run_dir(root: &Path) -> RunDir {
-        RunDir::create(&root.join("ns/c1"), Path::new("/bundle")).expect("made")
+        RunDir::create(&root.join("ns@c1"), Path::new("/bundle")).expect("made")
     }
 
     #[test]
@@ -323,7 +319,7 @@ mod tests {
         assert!(staging.exists());
         drop(dir);
         clean(&path).expect("cleaned");
-        assert!(!path.exists() && !root.path().join("ns").exists());
+        assert!(!path.exists() && root.path().exists());
         clean(&path).expect("again");
     }
 

@@ -14,6 +14,7 @@ mod storage;
 pub mod trace;
 
 pub use agent_api;
+pub use container::spec::CONFIG_LIMIT;
 pub use container::{ContainerSpec, ExecSpec, Exit, ProcessRef, ProcessView, Status, Stdio};
 pub use error::Error;
 pub use id::{ContainerId, ExecId};

@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "the inherited socket is taken over by its number")]
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 use crate::args::Args;
 use crate::handshake;
 
-/// Sandboxes' run folders, by containerd namespace.
+/// Sandboxes' run folders: `<namespace>@<id>`, a sign that neither may have.
 pub(crate) const RUN_ROOT: &str = "/run/kata-containers/sandboxes";
 /// Where containerd's shims have their sockets.
 const SOCKET_DIR: &str = "/run/containerd/s";
@@ -30,7 +30,7 @@ const SOCKET_FD: i32 = 3;
 pub(crate) fn run_dir(args: &Args) -> Result<(ContainerId, PathBuf)> {
     let id = ContainerId::try_from(args.id.as_str())?;
     let namespace = ContainerId::try_from(args.namespace.as_str()).context("containerd's namespace")?;
-    Ok((id.clone(), Path::new(RUN_ROOT).join(namespace.as_str()).join(id.as_str())))
+    Ok((id.clone(), Path::new(RUN_ROOT).join(format!("{namespace}@{id}"))))
 }
 
 /// Starts a server for the pod, or finds the one that serves it; writes the answer for containerd on stdout.
@@ -164,7 +164,11 @@ fn sandbox_of(bundle: &Path) -> Result<Option<String>> {
         ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
     ];
     // a broken or overlong file gets its error from `Create`, which can tell the user
-    let Ok(text) = fs::read(bundle.join("config.json")) else { return Ok(None) };
+    let Ok(file) = fs::File::open(bundle.join("config.json")) else { return Ok(None) };
+    let mut text = Vec::new();
+    if file.take(runtime::CONFIG_LIMIT).read_to_end(&mut text).is_err() {
+        return Ok(None);
+    }
     let Ok(spec) = serde_json::from_slice::<serde_json::Value>(&text) else { return Ok(None) };
     let annotation = |key| spec.pointer("/annotations").and_then(|all| all.get(key)).and_then(|value| value.as_str());
     for (kind, sandbox) in KINDS {

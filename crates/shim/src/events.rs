@@ -2,23 +2,30 @@
 //!
 //! A publisher of our own (not the one of the `containerd-shim` crate) for two reasons: it keeps the order when
 //! containerd is away for a while, and it can be waited for, so that the last event is not lost with the process.
+#![allow(unsafe_code, reason = "registering a descriptor with the runtime")]
 
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use containerd_shim_protos::events::task;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use containerd_shim_protos::protobuf::{Message, MessageDyn, MessageField};
+use containerd_shim_protos::protobuf::{MessageDyn, MessageField};
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::ttrpc::context;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use runtime::Event;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::convert;
 
-/// How often an event is tried while containerd is away, a second apart.
-const TRIES: u32 = 60;
+/// How long containerd may take to take an event.
+const ANSWER: Duration = Duration::from_secs(10);
 
 enum Item {
     Event(Box<Envelope>),
@@ -87,7 +94,7 @@ impl Publisher {
 }
 
 async fn deliver(address: String, mut items: mpsc::UnboundedReceiver<Item>) {
-    let address = if address.contains("://") { address } else { format!("unix://{address}") };
+    let path = PathBuf::from(address.strip_prefix("unix://").unwrap_or(&address));
     let mut client = None;
     while let Some(item) = items.recv().await {
         let envelope = match item {
@@ -98,24 +105,48 @@ async fn deliver(address: String, mut items: mpsc::UnboundedReceiver<Item>) {
             }
         };
         let request = ForwardRequest { envelope: MessageField::some(*envelope), ..Default::default() };
-        for _ in 0..TRIES {
-            if client.is_none() {
-                client = Client::connect(&address).await.ok().map(EventsClient::new);
-            }
-            if let Some(connected) = &client {
-                match connected.forward(context::with_duration(Duration::from_secs(10)), &request).await {
-                    Ok(_) => break,
-                    Err(error) => log::debug!("event not delivered: {error}"),
+        // twice: the connection may be one to a containerd that has been restarted
+        for _ in 0..2 {
+            let connected = match client.take() {
+                Some(connected) => connected,
+                None => match connect(&path).await {
+                    Ok(connected) => connected,
+                    Err(error) => {
+                        log::error!("containerd's events at {}: {error}", path.display());
+                        return;
+                    }
+                },
+            };
+            match connected.forward(context::with_duration(ANSWER), &request).await {
+                Ok(_) => {
+                    client = Some(connected);
+                    break;
                 }
-                client = None;
-                // the connection may only have been an old one
-                if let Ok(fresh) = Client::connect(&address).await {
-                    client = Some(EventsClient::new(fresh));
-                    continue;
-                }
+                Err(error) => log::warn!("event not delivered: {error}"),
             }
-            // containerd is away, and nothing tells when it is back
-            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+}
+
+/// Connects to containerd, now or when it is back: its socket then appears, and gets its owner once it is served.
+async fn connect(path: &Path) -> io::Result<EventsClient> {
+    let address = format!("unix://{}", path.display());
+    let folder = path.parent().ok_or_else(|| io::Error::other("has no folder"))?;
+    let changes = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    let seen = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_ATTRIB;
+    changes.add_watch(folder, seen)?;
+    let watched = changes.as_fd().try_clone_to_owned()?;
+    // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives, which is what is asked for.
+    let watched = unsafe { AsyncFd::register_with_interest(watched, Interest::READABLE) }.map_err(io::Error::from)?;
+    loop {
+        match Client::connect(&address).await {
+            Ok(client) => return Ok(EventsClient::new(client)),
+            Err(error) => log::debug!("containerd is away: {error}"),
+        }
+        let mut ready = watched.readable().await?;
+        match changes.read_events() {
+            Ok(_) | Err(nix::errno::Errno::EAGAIN) => ready.clear_ready(),
+            Err(errno) => return Err(errno.into()),
         }
     }
 }

@@ -20,7 +20,7 @@ use hypervisor::Hypervisor;
 use hypervisor::qemu::{Qemu, QemuSettings, Wanted, quick_firmware};
 use runtime::trace::Trace;
 use runtime::{ContainerId, ContainerSpec, Env, Error, ExecSpec, RootfsMount, Sandbox, SandboxSpec, Stdio};
-use tokio::sync::{Mutex, Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::convert::{self, Rpc, rpc_error, status, timestamp};
 use crate::events::Publisher;
@@ -29,51 +29,91 @@ use crate::events::Publisher;
 pub(crate) struct TaskService {
     id: ContainerId,
     run_dir: PathBuf,
-    sandbox: Mutex<Option<Sandbox>>,
+    pod: Arc<watch::Sender<Pod>>,
     publisher: Publisher,
     /// Told when the server shall end.
     pub(crate) done: Arc<Notify>,
 }
 
+/// How far the pod is. No call but the one that makes it waits for its start: a containerd that was restarted in the
+/// middle of one must learn at once that there is no task.
+#[derive(Clone)]
+enum Pod {
+    None,
+    /// Told to give up.
+    Starting(Arc<Notify>),
+    Ready(Sandbox),
+}
+
 impl TaskService {
     pub(crate) fn new(id: ContainerId, run_dir: PathBuf, publisher: Publisher) -> Self {
-        Self { id, run_dir, sandbox: Mutex::new(None), publisher, done: Arc::new(Notify::new()) }
+        let pod = Arc::new(watch::Sender::new(Pod::None));
+        Self { id, run_dir, pod, publisher, done: Arc::new(Notify::new()) }
     }
 
-    async fn sandbox(&self) -> Rpc<Sandbox> {
-        self.sandbox.lock().await.clone().ok_or_else(|| rpc_error(Code::NOT_FOUND, "no such task: not found"))
+    fn sandbox(&self) -> Rpc<Sandbox> {
+        match &*self.pod.borrow() {
+            Pod::Ready(sandbox) => Ok(sandbox.clone()),
+            Pod::None | Pod::Starting(_) => Err(rpc_error(Code::NOT_FOUND, "no such task: not found")),
+        }
     }
 
     /// The pod's first container makes the pod; the others join it.
     async fn make(&self, request: &CreateTaskRequest) -> Result<u32, Error> {
         let spec = container_spec(request)?;
-        let mut slot = self.sandbox.lock().await;
-        if let Some(sandbox) = slot.as_ref() {
-            let sandbox = sandbox.clone();
-            drop(slot);
-            sandbox.create_container(spec).await?;
-            return Ok(sandbox.pid());
+        let cancelled = Arc::new(Notify::new());
+        let mut before = Pod::None;
+        self.pod.send_if_modified(|pod| {
+            before = pod.clone();
+            let first = matches!(pod, Pod::None);
+            if first {
+                *pod = Pod::Starting(Arc::clone(&cancelled));
+            }
+            first
+        });
+        match before {
+            Pod::None => {}
+            Pod::Starting(_) => return Err(Error::Exists(format!("sandbox {} (its start is under way)", self.id))),
+            Pod::Ready(sandbox) => {
+                sandbox.create_container(spec).await?;
+                return Ok(sandbox.pid());
+            }
         }
-        let trace = Trace::default();
-        let path = convert::config_path(request.options.as_ref());
-        let config = tokio::task::spawn_blocking(move || config::Config::load(path.as_deref().map(AsRef::as_ref)))
-            .await
-            .map_err(|error| Error::Invalid(format!("reading the configuration: {error}")))??;
-        crate::logger::more(config.runtime.enable_debug);
-        for warning in &config.warnings {
-            log::warn!("{warning}");
-        }
-        trace.step("configuration");
-        let hypervisor = driver(&config);
-        let (events_to, events) = mpsc::unbounded_channel();
         let sandbox = SandboxSpec { id: self.id.clone(), run_dir: self.run_dir.clone() };
-        let sandbox = Sandbox::start(Env { config, hypervisor }, sandbox, spec, events_to, &trace).await?;
-        trace.log();
-        tokio::spawn(self.publisher.clone().follow(sandbox.pid(), events));
-        let pid = sandbox.pid();
-        *slot = Some(sandbox);
-        Ok(pid)
+        let path = convert::config_path(request.options.as_ref());
+        let (pod, publisher) = (Arc::clone(&self.pod), self.publisher.clone());
+        // a task of its own: a caller that goes away must not leave half a pod
+        let start = tokio::spawn(async move {
+            let started = start_pod(sandbox, spec, path, publisher, &cancelled).await;
+            pod.send_replace(started.as_ref().map_or(Pod::None, |sandbox| Pod::Ready(sandbox.clone())));
+            started
+        });
+        Ok(start.await.map_err(|error| Error::WrongState(format!("the start was lost: {error}")))??.pid())
     }
+}
+
+async fn start_pod(
+    sandbox: SandboxSpec,
+    first: ContainerSpec,
+    config: Option<String>,
+    publisher: Publisher,
+    cancelled: &Notify,
+) -> Result<Sandbox, Error> {
+    let trace = Trace::default();
+    let config = tokio::task::spawn_blocking(move || config::Config::load(config.as_deref().map(AsRef::as_ref)))
+        .await
+        .map_err(|error| Error::Invalid(format!("reading the configuration: {error}")))??;
+    crate::logger::more(config.runtime.enable_debug);
+    for warning in &config.warnings {
+        log::warn!("{warning}");
+    }
+    trace.step("configuration");
+    let hypervisor = driver(&config);
+    let (events_to, events) = mpsc::unbounded_channel();
+    let sandbox = Sandbox::start(Env { config, hypervisor }, sandbox, first, events_to, &trace, cancelled).await?;
+    trace.log();
+    tokio::spawn(publisher.follow(sandbox.pid(), events));
+    Ok(sandbox)
 }
 
 /// The VMM driver that the configuration names.
@@ -134,7 +174,7 @@ fn plain(error: Error) -> containerd_shim_protos::ttrpc::Error {
 impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Rpc<StateResponse> {
         let name = convert::process(&request.id, &request.exec_id)?;
-        let sandbox = self.sandbox().await?;
+        let sandbox = self.sandbox()?;
         let view = sandbox.view(&name).map_err(plain)?;
         Ok(StateResponse {
             id: request.id,
@@ -181,7 +221,7 @@ impl Task for TaskService {
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> Rpc<StartResponse> {
         let name = convert::process(&request.id, &request.exec_id)?;
-        let sandbox = self.sandbox().await?;
+        let sandbox = self.sandbox()?;
         let prefix = match name.exec {
             None => "OCI runtime start failed",
             Some(_) => "OCI runtime exec failed: exec failed",
@@ -206,7 +246,7 @@ impl Task for TaskService {
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Rpc<DeleteResponse> {
         let name = convert::process(&request.id, &request.exec_id)?;
-        let sandbox = self.sandbox().await?;
+        let sandbox = self.sandbox()?;
         let exit = sandbox.delete(&name).await.map_err(plain)?;
         let pid = sandbox.pid();
         let (status, at) = exit.map_or((0, std::time::SystemTime::now()), |exit| (exit.status, exit.at));
@@ -231,14 +271,14 @@ impl Task for TaskService {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Rpc<PidsResponse> {
         let name = convert::process(&request.id, "")?;
-        let pids = self.sandbox().await?.pids(&name.container).await.map_err(plain)?;
+        let pids = self.sandbox()?.pids(&name.container).await.map_err(plain)?;
         let processes = pids.into_iter().map(|pid| ProcessInfo { pid, ..Default::default() }).collect();
         Ok(PidsResponse { processes, ..Default::default() })
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Rpc<Empty> {
         let name = convert::process(&request.id, "")?;
-        self.sandbox().await?.pause(&name.container).await.map_err(plain)?;
+        self.sandbox()?.pause(&name.container).await.map_err(plain)?;
         let paused = event::TaskPaused { container_id: request.id, ..Default::default() };
         self.publisher.publish("/tasks/paused", &paused);
         Ok(Empty::new())
@@ -246,7 +286,7 @@ impl Task for TaskService {
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> Rpc<Empty> {
         let name = convert::process(&request.id, "")?;
-        self.sandbox().await?.resume(&name.container).await.map_err(plain)?;
+        self.sandbox()?.resume(&name.container).await.map_err(plain)?;
         let resumed = event::TaskResumed { container_id: request.id, ..Default::default() };
         self.publisher.publish("/tasks/resumed", &resumed);
         Ok(Empty::new())
@@ -258,7 +298,7 @@ impl Task for TaskService {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Rpc<Empty> {
         let name = convert::process(&request.id, &request.exec_id)?;
-        self.sandbox().await?.signal(&name, request.signal, request.all).await.map_err(plain)?;
+        self.sandbox()?.signal(&name, request.signal, request.all).await.map_err(plain)?;
         Ok(Empty::new())
     }
 
@@ -267,7 +307,7 @@ impl Task for TaskService {
         let spec = convert::exec_spec(&request)?;
         let stdio =
             Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
-        self.sandbox().await?.exec(ExecSpec { process, spec, stdio }).map_err(plain)?;
+        self.sandbox()?.exec(ExecSpec { process, spec, stdio }).map_err(plain)?;
         let added = event::TaskExecAdded { container_id: request.id, exec_id: request.exec_id, ..Default::default() };
         self.publisher.publish("/tasks/exec-added", &added);
         Ok(Empty::new())
@@ -275,14 +315,14 @@ impl Task for TaskService {
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> Rpc<Empty> {
         let name = convert::process(&request.id, &request.exec_id)?;
-        self.sandbox().await?.resize(&name, request.width, request.height).await.map_err(plain)?;
+        self.sandbox()?.resize(&name, request.width, request.height).await.map_err(plain)?;
         Ok(Empty::new())
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> Rpc<Empty> {
         let name = convert::process(&request.id, &request.exec_id)?;
         if request.stdin {
-            self.sandbox().await?.close_stdin(&name).map_err(plain)?;
+            self.sandbox()?.close_stdin(&name).map_err(plain)?;
         }
         Ok(Empty::new())
     }
@@ -290,13 +330,13 @@ impl Task for TaskService {
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Rpc<Empty> {
         let name = convert::process(&request.id, "")?;
         let limits = convert::limits(&request)?;
-        self.sandbox().await?.update(&name.container, &limits).await.map_err(plain)?;
+        self.sandbox()?.update(&name.container, &limits).await.map_err(plain)?;
         Ok(Empty::new())
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> Rpc<WaitResponse> {
         let name = convert::process(&request.id, &request.exec_id)?;
-        let exit = self.sandbox().await?.wait(&name).await.map_err(plain)?;
+        let exit = self.sandbox()?.wait(&name).await.map_err(plain)?;
         Ok(WaitResponse {
             exit_status: exit.status,
             exited_at: MessageField::some(timestamp(exit.at)),
@@ -306,14 +346,14 @@ impl Task for TaskService {
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> Rpc<StatsResponse> {
         let name = convert::process(&request.id, "")?;
-        let stats = self.sandbox().await?.stats(&name.container).await.map_err(plain)?;
+        let stats = self.sandbox()?.stats(&name.container).await.map_err(plain)?;
         let host_is_v2 = std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
         let stats = convert::metrics(&stats, host_is_v2)?;
         Ok(StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 
     async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> Rpc<ConnectResponse> {
-        let task_pid = self.sandbox.lock().await.as_ref().map_or(0, Sandbox::pid);
+        let task_pid = self.sandbox().map_or(0, |sandbox| sandbox.pid());
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
             task_pid,
@@ -323,12 +363,18 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Rpc<Empty> {
-        let mut slot = self.sandbox.lock().await;
-        if slot.as_ref().is_some_and(|sandbox| !sandbox.is_empty()) {
+        let pod = self.pod.borrow().clone();
+        match pod {
+            Pod::None => {}
+            Pod::Starting(cancelled) => {
+                cancelled.notify_one();
+                let _ = self.pod.subscribe().wait_for(|pod| !matches!(pod, Pod::Starting(_))).await;
+            }
             // a pod's other containers still run: containerd asks again with the last
-            return Ok(Empty::new());
+            Pod::Ready(sandbox) if !sandbox.is_empty() => return Ok(Empty::new()),
+            Pod::Ready(_) => {}
         }
-        if let Some(sandbox) = slot.take()
+        if let Ok(sandbox) = self.sandbox()
             && let Err(error) = sandbox.stop().await
         {
             log::error!("{error}");

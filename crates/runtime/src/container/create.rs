@@ -16,7 +16,8 @@ use crate::storage::{rootfs, volume};
 /// What has been prepared on the host.
 pub(crate) struct Prepared {
     request: CreateContainerRequest,
-    shared: Vec<String>,
+    /// The names in the share that are the container's.
+    pub(crate) shared: Vec<String>,
 }
 
 /// The host's part; needs no guest, so it is done while the guest boots.

@@ -11,7 +11,8 @@ use crate::{ContainerId, Error};
 
 /// Largest `config.json`, bytes. The biggest real ones, with long seccomp lists and hundreds of mounts, are near 200 KiB;
 /// the guest's protocol ends at 4 MiB.
-const CONFIG_LIMIT: u64 = 3 << 20;
+/// Largest `config.json` that is read, bytes; the agent takes messages of up to 4 MiB.
+pub const CONFIG_LIMIT: u64 = 3 << 20;
 
 /// Reads `config.json` of a bundle.
 pub(crate) fn read(bundle: &Path) -> Result<Spec, Error> {

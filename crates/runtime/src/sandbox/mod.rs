@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use agent_api::agent as api;
 use hypervisor::{Hypervisor, Vm};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use crate::agent_client::AgentClient;
 use crate::cleanup::RunDir;
@@ -74,7 +74,7 @@ struct Host {
 }
 
 impl Sandbox {
-    /// Starts the VM and makes the pod's first container in it.
+    /// Starts the VM and makes the pod's first container in it, unless `cancelled` is told before that is done.
     ///
     /// # Errors
     /// Whatever failed; nothing is left of the sandbox.
@@ -84,8 +84,9 @@ impl Sandbox {
         first: ContainerSpec,
         events: mpsc::UnboundedSender<Event>,
         trace: &Trace,
+        cancelled: &Notify,
     ) -> Result<Self, Error> {
-        start::start(env, sandbox, first, events, trace).await
+        start::start(env, sandbox, first, events, trace, cancelled).await
     }
 
     /// The VMM's process id: what containerd gets for every process, since the guest's ids mean nothing on the host.
@@ -116,11 +117,25 @@ impl Sandbox {
     async fn make(&self, from: &ContainerSpec) -> Result<Container, Error> {
         let oci = spec::read(&from.bundle)?;
         let keep_seccomp = !self.0.env.config.runtime.disable_guest_seccomp;
-        let host = self.0.host.lock().await;
-        let host = host.as_ref().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
-        let prepared = create::prepare(&host.share, from, &oci, keep_seccomp)?;
+        // the host's side is held for the host's part only: a guest that does not answer must not hold up the stop
+        let prepared = {
+            let host = self.0.host.lock().await;
+            let host = host.as_ref().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
+            create::prepare(&host.share, from, &oci, keep_seccomp)?
+        };
+        let shared = prepared.shared.clone();
         let limit = self.0.env.config.runtime.create_container_timeout;
-        create::create(&self.0.agent, from, prepared, limit).await
+        let made = create::create(&self.0.agent, from, prepared, limit).await;
+        if made.is_err() {
+            self.release(&shared).await;
+        }
+        made
+    }
+
+    async fn release(&self, shared: &[String]) {
+        if let Some(host) = self.0.host.lock().await.as_ref() {
+            create::release(&host.share, shared);
+        }
     }
 
     /// Starts a created process.
@@ -280,9 +295,7 @@ impl Sandbox {
                     client.remove_container(context, &request).await
                 })
                 .await?;
-            if let Some(host) = self.0.host.lock().await.as_ref() {
-                create::release(&host.share, &container.shared);
-            }
+            self.release(&container.shared).await;
         }
         self.containers().remove(id);
         Ok(())

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -10,7 +9,7 @@ use agent_api::agent as api;
 use agent_api::{paths, ports};
 use hypervisor::{Boot, Channel, SharedDir, VmSpec};
 use oci_spec::runtime::Spec;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, watch};
 use crate::agent_client::{AgentClient, VmWatch};
@@ -26,12 +25,17 @@ pub(super) async fn start(
     first: ContainerSpec,
     events: mpsc::UnboundedSender<Event>,
     trace: &Trace,
+    cancelled: &Notify,
 ) -> Result<Sandbox, Error> {
     // everything that can be refused is refused before anything is made
     let oci = spec::read(&first.bundle)?;
     let mut run = RunDir::create(&sandbox.run_dir, &first.bundle)
         .map_err(Error::host(format!("run folder {}", sandbox.run_dir.display())))?;
-    match boot(&env, &sandbox, &first, &oci, &mut run, trace).await {
+    let booted = tokio::select! {
+        booted = boot(&env, &sandbox, &first, &oci, &mut run, trace) => booted,
+        () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
+    };
+    match booted {
         Ok((vm, share, agent, container)) => {
             let pid = vm.pid();
             let containers = HashMap::from([(first.id.clone(), Slot::Made(Arc::new(container)))]);
@@ -141,7 +145,11 @@ async fn create_sandbox(agent: &AgentClient, sandbox: &SandboxSpec, oci: &Spec) 
         ..Default::default()
     };
     let request = api::CreateSandboxRequest {
-        hostname: oci.hostname().clone().unwrap_or_default(),
+        // a container without a name of its own has its host's, as with runc
+        hostname: match oci.hostname() {
+            Some(name) if !name.is_empty() => name.clone(),
+            _ => nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default(),
+        },
         sandbox_id: sandbox.id.as_str().into(),
         storages: vec![share],
         ..Default::default()
@@ -166,9 +174,4 @@ async fn set_clock(agent: &AgentClient) -> Result<(), Error> {
         })
         .await
         .map(drop)
-}
-
-/// Where the sandbox `id` of containerd's `namespace` keeps its run folder.
-pub fn run_dir(root: &Path, namespace: &str, id: &crate::ContainerId) -> std::path::PathBuf {
-    root.join(namespace).join(id.as_str())
 }
