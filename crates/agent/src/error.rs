@@ -1,6 +1,11 @@
 //! What a call can be refused with, and its ttRPC code.
 
+use std::any::Any;
+use std::fmt::Display;
+use std::io;
+
 use agent_api::ttrpc::{self, Code};
+use nix::errno::Errno;
 
 /// A refused or failed call.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -21,9 +26,19 @@ pub(crate) enum Error {
 
 impl Error {
     /// For `map_err`: names what was tried.
-    pub(crate) fn failed<E: std::fmt::Display>(what: impl std::fmt::Display) -> impl FnOnce(E) -> Self {
-        move |error| Self::Failed(format!("{what}: {error}"))
+    pub(crate) fn failed<E: Display + 'static>(what: impl Display) -> impl FnOnce(E) -> Self {
+        move |error| Self::Failed(format!("{what}: {}", words(&error)))
     }
+}
+
+/// An error's words; of a system call's the C library's alone, without number or constant, as runc's users know them.
+pub(crate) fn words<E: Display + 'static>(error: &E) -> String {
+    let any = error as &dyn Any;
+    let errno = any
+        .downcast_ref::<Errno>()
+        .copied()
+        .or_else(|| any.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error).map(Errno::from_raw));
+    errno.map_or_else(|| error.to_string(), |errno| errno.desc().to_lowercase())
 }
 
 impl From<Error> for ttrpc::Error {
@@ -38,5 +53,18 @@ impl From<Error> for ttrpc::Error {
             Error::Failed(_) => Code::UNKNOWN,
         };
         Self::RpcStatus(ttrpc::get_status(code, error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_system_calls_are_in_words() {
+        let want = "not a directory";
+        assert_eq!(words(&Errno::ENOTDIR), want);
+        assert_eq!(words(&io::Error::from(Errno::ENOTDIR)), want);
+        assert_eq!(words(&"mkdir: no".to_owned()), "mkdir: no");
     }
 }

@@ -1,36 +1,52 @@
 //! What only the host can tell: do the files exist, does the memory fit.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::fs::{self, Metadata};
+use std::io::ErrorKind;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use crate::Error;
 use crate::file::{Entry, Value};
-use crate::keys::{Settings, refuse};
+use crate::keys::{MOST_MEMORY_MIB, Settings, refuse};
 use crate::types::Config;
 
 pub(crate) fn check(config: &Config, settings: &Settings) -> Result<(), Error> {
     let hypervisor = &config.hypervisor;
-    let setting = |key: &str, value: &Path| entry(config, settings, key, value);
-    file(&setting("hypervisor.qemu.path", &hypervisor.path), &hypervisor.path, "install qemu-system-x86")?;
-    file(&setting("hypervisor.qemu.kernel", &hypervisor.kernel), &hypervisor.kernel, "run `make guest install`")?;
-    let initrd = hypervisor.initrd.clone().unwrap_or_default();
-    let initrd_setting = setting("hypervisor.qemu.initrd", &initrd);
-    let size = file(&initrd_setting, &initrd, "run `make guest install`")?;
+    // what a setting is, or what stands for it when it is a default
+    let setting = |key: &str, shown: String| {
+        settings.get(key).cloned().unwrap_or_else(|| Entry {
+            key: key.to_owned(),
+            value: Value::Other(format!("{shown} (the default)")),
+            file: config.source.clone(),
+            line: 0,
+        })
+    };
+    let of_path =
+        |name: &str, path: &Path| setting(&format!("hypervisor.qemu.{name}"), format!("\"{}\"", path.display()));
+
+    program(&of_path("path", &hypervisor.path), &hypervisor.path, "install qemu-system-x86")?;
+    file(&of_path("kernel", &hypervisor.kernel), &hypervisor.kernel, "run `make guest install`")?;
     if let Some(daemon) = &hypervisor.virtio_fs_daemon {
-        file(&setting("hypervisor.qemu.virtio_fs_daemon", daemon), daemon, "install virtiofsd or qemu-system-common")?;
+        program(&of_path("virtio_fs_daemon", daemon), daemon, "install virtiofsd or qemu-system-common")?;
     }
     if let Some(firmware) = &hypervisor.firmware {
-        file(&setting("hypervisor.qemu.firmware", firmware), firmware, "remove the key for QEMU's own")?;
+        file(&of_path("firmware", firmware), firmware, "remove the key for QEMU's own")?;
     }
+    let source = of_path("entropy_source", &hypervisor.entropy_source);
+    if exists(&source, &hypervisor.entropy_source, "remove the key for /dev/urandom")?.is_dir() {
+        return Err(refuse(&source, "is a directory: remove the key for /dev/urandom"));
+    }
+
     let memory = hypervisor.default_memory_mib;
-    let host = host_memory_mib();
-    if let Some(entry) = settings.get("hypervisor.qemu.default_memory")
-        && memory > host
-    {
-        return Err(refuse(entry, format!("must be 128 to {host} MiB, this host's memory")));
+    if memory > host_memory_mib() {
+        return Err(refuse(&setting("hypervisor.qemu.default_memory", memory.to_string()), memory_range()));
     }
-    if size >> 20 >= memory {
-        return Err(refuse(&initrd_setting, format!("is larger than the VM's memory of {memory} MiB")));
+    let initrd = hypervisor.initrd.clone().unwrap_or_default();
+    let initrd_setting = of_path("initrd", &initrd);
+    let size = file(&initrd_setting, &initrd, "run `make guest install`")?.len();
+    if size >= memory << 20 {
+        let why = format!("its {} MiB must be fewer than default_memory, {memory} MiB", size.div_ceil(1 << 20));
+        return Err(refuse(&initrd_setting, why));
     }
     Ok(())
 }
@@ -40,29 +56,49 @@ pub(crate) fn host_memory_mib() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib =
         text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().split(' ').next()?.parse::<u64>().ok());
-    kib.map_or(u64::MAX, |kib| kib >> 10)
+    kib.map_or(MOST_MEMORY_MIB, |kib| kib >> 10)
 }
 
-/// The setting, or what stands for it when it is a default.
-fn entry(config: &Config, settings: &Settings, key: &str, value: &Path) -> Entry {
-    settings.get(key).cloned().unwrap_or_else(|| Entry {
-        key: key.to_owned(),
-        value: Value::Text(value.display().to_string()),
-        file: PathBuf::from(&config.source),
-        line: 0,
+/// What `default_memory` may be, in words.
+pub(crate) fn memory_range() -> String {
+    format!("must be a whole number from 128 to {}, MiB (this host's memory)", host_memory_mib())
+}
+
+fn exists(setting: &Entry, path: &Path, fix: &str) -> Result<Metadata, Error> {
+    fs::metadata(path).map_err(|error| {
+        let why = if error.kind() == ErrorKind::NotFound { "no such file".into() } else { error.to_string() };
+        refuse(setting, format!("{why}: {fix}, or set another path"))
     })
 }
 
-fn file(setting: &Entry, path: &Path, fix: &str) -> Result<u64, Error> {
-    let meta = fs::metadata(path).map_err(|error| {
-        let why = if error.kind() == std::io::ErrorKind::NotFound { "no such file".into() } else { error.to_string() };
-        refuse(setting, format!("{why}: {fix}, or set another path"))
-    })?;
+fn file(setting: &Entry, path: &Path, fix: &str) -> Result<Metadata, Error> {
+    let meta = exists(setting, path, fix)?;
+    if meta.is_dir() {
+        return Err(refuse(setting, "is a directory: set the path of a file"));
+    }
     if !meta.is_file() {
         return Err(refuse(setting, "is not a regular file: set the path of a file"));
     }
     if meta.len() == 0 {
-        return Err(refuse(setting, format!("is empty: {fix}")));
+        return Err(refuse(setting, format!("is empty: {fix}, or set another path")));
     }
-    Ok(meta.len())
+    Ok(meta)
+}
+
+fn program(setting: &Entry, path: &Path, fix: &str) -> Result<(), Error> {
+    if file(setting, path, fix)?.permissions().mode() & 0o111 == 0 {
+        return Err(refuse(setting, format!("is not a program: {fix}, or make it executable")));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_host_has_memory() {
+        assert!((128..MOST_MEMORY_MIB).contains(&host_memory_mib()));
+        assert!(memory_range().contains(&host_memory_mib().to_string()));
+    }
 }

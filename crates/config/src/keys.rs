@@ -12,8 +12,18 @@ use crate::types::{Accelerator, Agent, Config, FsCache, Hypervisor, Runtime};
 /// The entries that stand, by key: later files win.
 pub(crate) type Settings = BTreeMap<String, Entry>;
 
+/// No VM is larger, whatever the host says.
+pub(crate) const MOST_MEMORY_MIB: u64 = 16 << 20;
+
+/// The Rust runtime's names beside the Go runtime's: of two in one file the latter counts.
+const ALIASES: &[(&str, &str)] = &[
+    ("hypervisor.qemu.seccomp_sandbox", "hypervisor.qemu.seccompsandbox"),
+    ("agent.kata.reconnect_timeout_ms", "agent.kata.dial_timeout"),
+    ("agent.kata.create_container_timeout", "runtime.create_container_timeout"),
+];
+
 pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Settings), Error> {
-    let settings: Settings = entries.into_iter().map(|entry| (entry.key.clone(), entry)).collect();
+    let settings = merge(entries);
     let mut config = Config {
         hypervisor: Hypervisor::default(),
         agent: Agent::default(),
@@ -21,20 +31,66 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
         source: source.to_owned(),
         warnings: Vec::new(),
     };
+    // of several hypervisors' tables this name picks one, and the others mean nothing
+    let picked = settings.get("runtime.hypervisor_name").is_some_and(|entry| entry.value == Value::Text("qemu".into()));
     for entry in settings.values() {
+        if picked && entry.key.starts_with("hypervisor.") && !entry.key.starts_with("hypervisor.qemu.") {
+            continue;
+        }
         one(&mut config, entry)?;
     }
-    if settings.contains_key("hypervisor.qemu.image") && !settings.contains_key("hypervisor.qemu.initrd") {
-        config.hypervisor.initrd = None;
-    }
-    let hypervisor = &mut config.hypervisor;
-    if hypervisor.default_maxvcpus == 0 {
-        hypervisor.default_maxvcpus = host_cpus();
-    }
-    if hypervisor.default_maxmemory_mib == 0 {
-        hypervisor.default_maxmemory_mib = crate::host::host_memory_mib();
-    }
+    limits(&mut config.hypervisor, &settings)?;
     Ok((config, settings))
+}
+
+/// Later files win key by key, under either of a key's names.
+fn merge(entries: Vec<Entry>) -> Settings {
+    let mut settings = Settings::new();
+    for entry in entries {
+        for (rust, go) in ALIASES {
+            let other = match entry.key.as_str() {
+                key if key == *rust => *go,
+                key if key == *go => *rust,
+                _ => continue,
+            };
+            if settings.get(other).is_some_and(|earlier| earlier.file != entry.file) {
+                settings.remove(other);
+            }
+        }
+        settings.insert(entry.key.clone(), entry);
+    }
+    for (rust, go) in ALIASES {
+        if settings.contains_key(*go) {
+            settings.remove(*rust);
+        }
+    }
+    settings
+}
+
+/// What a VM may grow to: the host's at 0 and above it, and never less than what it boots with.
+fn limits(hypervisor: &mut Hypervisor, settings: &Settings) -> Result<(), Error> {
+    let (cpus, memory) = (host_cpus(), crate::host::host_memory_mib());
+    if !(1..=cpus).contains(&hypervisor.default_maxvcpus) {
+        hypervisor.default_maxvcpus = cpus;
+    }
+    if !(1..=memory).contains(&hypervisor.default_maxmemory_mib) {
+        hypervisor.default_maxmemory_mib = memory;
+    }
+    if hypervisor.default_maxvcpus < hypervisor.default_vcpus
+        && let Some(entry) = settings.get("hypervisor.qemu.default_maxvcpus")
+    {
+        let least = hypervisor.default_vcpus;
+        return Err(refuse(entry, format!("must be 0 or at least default_vcpus, which is {least}")));
+    }
+    if hypervisor.default_maxmemory_mib < hypervisor.default_memory_mib
+        && let Some(entry) = settings.get("hypervisor.qemu.default_maxmemory")
+        // more than the host has is the other key's fault
+        && hypervisor.default_memory_mib <= memory
+    {
+        let least = hypervisor.default_memory_mib;
+        return Err(refuse(entry, format!("must be 0 or at least default_memory, which is {least} MiB")));
+    }
+    Ok(())
 }
 
 fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
@@ -42,8 +98,14 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
     match entry.key.as_str() {
         "hypervisor.qemu.path" => hypervisor.path = path(entry)?,
         "hypervisor.qemu.kernel" => hypervisor.kernel = path(entry)?,
-        "hypervisor.qemu.initrd" => hypervisor.initrd = Some(path(entry)?),
-        "hypervisor.qemu.machine_type" => hypervisor.machine_type = one_of(entry, &[("q35", "q35".to_owned())])?,
+        "hypervisor.qemu.initrd" => hypervisor.initrd = Some(initrd(entry)?),
+        // templates of many makers set it to nothing beside an initrd
+        "hypervisor.qemu.image" => {
+            if !line(entry)?.is_empty() {
+                return Err(refuse(entry, "a guest image is not supported yet: remove the key and set `initrd`"));
+            }
+        }
+        "hypervisor.qemu.machine_type" => only(entry, "q35", &["pc", "virt", "microvm", "pseries", "s390-ccw-virtio"])?,
         "hypervisor.qemu.accelerator" => {
             hypervisor.accelerator =
                 one_of(entry, &[("auto", Accelerator::Auto), ("kvm", Accelerator::Kvm), ("tcg", Accelerator::Tcg)])?;
@@ -52,12 +114,12 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         "hypervisor.qemu.firmware" => hypervisor.firmware = optional_path(entry)?,
         "hypervisor.qemu.cpu_features" => hypervisor.cpu_features = line(entry)?,
         "hypervisor.qemu.default_vcpus" => hypervisor.default_vcpus = vcpus(entry)?,
-        "hypervisor.qemu.default_maxvcpus" => hypervisor.default_maxvcpus = number(entry, 0, 4096)? as u32,
-        "hypervisor.qemu.default_memory" => hypervisor.default_memory_mib = number(entry, 128, 16 << 20)?,
-        "hypervisor.qemu.default_maxmemory" => hypervisor.default_maxmemory_mib = number(entry, 0, 16 << 20)?,
+        "hypervisor.qemu.default_maxvcpus" => hypervisor.default_maxvcpus = number(entry, 0, u32::MAX.into())? as u32,
+        "hypervisor.qemu.default_memory" => hypervisor.default_memory_mib = memory(entry)?,
+        "hypervisor.qemu.default_maxmemory" => hypervisor.default_maxmemory_mib = number(entry, 0, u32::MAX.into())?,
         "hypervisor.qemu.tcg_tb_size" => hypervisor.tcg_tb_size_mib = number(entry, 0, 1024)? as u32,
         "hypervisor.qemu.shared_fs" => {
-            one_of(entry, &[("virtio-fs", ())])?;
+            only(entry, "virtio-fs", &["virtio-9p", "virtio-fs-nydus", "inline-virtio-fs", "none"])?;
         }
         "hypervisor.qemu.virtio_fs_daemon" => hypervisor.virtio_fs_daemon = optional_path(entry)?,
         "hypervisor.qemu.virtio_fs_cache" => {
@@ -65,14 +127,15 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
             hypervisor.virtio_fs_cache = one_of(entry, &all.map(|cache| (cache.as_str(), cache)))?;
         }
         "hypervisor.qemu.virtio_fs_queue_size" => {
-            let size = number(entry, 2, 1024)?;
-            if !size.is_power_of_two() {
-                return Err(refuse(entry, "must be a power of two up to 1024"));
-            }
+            let size = number(entry, 2, 1024).ok().filter(|size| size.is_power_of_two());
+            let size = size.ok_or_else(|| refuse(entry, "must be a power of two from 2 to 1024"))?;
             hypervisor.virtio_fs_queue_size = size as u32;
         }
-        "hypervisor.qemu.virtio_fs_extra_args" => hypervisor.virtio_fs_extra_args = list(entry)?,
-        "hypervisor.qemu.entropy_source" => hypervisor.entropy_source = path(entry)?,
+        "hypervisor.qemu.virtio_fs_extra_args" => hypervisor.virtio_fs_extra_args = daemon_args(list(entry)?),
+        "hypervisor.qemu.entropy_source" => {
+            // Kata's word for the default
+            hypervisor.entropy_source = optional_path(entry)?.unwrap_or_else(|| Hypervisor::default().entropy_source);
+        }
         "hypervisor.qemu.seccompsandbox" | "hypervisor.qemu.seccomp_sandbox" => {
             hypervisor.seccomp_sandbox = line(entry)?;
         }
@@ -113,10 +176,14 @@ fn text(entry: &Entry) -> Result<&str, Error> {
 /// A string that ends up in one argument: no line breaks.
 fn line(entry: &Entry) -> Result<String, Error> {
     let text = text(entry)?;
-    if text.chars().any(char::is_control) || text.len() > 2048 {
+    if !is_line(text) {
         return Err(refuse(entry, "must be one line of at most 2048 bytes"));
     }
     Ok(text.to_owned())
+}
+
+fn is_line(text: &str) -> bool {
+    text.len() <= 2048 && !text.chars().any(char::is_control)
 }
 
 fn path(entry: &Entry) -> Result<PathBuf, Error> {
@@ -144,24 +211,48 @@ fn number(entry: &Entry, least: u64, most: u64) -> Result<u64, Error> {
     }
 }
 
-/// Kata allows fractions, which are rounded up; 0 is 1; negative is all of the host's.
+/// MiB; whether the host has as much is for `host` to tell.
+fn memory(entry: &Entry) -> Result<u64, Error> {
+    number(entry, 128, MOST_MEMORY_MIB).map_err(|_| refuse(entry, crate::host::memory_range()))
+}
+
+/// Kata allows fractions, which are rounded up; 0 is 1; negative and more than the host has are all of the host's.
 fn vcpus(entry: &Entry) -> Result<u32, Error> {
-    let number = match entry.value {
-        Value::Integer(number) => number as f64,
-        Value::Float(number) if number.is_finite() => number,
-        _ => return Err(refuse(entry, "must be a number of processors")),
-    };
     let host = host_cpus();
-    Ok(if number < 0.0 || number > f64::from(host) { host } else { (number.ceil() as u32).max(1) })
+    match entry.value {
+        Value::Integer(number) => Ok(u32::try_from(number).map_or(host, |number| number.clamp(1, host))),
+        Value::Float(number) if number.is_finite() && number < 0.0 => Ok(host),
+        Value::Float(number) if number.is_finite() => Ok((number.ceil() as u32).clamp(1, host)),
+        _ => Err(refuse(entry, format!("must be a number of processors: 1 to {host}, or -1 for all of this host's"))),
+    }
 }
 
 fn host_cpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |count| count.get() as u32)
 }
 
+fn initrd(entry: &Entry) -> Result<PathBuf, Error> {
+    optional_path(entry)?.ok_or_else(|| refuse(entry, "a guest needs an initrd: set its path, or remove the key"))
+}
+
+/// Kata's default asks for submounts to be announced, in a spelling for each of virtiofsd's makes. Here that is always
+/// asked for, in the right one, and asked for twice or in the wrong one the daemon would not start.
+fn daemon_args(args: Vec<String>) -> Vec<String> {
+    let mut kept: Vec<String> = Vec::with_capacity(args.len());
+    for arg in args {
+        if arg == "announce_submounts" && kept.last().is_some_and(|last| last == "-o") {
+            kept.pop();
+        } else if !["--announce-submounts", "-oannounce_submounts"].contains(&arg.as_str()) {
+            kept.push(arg);
+        }
+    }
+    kept
+}
+
 fn list(entry: &Entry) -> Result<Vec<String>, Error> {
     match &entry.value {
-        Value::List(list) => Ok(list.clone()),
+        Value::List(list) if list.iter().all(|item| is_line(item)) => Ok(list.clone()),
+        Value::List(_) => Err(refuse(entry, "must be strings of one line of at most 2048 bytes")),
         _ => Err(refuse(entry, "must be a list of strings")),
     }
 }
@@ -174,11 +265,21 @@ fn one_of<T: Clone>(entry: &Entry, allowed: &[(&str, T)]) -> Result<T, Error> {
     })
 }
 
+/// For a key with one value that works so far: Kata's others are refused in other words than mistakes.
+fn only(entry: &Entry, works: &str, later: &[&str]) -> Result<(), Error> {
+    match text(entry)? {
+        text if text == works => Ok(()),
+        text if later.contains(&text) => Err(refuse(entry, format!("is not supported yet: must be {works:?}"))),
+        _ => Err(refuse(entry, format!("must be {works:?}"))),
+    }
+}
+
 /// Keys of [`one`], for finding the nearest to a misspelt one.
 pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.path",
     "hypervisor.qemu.kernel",
     "hypervisor.qemu.initrd",
+    "hypervisor.qemu.image",
     "hypervisor.qemu.machine_type",
     "hypervisor.qemu.accelerator",
     "hypervisor.qemu.kernel_params",
@@ -196,10 +297,37 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.virtio_fs_extra_args",
     "hypervisor.qemu.entropy_source",
     "hypervisor.qemu.seccompsandbox",
+    "hypervisor.qemu.seccomp_sandbox",
     "hypervisor.qemu.enable_debug",
     "agent.kata.enable_debug",
     "agent.kata.dial_timeout",
+    "agent.kata.dial_timeout_ms",
+    "agent.kata.reconnect_timeout_ms",
+    "agent.kata.create_container_timeout",
     "runtime.create_container_timeout",
     "runtime.enable_debug",
     "runtime.disable_guest_seccomp",
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn supported_keys_are_those_that_are_read() {
+        for key in SUPPORTED {
+            let source = Path::new("/c.toml");
+            let value = Value::Other("1979-05-27".into());
+            let entry = Entry { key: (*key).to_owned(), value, file: source.to_owned(), line: 7 };
+            let error = apply(vec![entry], source).expect_err("no key takes a date").to_string();
+            assert!(error.starts_with(&format!("/c.toml:7: {key} = 1979-05-27: must be ")), "{error}");
+        }
+    }
+
+    #[test]
+    fn submounts_are_asked_for_once() {
+        let args = |args: &[&str]| daemon_args(args.iter().map(|arg| (*arg).to_owned()).collect());
+        assert_eq!(args(&["--thread-pool-size=1", "--announce-submounts"]), ["--thread-pool-size=1"]);
+        assert_eq!(args(&["-o", "announce_submounts", "-o", "flock"]), ["-o", "flock"]);
+    }
+}

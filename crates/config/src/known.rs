@@ -1,12 +1,15 @@
 //! Kata's keys that do nothing here yet: fine at Kata's own defaults, refused otherwise, so that no setting is ignored in
 //! silence. What nobody knows is a warning with the nearest known key.
 
-use crate::Error;
 use crate::file::{Entry, Value};
 use crate::keys::{self, refuse};
+use crate::{Error, OneLine};
 
 /// A key and the values that change nothing. Numbers and truths are written as in TOML.
 type Row = (&'static str, &'static [&'static str]);
+
+/// More than that are not listed: the file is then no configuration.toml.
+const MOST_WARNINGS: usize = 32;
 
 /// `*` accepts anything: what the key steers does not exist here, so every value means the same.
 const ROWS: &[Row] = &[
@@ -65,7 +68,42 @@ const ROWS: &[Row] = &[
     ("hypervisor.qemu.use_legacy_serial", &["*"]),
     ("hypervisor.qemu.confidential_guest", &["false"]),
     ("hypervisor.qemu.kernel_verity_params", &["\"\""]),
+    ("hypervisor.qemu.sev_snp_guest", &["false"]),
+    ("hypervisor.qemu.snp_id_block", &["\"\""]),
+    ("hypervisor.qemu.snp_id_auth", &["\"\""]),
+    ("hypervisor.qemu.snp_guest_policy", &["*"]),
+    ("hypervisor.qemu.measurement_algo", &["*"]),
+    ("hypervisor.qemu.tdx_quote_generation_service_socket_port", &["*"]),
+    ("hypervisor.qemu.guest_extension_images", &["[]"]),
+    // of 2.x
+    ("hypervisor.qemu.enable_swap", &["false"]),
+    ("hypervisor.qemu.file_mem_backend", &["\"\""]),
+    ("hypervisor.qemu.valid_file_mem_backends", &["*"]),
+    ("hypervisor.qemu.hotplug_vfio_on_root_bus", &["false"]),
+    ("agent.kata.trace_mode", &["*"]),
+    ("agent.kata.trace_type", &["*"]),
+    ("netmon.enable_netmon", &["false"]),
+    ("netmon.path", &["*"]),
+    ("netmon.enable_debug", &["*"]),
+    ("image.service_offload", &["false"]),
+    ("image.provision", &["*"]),
+    ("runtime.EnablePprof", &["false"]),
     // the Rust runtime's
+    ("hypervisor.qemu.rootless_user", &["\"\""]),
+    ("hypervisor.qemu.boot_to_be_template", &["false"]),
+    ("hypervisor.qemu.boot_from_template", &["false"]),
+    ("hypervisor.qemu.memory_path", &["\"\""]),
+    ("hypervisor.qemu.device_state_path", &["\"\""]),
+    ("hypervisor.qemu.prefetch_list_path", &["\"\""]),
+    ("hypervisor.qemu.initdata", &["\"\""]),
+    ("hypervisor.qemu.disk_rate_limiter_bw_max_rate", &["0"]),
+    ("hypervisor.qemu.disk_rate_limiter_bw_one_time_burst", &["0"]),
+    ("hypervisor.qemu.disk_rate_limiter_ops_max_rate", &["0"]),
+    ("hypervisor.qemu.disk_rate_limiter_ops_one_time_burst", &["0"]),
+    ("hypervisor.qemu.net_rate_limiter_bw_max_rate", &["0"]),
+    ("hypervisor.qemu.net_rate_limiter_bw_one_time_burst", &["0"]),
+    ("hypervisor.qemu.net_rate_limiter_ops_max_rate", &["0"]),
+    ("hypervisor.qemu.net_rate_limiter_ops_one_time_burst", &["0"]),
     ("hypervisor.qemu.overhead_vcpus", &["*"]),
     ("hypervisor.qemu.overhead_memory", &["*"]),
     ("hypervisor.qemu.vm_rootfs_driver", &["*"]),
@@ -115,6 +153,7 @@ const ROWS: &[Row] = &[
     ("runtime.disable_guest_empty_dir", &["*"]),
     ("runtime.emptydir_mode", &["\"shared-fs\""]),
     ("runtime.experimental", &["[]"]),
+    ("runtime.experimental_force_guest_pull", &["false"]),
     ("runtime.enable_pprof", &["false"]),
     ("runtime.dan_conf", &["*"]),
     ("runtime.kubelet_root_dir", &["*"]),
@@ -132,19 +171,16 @@ const ROWS: &[Row] = &[
 /// A key that [`keys`] does not know.
 pub(crate) fn other(entry: &Entry, warnings: &mut Vec<String>) -> Result<(), Error> {
     let key = entry.key.as_str();
-    if key == "hypervisor.qemu.image" {
-        return Err(refuse(entry, "a guest image is not supported yet: remove the key and set `initrd`"));
-    }
     if let Some(name) = key.strip_prefix("hypervisor.").and_then(|rest| rest.split('.').next())
         && name != "qemu"
     {
         return Err(refuse(entry, "this hypervisor is not supported yet: use [hypervisor.qemu]"));
     }
-    if key.starts_with("agent.kata.mem_agent") {
-        return if matches!(entry.value, Value::Bool(true)) {
-            Err(refuse(entry, "is not supported yet: remove it"))
-        } else {
-            Ok(())
+    if key == "agent.kata.mem_agent" || key.starts_with("agent.kata.mem_agent.") {
+        // the others steer what this one turns on
+        return match (key.ends_with(".mem_agent_enable"), &entry.value) {
+            (false, _) | (true, Value::Bool(false)) => Ok(()),
+            (true, _) => Err(refuse(entry, "is not supported yet: remove it or set it to false")),
         };
     }
     if let Some((_, accepted)) = ROWS.iter().find(|(name, _)| *name == key) {
@@ -155,14 +191,35 @@ pub(crate) fn other(entry: &Entry, warnings: &mut Vec<String>) -> Result<(), Err
         return Err(refuse(entry, format!("is not supported yet: remove it or set it to {}", accepted.join(" or "))));
     }
     let known = keys::SUPPORTED.iter().copied().chain(ROWS.iter().map(|(name, _)| *name));
-    let nearest = known.map(|name| (distance(name, key), name)).min();
-    let hint = match nearest {
-        Some((far, name)) if far <= 1 + name.len() / 5 => format!("; did you mean `{name}`?"),
+    if known.clone().any(|name| within(name, key)) {
+        // a table that is there and empty is no mistake
+        return if entry.value == Value::Table { Ok(()) } else { Err(refuse(entry, "must be a table")) };
+    }
+    if let Some(name) = known.clone().find(|name| within(key, name)) {
+        return Err(refuse(entry, format!("`{name}` is a key, not a table: set it in one line")));
+    }
+    if warnings.len() >= MOST_WARNINGS {
+        if warnings.len() == MOST_WARNINGS {
+            warnings.push(format!("{}: more keys that nobody knows", entry.file.display()));
+        }
+        return Ok(());
+    }
+    let near = |name: &str| 1 + name.len() / 5;
+    // names of quite another length are further away than that
+    let alike = known.filter(|name| name.len().abs_diff(key.chars().count()) <= near(name));
+    let hint = match alike.map(|name| (distance(name, key), name)).min() {
+        Some((far, name)) if far <= near(name) => format!("; did you mean `{name}`?"),
         _ => String::new(),
     };
     let shown: String = key.chars().take(200).collect();
-    warnings.push(format!("{}:{}: nothing is called `{shown}`{hint}", entry.file.display(), entry.line));
+    let warning = format!("{}:{}: nothing is called `{shown}`{hint}", entry.file.display(), entry.line);
+    warnings.push(OneLine(warning).to_string());
     Ok(())
+}
+
+/// Whether `key` is in the table `table`.
+fn within(key: &str, table: &str) -> bool {
+    key.strip_prefix(table).is_some_and(|rest| rest.starts_with('.'))
 }
 
 /// Levenshtein's.
@@ -179,4 +236,26 @@ fn distance(a: &str, b: &str) -> usize {
         }
     }
     row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_key_is_both_supported_and_not() {
+        for (name, accepted) in ROWS {
+            assert!(!keys::SUPPORTED.contains(name), "{name}");
+            assert!(!accepted.is_empty(), "{name}");
+            assert_eq!(ROWS.iter().filter(|(other, _)| other == name).count(), 1, "{name}");
+        }
+    }
+
+    #[test]
+    fn distances() {
+        assert_eq!(distance("kernel", "kernel"), 0);
+        assert_eq!(distance("kernel", "kernal"), 1);
+        assert_eq!(distance("", "abc"), 3);
+        assert_eq!(distance("kitten", "sitting"), 3);
+    }
 }

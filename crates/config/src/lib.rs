@@ -7,8 +7,12 @@ mod file;
 mod host;
 mod keys;
 mod known;
+#[cfg(test)]
+mod template;
 mod types;
 
+use std::ffi::OsString;
+use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
 
 pub use types::{Accelerator, Agent, Config, FsCache, Hypervisor, Runtime};
@@ -17,10 +21,10 @@ pub use types::{Accelerator, Agent, Config, FsCache, Hypervisor, Runtime};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// No file was found.
-    #[error("no configuration.toml found in {0}: run `make install`, or set ConfigPath in the runtime's options")]
+    #[error("no configuration.toml found in {paths}: run `make install`, or set ConfigPath in the runtime's options", paths = OneLine(.0))]
     Missing(String),
     /// A file cannot be read.
-    #[error("{file}: {why}", file = .file.display())]
+    #[error("{file}: {why}", file = OneLine(.file.display()), why = OneLine(.why))]
     Unreadable {
         /// The file.
         file: PathBuf,
@@ -28,7 +32,7 @@ pub enum Error {
         why: String,
     },
     /// Not TOML.
-    #[error("{file}:{line}: {why}", file = .file.display())]
+    #[error("{file}:{line}: {why}", file = OneLine(.file.display()), why = OneLine(.why))]
     Syntax {
         /// The file.
         file: PathBuf,
@@ -38,7 +42,14 @@ pub enum Error {
         why: String,
     },
     /// A value that cannot be.
-    #[error("{file}:{line}: {key} = {value}: {allowed}", file = .file.display())]
+    #[error(
+        "{file}{line}: {key} = {value}: {allowed}",
+        file = OneLine(.file.display()),
+        line = if *.line == 0 { String::new() } else { format!(":{}", .line) },
+        key = OneLine(.key),
+        value = OneLine(.value),
+        allowed = OneLine(.allowed),
+    )]
     Value {
         /// The file.
         file: PathBuf,
@@ -53,6 +64,19 @@ pub enum Error {
     },
 }
 
+/// Shows something in one line whatever it holds: file names and keys may have line breaks.
+struct OneLine<T>(T);
+
+impl<T: Display> Display for OneLine<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for part in self.0.to_string().split_inclusive(char::is_control) {
+            let kept = part.trim_end_matches(char::is_control);
+            write!(f, "{kept}{}", part[kept.len()..].escape_debug())?;
+        }
+        Ok(())
+    }
+}
+
 impl Config {
     /// Finds, reads and checks the configuration. `explicit` is the runtime option `ConfigPath`.
     ///
@@ -61,10 +85,14 @@ impl Config {
     pub fn load(explicit: Option<&Path>) -> Result<Self, Error> {
         let base = match explicit {
             Some(path) => path.to_owned(),
-            None => Self::search_paths().into_iter().find(|path| path.is_file()).ok_or_else(|| {
-                let tried: Vec<_> = Self::search_paths().iter().map(|path| path.display().to_string()).collect();
-                Error::Missing(tried.join(", "))
-            })?,
+            // one that was named is never passed over in silence
+            None => match from_environment() {
+                Some(path) => path.into(),
+                None => Self::search_paths().into_iter().find(|path| path.is_file()).ok_or_else(|| {
+                    let tried: Vec<_> = Self::search_paths().iter().map(|path| path.display().to_string()).collect();
+                    Error::Missing(tried.join(", "))
+                })?,
+            },
         };
         let mut entries = file::read(&base)?;
         for drop_in in file::drop_ins(&base)? {
@@ -89,10 +117,18 @@ impl Config {
         let beside = std::env::current_exe()
             .ok()
             .and_then(|exe| exe.parent().and_then(Path::parent).map(|prefix| prefix.join(SHARED)));
-        let mut paths: Vec<PathBuf> = std::env::var_os("KATA_CONF_FILE").map(PathBuf::from).into_iter().collect();
+        let mut paths: Vec<PathBuf> = from_environment().map(PathBuf::from).into_iter().collect();
         paths.push("/etc/kata-containers/configuration.toml".into());
         paths.extend(beside);
-        paths.extend(["/usr", "/opt/kata"].map(|prefix| Path::new(prefix).join(SHARED)));
+        for usual in ["/usr", "/opt/kata"].map(|prefix| Path::new(prefix).join(SHARED)) {
+            if !paths.contains(&usual) {
+                paths.push(usual);
+            }
+        }
         paths
     }
+}
+
+fn from_environment() -> Option<OsString> {
+    std::env::var_os("KATA_CONF_FILE").filter(|path| !path.is_empty())
 }

@@ -54,6 +54,9 @@ pub trait Vm: Send + Sync {
     /// The last lines that the guest wrote on its console.
     fn console(&self) -> &Console;
 
+    /// The guest runs: what only its boot needed may go.
+    fn booted(&self);
+
     /// Stops the guest's processors.
     ///
     /// # Errors

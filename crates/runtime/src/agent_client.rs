@@ -8,7 +8,7 @@ use agent_api::agent_ttrpc::AgentServiceClient;
 use agent_api::ports;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::{Client, transport::Socket};
-use agent_api::ttrpc::context::{self, Context};
+use agent_api::ttrpc::context::Context;
 use hypervisor::{Console, Vm, VmExit};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
@@ -123,21 +123,30 @@ impl AgentClient {
     where
         F: Future<Output = ttrpc::Result<T>>,
     {
-        let context = limit.map_or_else(Context::default, context::with_duration);
-        let answer = call(&self.client, context);
+        // the limit is kept here, by the host's clock: the guest's may run differently, and its agent would drop a call
+        // half done
+        let answer = call(&self.client, Context::default());
+        let expired = async {
+            match limit {
+                Some(limit) => tokio::time::sleep(limit).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             biased;
             answer = answer => match answer {
                 Ok(value) => Ok(value),
-                Err(ttrpc::Error::RpcStatus(status)) => match (status.code(), limit) {
-                    (ttrpc::Code::DEADLINE_EXCEEDED, Some(limit)) => {
-                        Err(Error::AgentSilent { what: what.into(), limit, console: self.vm.console_tail() })
-                    }
-                    (code, _) => Err(Error::Agent { code, message: status.message().to_owned() }),
-                },
+                Err(ttrpc::Error::RpcStatus(status)) => {
+                    Err(Error::Agent { code: status.code(), message: status.message().to_owned() })
+                }
                 Err(error) => self.broken(what, &error).await,
             },
             gone = self.vm.gone(what) => Err(gone),
+            () = expired => Err(Error::AgentSilent {
+                what: what.into(),
+                limit: limit.unwrap_or_default(),
+                console: self.vm.console_tail(),
+            }),
         }
     }
 

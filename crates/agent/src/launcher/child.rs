@@ -11,22 +11,16 @@ use agent_api::oci;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
+use crate::error::words;
+
 use super::{Launch, Streams, credentials, lookup, rootfs, seccomp};
 
 /// Words for the one who asked. The prefix is the launcher's.
 pub(super) type Outcome<T> = Result<T, String>;
 
 /// `map_err` with a name in front.
-pub(super) fn named<E: std::fmt::Display>(what: impl std::fmt::Display) -> impl FnOnce(E) -> String {
-    move |error| format!("{what}: {error}")
-}
-
-/// The words of the C library for an errno, which runc's users know.
-pub(super) fn words(error: &io::Error) -> String {
-    match error.raw_os_error() {
-        Some(code) => nix::errno::Errno::from_raw(code).desc().to_lowercase(),
-        None => error.to_string(),
-    }
+pub(super) fn named<E: std::fmt::Display + 'static>(what: impl std::fmt::Display) -> impl FnOnce(E) -> String {
+    move |error| format!("{what}: {}", words(&error))
 }
 
 pub(super) fn run(what: Launch<'_>, streams: Option<Streams>, cgroup: &File, report: OwnedFd) -> ! {
@@ -93,7 +87,7 @@ fn arrange(report: OwnedFd, streams: Option<Streams>, rest: Vec<OwnedFd>) -> Out
         // SAFETY: a valid descriptor; F_DUPFD makes a new one at or above the given number.
         let copy = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, last.max(64)) };
         if copy < 0 {
-            return Err(format!("descriptor: {}", io::Error::last_os_error()));
+            return Err(named("descriptor")(io::Error::last_os_error()));
         }
         high.push((copy, target));
         std::mem::forget(fd);
@@ -104,7 +98,7 @@ fn arrange(report: OwnedFd, streams: Option<Streams>, rest: Vec<OwnedFd>) -> Out
         let flags = if target <= 2 { 0 } else { libc::O_CLOEXEC };
         // SAFETY: `copy` is ours and differs from `target`; what was at `target` belonged to the agent's copy.
         if unsafe { libc::dup3(copy, target, flags) } < 0 {
-            return Err(format!("descriptor: {}", io::Error::last_os_error()));
+            return Err(named("descriptor")(io::Error::last_os_error()));
         }
         top = top.max(target);
         if target >= REPORT_FD {
@@ -228,7 +222,7 @@ fn execute(program: Program) -> String {
     }
     match nix::unistd::execve(&program.path, &program.args, &program.env) {
         Ok(never) => match never {},
-        Err(errno) => errno.desc().to_lowercase(),
+        Err(errno) => words(&errno),
     }
 }
 
@@ -252,7 +246,7 @@ fn terminal(process: &oci::Process, is_init: bool) -> Outcome<Option<OwnedFd>> {
     // SAFETY: TIOCGPTPEER opens the other end without a path, which the image could have replaced (ioctl_tty(2)).
     let slave = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, libc::O_RDWR | libc::O_NOCTTY) };
     if slave < 0 {
-        return Err(format!("terminal: {}", io::Error::last_os_error()));
+        return Err(named("terminal")(io::Error::last_os_error()));
     }
     // SAFETY: the call returned a new descriptor.
     let slave = unsafe { OwnedFd::from_raw_fd(slave) };
@@ -265,11 +259,11 @@ fn terminal(process: &oci::Process, is_init: bool) -> Outcome<Option<OwnedFd>> {
     // SAFETY: makes it the controlling terminal of the session that this process leads; then the three streams.
     unsafe {
         if libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) < 0 {
-            return Err(format!("controlling terminal: {}", io::Error::last_os_error()));
+            return Err(named("controlling terminal")(io::Error::last_os_error()));
         }
         for stream in 0..=2 {
             if libc::dup2(slave.as_raw_fd(), stream) < 0 {
-                return Err(format!("terminal streams: {}", io::Error::last_os_error()));
+                return Err(named("terminal streams")(io::Error::last_os_error()));
             }
         }
         let user = &process.User;

@@ -4,7 +4,8 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 
-use super::child::{Outcome, words};
+use super::child::Outcome;
+use crate::error::words;
 
 /// The path to execute. Names without a slash are looked for in the `PATH` of `env`.
 pub(super) fn find(name: &str, env: &[String]) -> Outcome<String> {

@@ -1,15 +1,17 @@
 //! The QEMU command line, as a pure function of what the VM is made of.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::Path;
 
 use super::QemuSettings;
 use super::accelerator::Accelerator;
 use crate::{Channel, VmSpec};
 
-/// The child's ends of the sockets that the driver made.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Sockets {
+/// What the child inherits: the kernel and its ends of the sockets that the driver made.
+#[derive(Debug, Clone)]
+pub(super) struct Inherited {
+    /// The rate of the guest's time stamp counter, where only the host knows it.
+    pub(super) tsc_khz: Option<u64>,
+    pub(super) kernel: String,
     pub(super) qmp: RawFd,
     pub(super) console: RawFd,
     pub(super) channel: Option<RawFd>,
@@ -28,7 +30,7 @@ pub(super) fn arguments(
     settings: &QemuSettings,
     accelerator: Accelerator,
     spec: &VmSpec,
-    sockets: Sockets,
+    inherited: &Inherited,
 ) -> Vec<String> {
     let mut args = Args(Vec::with_capacity(64));
     let size = spec.size;
@@ -60,27 +62,29 @@ pub(super) fn arguments(
     }
     args.pair("-display", "none");
     if let Some(firmware) = &settings.firmware {
-        args.pair("-bios", path(firmware));
+        args.pair("-bios", firmware.to_string_lossy());
     }
     if !settings.seccomp_sandbox.is_empty() {
         args.pair("-sandbox", settings.seccomp_sandbox.clone());
     }
 
-    args.pair("-kernel", path(&spec.boot.kernel));
-    args.pair("-initrd", path(&spec.boot.initrd));
+    // these take their value as it is
+    args.pair("-kernel", inherited.kernel.clone());
+    args.pair("-initrd", spec.boot.initrd.to_string_lossy());
     let quiet = if spec.debug { "" } else { " quiet" };
-    args.pair("-append", format!("{KERNEL_PARAMS}{quiet} nr_cpus={} {}", size.vcpus, spec.boot.kernel_params));
+    let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
+    args.pair("-append", format!("{KERNEL_PARAMS}{tsc}{quiet} nr_cpus={} {}", size.vcpus, spec.boot.kernel_params));
 
-    args.pair("-chardev", format!("socket,id=qmp,fd={}", sockets.qmp));
+    args.pair("-chardev", format!("socket,id=qmp,fd={}", inherited.qmp));
     args.pair("-mon", "chardev=qmp,mode=control");
-    args.pair("-chardev", format!("socket,id=console,fd={}", sockets.console));
+    args.pair("-chardev", format!("socket,id=console,fd={}", inherited.console));
     args.pair("-serial", "chardev:console");
 
-    args.pair("-object", format!("rng-random,id=entropy,filename={}", path(&spec.entropy_source)));
+    args.pair("-object", format!("rng-random,id=entropy,filename={}", escape(&spec.entropy_source.to_string_lossy())));
     args.pair("-device", "virtio-rng-pci,rng=entropy");
     match &spec.channel {
         Channel::Serial { port } => {
-            if let Some(fd) = sockets.channel {
+            if let Some(fd) = inherited.channel {
                 args.pair("-chardev", format!("socket,id=agent,fd={fd}"));
                 args.pair("-device", "virtio-serial-pci,max_ports=2");
                 args.pair("-device", format!("virtserialport,chardev=agent,name={}", escape(port)));
@@ -114,10 +118,6 @@ fn escape(value: &str) -> String {
     value.replace(',', ",,")
 }
 
-fn path(path: &Path) -> String {
-    escape(&path.to_string_lossy())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,7 +126,7 @@ mod tests {
     fn spec(memory_mib: u64) -> VmSpec {
         VmSpec {
             id: "pod,1".into(),
-            boot: Boot { kernel: "/k,x".into(), initrd: "/i".into(), kernel_params: "agent.log=debug".into() },
+            boot: Boot { kernel: "/k,x".into(), initrd: "/i,x".into(), kernel_params: "agent.log=debug".into() },
             size: Size { vcpus: 2, memory_mib },
             channel: Channel::Serial { port: "agent.0" },
             shared_dirs: Vec::new(),
@@ -138,18 +138,25 @@ mod tests {
     #[test]
     fn is_what_the_spec_says() {
         let settings = QemuSettings { tcg_buffer_mib: 32, cpu_features: "pmu=off".into(), ..QemuSettings::default() };
-        let sockets = Sockets { qmp: 3, console: 4, channel: Some(5) };
-        let line = arguments(&settings, Accelerator::Tcg, &spec(512), sockets).join(" ");
+        let inherited = Inherited {
+            tsc_khz: Some(2_000_000),
+            kernel: "/proc/self/fd/6".into(),
+            qmp: 3,
+            console: 4,
+            channel: Some(5),
+        };
+        let line = arguments(&settings, Accelerator::Tcg, &spec(512), &inherited).join(" ");
         for part in [
             "-name kata-pod,,1,debug-threads=on",
             "-accel tcg,tb-size=32",
             "-cpu max,pmu=off",
             "-m 512M",
             "size=512M,share=on",
-            "-kernel /k,,x",
+            "-kernel /proc/self/fd/6",
+            "-initrd /i,x ",
             "-smp 2",
             "socket,id=agent,fd=5",
-            "quiet nr_cpus=2 agent.log=debug",
+            "tsc_early_khz=2000000 quiet nr_cpus=2 agent.log=debug",
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");
         }

@@ -2,7 +2,9 @@
 
 mod accelerator;
 mod cmdline;
+mod kernel;
 mod qmp;
+mod tsc;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -17,7 +19,8 @@ use tokio::sync::watch;
 pub use accelerator::{Accelerator, Wanted};
 
 use self::accelerator::Memory;
-use self::cmdline::Sockets;
+use self::cmdline::Inherited;
+use self::kernel::KernelCopy;
 use self::qmp::Qmp;
 use crate::helper::Helper;
 use crate::{Boot, Channel, Console, Error, Hypervisor, Size, Vm, VmExit, VmSpec};
@@ -150,15 +153,27 @@ impl Qemu {
             }
             Channel::Vsock { .. } => (None, None),
         };
-        let sockets = Sockets {
+        let path = spec.boot.kernel.clone();
+        let kernel = tokio::task::spawn_blocking(move || KernelCopy::new(&path))
+            .await
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+            .map_err(Error::system("copying the kernel"))?;
+        let (kernel_child, kernel_path) = kernel.share().map_err(Error::system("the kernel's copy"))?;
+        let tsc_khz = match accelerator {
+            Accelerator::Tcg => tsc::rate(&self.settings.state_dir).await,
+            Accelerator::Kvm => None,
+        };
+        let inherited = Inherited {
+            tsc_khz,
+            kernel: kernel_path,
             qmp: qmp_child.as_raw_fd(),
             console: console_child.as_raw_fd(),
             channel: channel_child.as_ref().map(AsRawFd::as_raw_fd),
         };
-        let args = cmdline::arguments(&self.settings, accelerator, &spec, sockets);
+        let args = cmdline::arguments(&self.settings, accelerator, &spec, &inherited);
         tracing::debug!(program = %self.settings.path.display(), ?args, "starting QEMU");
 
-        let mut passed = vec![qmp_child, console_child];
+        let mut passed = vec![kernel_child, qmp_child, console_child];
         passed.extend(channel_child);
         passed.extend(spec.shared_dirs.into_iter().map(|dir| dir.socket));
         if let Channel::Vsock { vhost, .. } = spec.channel {
@@ -174,7 +189,7 @@ impl Qemu {
         );
         let qmp =
             Qmp::start(stream(qmp).map_err(Error::system("monitor socket"))?, self.settings.command_deadline).await?;
-        Ok(QemuVm { process, qmp, console, channel, accelerator })
+        Ok(QemuVm { process, qmp, console, channel, accelerator, kernel })
     }
 }
 
@@ -198,6 +213,7 @@ struct QemuVm {
     console: Console,
     channel: Option<OwnedFd>,
     accelerator: Accelerator,
+    kernel: KernelCopy,
 }
 
 #[async_trait]
@@ -220,6 +236,12 @@ impl Vm for QemuVm {
 
     fn console(&self) -> &Console {
         &self.console
+    }
+
+    fn booted(&self) {
+        if let Err(error) = self.kernel.give_back() {
+            tracing::warn!(%error, "giving back the kernel's copy");
+        }
     }
 
     async fn pause(&self) -> Result<(), Error> {

@@ -94,6 +94,7 @@ async fn boot(
         )
         .await?;
         trace.step("agent-ready");
+        vm.booted();
         tokio::try_join!(create_sandbox(&agent, sandbox, oci), set_clock(&agent))?;
         trace.step("sandbox-created");
         let limit = env.config.runtime.create_container_timeout;

@@ -86,6 +86,8 @@ fn arguments(program: &Path, config: &config::Hypervisor, shared: &Path, listene
     use std::os::fd::AsRawFd;
     let cache = config.virtio_fs_cache.as_str();
     let fd = listener.as_raw_fd();
+    // where Kata's default path is only a link to it
+    let program = program.canonicalize().unwrap_or_else(|_| program.to_owned());
     let is_c = program.components().any(|part| part.as_os_str() == "qemu");
     let mut args = if is_c {
         // the C daemon has no "never" and "metadata"

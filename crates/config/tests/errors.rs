@@ -1,0 +1,148 @@
+//! What cannot be used: one line each, with file, line, key, value and what is allowed.
+
+use std::path::Path;
+
+use config::Config;
+
+fn refused(text: &str) -> String {
+    match Config::parse(text, Path::new("/etc/c.toml")) {
+        Ok(_) => panic!("accepted: {text}"),
+        Err(error) => error.to_string(),
+    }
+}
+
+/// The setting stands in line 3 of its table.
+#[track_caller]
+fn value(table: &str, setting: &str, allowed: &str) {
+    let error = refused(&format!("# first\n[{table}]\n{setting}\n"));
+    assert_eq!(error, format!("/etc/c.toml:3: {table}.{setting}: {allowed}"));
+}
+
+#[test]
+fn values_that_cannot_be() {
+    let qemu = "hypervisor.qemu";
+    value(qemu, "kernel = 7", "must be a string");
+    value(qemu, "kernel = \"vmlinux\"", "must be an absolute path");
+    value(qemu, "kernel_params = \"a\\nb\"", "must be one line of at most 2048 bytes");
+    value(qemu, "initrd = \"\"", "a guest needs an initrd: set its path, or remove the key");
+    value(qemu, "image = \"/i\"", "a guest image is not supported yet: remove the key and set `initrd`");
+    value(qemu, "accelerator = \"hvf\"", "must be \"auto\" or \"kvm\" or \"tcg\"");
+    value(qemu, "machine_type = \"q36\"", "must be \"q35\"");
+    value(qemu, "machine_type = \"microvm\"", "is not supported yet: must be \"q35\"");
+    value(qemu, "shared_fs = \"virtio-9p\"", "is not supported yet: must be \"virtio-fs\"");
+    value(qemu, "virtio_fs_cache = \"none\"", "must be \"never\" or \"metadata\" or \"auto\" or \"always\"");
+    value(qemu, "virtio_fs_queue_size = 1000", "must be a power of two from 2 to 1024");
+    value(qemu, "virtio_fs_queue_size = 2048", "must be a power of two from 2 to 1024");
+    value(qemu, "virtio_fs_extra_args = \"-d\"", "must be a list of strings");
+    let error = refused("hypervisor.qemu.virtio_fs_extra_args = [\"a\\u0000b\"]");
+    assert!(error.ends_with(" = [\"a\\0b\"]: must be strings of one line of at most 2048 bytes"), "{error}");
+    value(qemu, "tcg_tb_size = -1", "must be a whole number from 0 to 1024");
+    value(qemu, "enable_debug = \"yes\"", "must be true or false");
+    value(qemu, "default_maxvcpus = -1", "must be a whole number from 0 to 4294967295");
+    value("agent.kata", "dial_timeout = 0", "must be a whole number from 1 to 3600");
+    value("runtime", "create_container_timeout = 1.5", "must be a whole number from 1 to 86400");
+    value("runtime", "disable_guest_seccomp = 1", "must be true or false");
+}
+
+#[test]
+fn memory_that_cannot_be_says_what_the_host_has() {
+    for setting in ["0", "127", "-1", "\"2G\"", "512.0", "16777217"] {
+        let error = refused(&format!("[hypervisor.qemu]\ndefault_memory = {setting}\n"));
+        let shown = setting.strip_suffix(".0").unwrap_or(setting);
+        let start =
+            format!("/etc/c.toml:2: hypervisor.qemu.default_memory = {shown}: must be a whole number from 128 to ");
+        assert!(error.starts_with(&start) && error.ends_with(", MiB (this host's memory)"), "{error}");
+    }
+}
+
+#[test]
+fn processors_that_cannot_be() {
+    for setting in ["\"1\"", "nan", "inf", "true", "[]"] {
+        let error = refused(&format!("hypervisor.qemu.default_vcpus = {setting}"));
+        assert!(error.contains(": must be a number of processors: 1 to "), "{error}");
+    }
+}
+
+#[test]
+fn what_is_not_supported_yet_is_never_ignored() {
+    let qemu = "hypervisor.qemu";
+    value(qemu, "enable_hugepages = true", "is not supported yet: remove it or set it to false");
+    value(qemu, "hot_plug_vfio = \"root-port\"", "is not supported yet: remove it or set it to \"no-port\"");
+    value(qemu, "virtio_fs_cache_size = 1024", "is not supported yet: remove it or set it to 0");
+    value("agent.kata", "kernel_modules = [\"e1000e\"]", "is not supported yet: remove it or set it to []");
+    value("agent.kata.mem_agent", "mem_agent_enable = true", "is not supported yet: remove it or set it to false");
+    value(
+        "runtime",
+        "internetworking_model = \"macvtap\"",
+        "is not supported yet: remove it or set it to \"tcfilter\" or \"none\"",
+    );
+    value("hypervisor.clh", "path = \"/c\"", "this hypervisor is not supported yet: use [hypervisor.qemu]");
+    let error = refused("[hypervisor.firecracker]\n");
+    assert_eq!(
+        error,
+        "/etc/c.toml:1: hypervisor.firecracker = (a table): this hypervisor is not supported yet: use [hypervisor.qemu]"
+    );
+    value("runtime", "hypervisor_name = \"clh\"", "is not supported yet: remove it or set it to \"qemu\"");
+}
+
+#[test]
+fn tables_and_keys_are_not_confused() {
+    assert_eq!(refused("runtime = 3"), "/etc/c.toml:1: runtime = 3: must be a table");
+    assert_eq!(refused("[hypervisor]\nqemu = \"x\""), "/etc/c.toml:2: hypervisor.qemu = \"x\": must be a table");
+    assert_eq!(
+        refused("[hypervisor.qemu.kernel]\npath = \"/k\""),
+        "/etc/c.toml:2: hypervisor.qemu.kernel.path = \"/k\": `hypervisor.qemu.kernel` is a key, not a table: set it in \
+         one line"
+    );
+    assert_eq!(
+        refused("hypervisor.qemu.kernel = {}"),
+        "/etc/c.toml:1: hypervisor.qemu.kernel = (a table): must be a string"
+    );
+}
+
+#[test]
+fn broken_toml_has_its_line() {
+    for (text, line) in [
+        ("[hypervisor.qemu\n", 1),
+        ("\n\nkernel = \n", 3),
+        ("a = 1\na = 2\n", 2),
+        ("[runtime]\n[runtime]\n", 2),
+        ("x = \"no end\n", 1),
+        ("a = 1\nb c = 2\n", 2),
+        ("a = \"\"\"\nnever\nends", 3),
+        ("\n= 3", 2),
+    ] {
+        let error = refused(text);
+        assert!(error.starts_with(&format!("/etc/c.toml:{line}: not TOML: ")), "{text:?}: {error}");
+        assert!(!error.contains('\n'), "{error:?}");
+    }
+}
+
+#[test]
+fn one_line_whatever_the_names_hold() {
+    let error = Config::parse("\"a\\nb\" = [1", Path::new("/x\ny.toml")).expect_err("broken").to_string();
+    assert!(error.starts_with("/x\\ny.toml:1: ") && !error.contains('\n'), "{error:?}");
+    let error = refused("[hypervisor.\"q\\nx\"]\nk = \"a\\nb\"");
+    assert!(!error.contains('\n'), "{error:?}");
+    let warned = Config::parse("\"a\\nb\" = 1", Path::new("/x\ny.toml")).expect("is TOML").warnings;
+    assert_eq!(warned, ["/x\\ny.toml:1: nothing is called `\"a\\nb\"`"]);
+}
+
+#[test]
+fn long_values_are_cut() {
+    let error = refused(&format!("hypervisor.qemu.kernel = \"{}\"", "x".repeat(100_000)));
+    assert!(error.len() < 400, "{}", error.len());
+}
+
+#[test]
+fn depth_is_no_danger() {
+    for text in [
+        format!("a = {}{}", "[".repeat(100_000), "]".repeat(100_000)),
+        format!("a = {}1{}", "{b=".repeat(50_000), "}".repeat(50_000)),
+        format!("{}a = 1", "a.".repeat(100_000)),
+        format!("[{}a]\nb = 1", "a.".repeat(100_000)),
+    ] {
+        // what it says is the parser's affair: it comes back
+        let _ = Config::parse(&text, Path::new("/c.toml"));
+    }
+}
