@@ -255,10 +255,10 @@ fn settings(resources: &LinuxResources) -> Result<Vec<(String, String)>, Error> 
             }
         }
     }
-    if let Some(pids) = resources.Pids.as_ref() {
-        if pids.Limit != 0 {
-            set("pids.max", amount(pids.Limit));
-        }
+    if let Some(pids) = resources.Pids.as_ref()
+        && pids.Limit != 0
+    {
+        set("pids.max", amount(pids.Limit));
     }
     for huge in &resources.HugepageLimits {
         if huge.Pagesize.contains(['/', '.']) {

@@ -215,9 +215,9 @@ mod tests {
             let mut jump = false;
             match step.code {
                 LOAD_WORD => registers[dst] = context[step.offset as usize / 4].into(),
-                MOVE => registers[dst] = registers[src] as u32 as u64,
+                MOVE => registers[dst] = u64::from(registers[src] as u32),
                 MOVE_IMM => registers[dst] = step.immediate as u64,
-                AND_IMM => registers[dst] &= step.immediate as u32 as u64,
+                AND_IMM => registers[dst] &= u64::from(step.immediate as u32),
                 SHIFT_RIGHT_IMM => registers[dst] >>= step.immediate,
                 JUMP_NE_IMM => jump = registers[dst] != step.immediate as u64,
                 JUMP_EQ_IMM => jump = registers[dst] == step.immediate as u64,

@@ -117,9 +117,9 @@ impl AsyncWrite for SerialPort {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         loop {
             let mut guard = ready!(self.0.poll_write_ready(context))?;
-            match guard.try_io(|port| nix::unistd::write(port.get_ref(), data).map_err(io::Error::from)) {
-                Ok(outcome) => return Poll::Ready(outcome),
-                Err(_) => {}
+            if let Ok(outcome) = guard.try_io(|port| nix::unistd::write(port.get_ref(), data).map_err(io::Error::from))
+            {
+                return Poll::Ready(outcome);
             }
         }
     }

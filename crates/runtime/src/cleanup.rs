@@ -114,8 +114,8 @@ impl RunDir {
     ///
     /// # Errors
     /// The first of what failed; the rest was undone all the same.
-    pub fn undo(mut self) -> io::Result<()> {
-        run(&self.path, std::mem::take(&mut self.steps))
+    pub fn undo(self) -> io::Result<()> {
+        run(&self.path, &self.steps)
     }
 }
 
@@ -143,11 +143,11 @@ pub fn clean(path: &Path) -> io::Result<()> {
             .lines()
             // a line that was cut off by a crash belongs to a thing that was not made
             .filter_map(|line| serde_json::from_str(line).ok())
-            .collect(),
+            .collect::<Vec<_>>(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         Err(error) => return Err(error),
     };
-    run(path, steps)
+    run(path, &steps)
 }
 
 /// Who holds, or held, the folder.
@@ -166,7 +166,7 @@ pub fn evict(path: &Path) -> io::Result<()> {
     clean(path)
 }
 
-fn run(path: &Path, steps: Vec<Step>) -> io::Result<()> {
+fn run(path: &Path, steps: &[Step]) -> io::Result<()> {
     let mut first = Ok(());
     for step in steps.iter().rev() {
         if let Err(error) = step.undo() {

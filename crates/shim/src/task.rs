@@ -165,6 +165,7 @@ fn worded(prefix: &'static str) -> impl Fn(Error) -> containerd_shim_protos::ttr
     }
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
 fn plain(error: Error) -> containerd_shim_protos::ttrpc::Error {
     log::debug!("{error}");
     status(&error)
@@ -365,14 +366,13 @@ impl Task for TaskService {
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Rpc<Empty> {
         let pod = self.pod.borrow().clone();
         match pod {
-            Pod::None => {}
             Pod::Starting(cancelled) => {
                 cancelled.notify_one();
                 let _ = self.pod.subscribe().wait_for(|pod| !matches!(pod, Pod::Starting(_))).await;
             }
             // a pod's other containers still run: containerd asks again with the last
             Pod::Ready(sandbox) if !sandbox.is_empty() => return Ok(Empty::new()),
-            Pod::Ready(_) => {}
+            Pod::None | Pod::Ready(_) => {}
         }
         if let Ok(sandbox) = self.sandbox()
             && let Err(error) = sandbox.stop().await

@@ -23,7 +23,7 @@ pub(super) fn named<E: std::fmt::Display + 'static>(what: impl std::fmt::Display
     move |error| format!("{what}: {}", words(&error))
 }
 
-pub(super) fn run(what: Launch<'_>, streams: Option<Streams>, cgroup: &File, report: OwnedFd) -> ! {
+pub(super) fn run(what: &Launch<'_>, streams: Option<Streams>, cgroup: &File, report: OwnedFd) -> ! {
     let words = match set_up(what, streams, cgroup, report) {
         Ok(never) => match never {},
         Err(words) => words,
@@ -39,12 +39,12 @@ pub(super) fn run(what: Launch<'_>, streams: Option<Streams>, cgroup: &File, rep
 const REPORT_FD: RawFd = 3;
 const FIRST_OTHER_FD: RawFd = 4;
 
-fn set_up(what: Launch<'_>, streams: Option<Streams>, cgroup: &File, report: OwnedFd) -> Outcome<Infallible> {
+fn set_up(what: &Launch<'_>, streams: Option<Streams>, cgroup: &File, report: OwnedFd) -> Outcome<Infallible> {
     // everything of the agent that is open must not reach the container, nor keep others' streams open
     let mut keep: Vec<OwnedFd> = Vec::new();
     let duplicate = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(named("descriptor"));
     keep.push(duplicate(cgroup.as_fd())?);
-    match &what {
+    match what {
         Launch::Container { go, .. } => keep.push(duplicate(go.as_fd())?),
         Launch::Exec { namespaces, .. } => {
             for namespace in &namespaces.others {
@@ -64,7 +64,7 @@ fn set_up(what: Launch<'_>, streams: Option<Streams>, cgroup: &File, report: Own
     match what {
         Launch::Container { id, spec, own_hostname, .. } => {
             let go = kept.remove(0);
-            container(id, spec, own_hostname, &report, File::from(go))
+            container(id, spec, *own_hostname, &report, File::from(go))
         }
         Launch::Exec { spec, process, .. } => exec(spec, process, &report, kept),
     }

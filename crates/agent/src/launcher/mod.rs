@@ -98,7 +98,7 @@ pub(crate) async fn launch(
     // SAFETY: one thread (main.rs), so the child's copy of the process is whole; it never returns from `child::run`.
     let pid = unsafe { libc::syscall(libc::SYS_clone, clone_flags | libc::SIGCHLD, 0, 0, 0, 0) };
     if pid == 0 {
-        child::run(what, streams, cgroup, report_child);
+        child::run(&what, streams, cgroup, report_child);
     }
     let failed = io::Error::last_os_error();
     if is_exec {
@@ -138,12 +138,10 @@ fn clone_flags(what: &Launch<'_>) -> Result<libc::c_int, Error> {
     let mut flags = libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP;
     for namespace in &spec.Linux.Namespaces {
         match namespace.Type.as_str() {
-            "mount" | "mnt" | "cgroup" | "network" => {}
             "pid" => flags |= libc::CLONE_NEWPID,
-            // the VM is the pod: what the pod's containers share is the VM's own
-            "ipc" => {}
             "uts" if *own_hostname => flags |= libc::CLONE_NEWUTS,
-            "uts" => {}
+            // mount and cgroup are always made; the VM is the pod: what its containers share is the VM's own
+            "mount" | "mnt" | "cgroup" | "network" | "ipc" | "uts" => {}
             other => return Err(Error::Unsupported(format!("namespace {other:?}"))),
         }
     }

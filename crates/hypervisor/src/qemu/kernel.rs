@@ -50,7 +50,7 @@ mod tests {
     #[test]
     fn holds_the_kernel_until_it_is_given_back() {
         let mut file = tempfile::NamedTempFile::new().expect("a file");
-        io::Write::write_all(&mut file, &[7; 100_000]).expect("written");
+        io::Write::write_all(&mut file, &vec![7; 100_000]).expect("written");
         let copy = KernelCopy::new(file.path()).expect("copied");
         let (_shared, path) = copy.share().expect("shared");
         assert_eq!(std::fs::read(&path).expect("read"), vec![7; 100_000]);

@@ -109,9 +109,8 @@ impl Process {
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
         let allowed = matches!(
             (*status, to),
-            (Status::Created, Status::Running)
+            (Status::Created | Status::Paused, Status::Running)
                 | (Status::Running, Status::Paused)
-                | (Status::Paused, Status::Running)
                 | (_, Status::Stopped)
         );
         if !allowed {

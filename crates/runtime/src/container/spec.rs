@@ -85,8 +85,9 @@ pub(crate) fn for_guest(
     if let Some(linux) = guest.Linux.as_mut() {
         // the VM is the network, cgroup and time namespace; the others are made in the guest
         linux.Namespaces.retain(|namespace| {
-            !["network", "cgroup", "time"].contains(&namespace.Type.as_str())
-                && !(shared_pids && namespace.Type == "pid")
+            let kind = namespace.Type.as_str();
+            let of_the_vm = ["network", "cgroup", "time"].contains(&kind) || (shared_pids && kind == "pid");
+            !of_the_vm
         });
         for namespace in &mut linux.Namespaces {
             namespace.Path.clear();

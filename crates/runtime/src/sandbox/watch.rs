@@ -38,13 +38,13 @@ pub(super) fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
             let _ = inner.events.send(Event::Exit(process.name.clone(), exit));
         }
         if process.name.exec.is_none() {
-            end_execs(&inner, &process.name.container).await;
+            end_execs(&inner, &process.name.container);
         }
     });
 }
 
 /// With a container's first process its others end; each has its own waiter, except those that were never started.
-async fn end_execs(inner: &Arc<Inner>, id: &ContainerId) {
+fn end_execs(inner: &Arc<Inner>, id: &ContainerId) {
     let container = {
         let containers = inner.containers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         match containers.get(id) {
