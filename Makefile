@@ -1,13 +1,48 @@
-export LIBSECCOMP_LINK_TYPE ?= static
-export LIBSECCOMP_LIB_PATH ?= /usr/lib/x86_64-linux-gnu
+# The way in: `make help`. Debian's packages come from scripts/deps.sh, everything else is xtask (Rust).
+PREFIX  ?= /usr/local
+DESTDIR ?=
+ARGS    ?=
+export PREFIX DESTDIR
 
-.PHONY: help deps build test
+# rustup's default place, for shells that did not read its profile
+export PATH := $(PATH):$(HOME)/.cargo/bin
+xtask = cargo run --quiet --package xtask --
+
+.DEFAULT_GOAL := help
+# the targets share cargo's lock and one terminal: side by side they would only wait for each other
+.NOTPARALLEL:
+.PHONY: help deps build guest install run test bench check fmt rust
+
 help: ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
-deps: ## Debian packages
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'PREFIX ($(PREFIX)) and DESTDIR say where install writes. make run ARGS="sh" gives a shell in a VM.'
+
+rust:
+	@command -v cargo >/dev/null || { echo 'make: cargo is missing: install Rust 1.88 or newer (https://rustup.rs), then run make again' >&2; exit 1; }
+
+deps: ## install the Debian packages that are missing (sudo when you are not root)
 	@bash scripts/deps.sh
-build: deps ## shim and agent
-	cargo build --release -p shim
-	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --target x86_64-unknown-linux-gnu -p agent
-test: deps ## unit tests
-	cargo test --workspace
+
+build: rust deps ## compile the shim and the static agent
+	@$(xtask) build
+
+guest: rust deps ## build the guest's kernel (once, then cached) and initrd into dist/
+	@$(xtask) guest
+
+install: build guest ## install under $(DESTDIR)$(PREFIX)
+	@$(xtask) install
+
+run: rust deps ## run a container in a VM through a private containerd; ARGS is its command
+	@$(xtask) run -- $(ARGS)
+
+test: rust deps ## formatting, lints, unit tests, then end-to-end tests in VMs (no KVM needed)
+	@$(xtask) test
+
+bench: rust deps ## measure starts, exec and memory against runc
+	@$(xtask) bench
+
+check: rust deps ## formatting and lints only
+	@$(xtask) check
+
+fmt: rust ## format the sources
+	@cargo fmt --all

@@ -1,10 +1,42 @@
 #!/bin/bash
-# Installs the Debian packages that are missing; the second run does nothing.
+# Installs the Debian packages that building, testing and running need, if any is missing.
+# Asks dpkg first, so a second run is instant and works offline. Says in one line what to do when it cannot help.
 set -euo pipefail
-want="build-essential pkg-config libseccomp-dev qemu-system-x86 containerd runc busybox-static"
-missing=""
-for p in $want; do dpkg-query -W -f='${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing="$missing $p"; done
-[ -z "$missing" ] && exit 0
-sudo=""; [ "$(id -u)" = 0 ] || sudo=sudo
-echo "installing:$missing"
-$sudo apt-get update -q && $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $missing
+
+fail() {
+    printf 'deps: %s\n' "$*" >&2
+    exit 1
+}
+
+packages=(
+    # the guest kernel and what the agent links
+    build-essential bc bison flex libelf-dev libssl-dev xz-utils cpio kmod pkg-config libseccomp-dev linux-source-6.12
+    # the virtual machine monitor
+    qemu-system-x86 qemu-system-common qemu-system-data
+    # the caller, the runtime its client package wants, the image `make run` builds, and looking at the result
+    containerd runc busybox-static iproute2 procps
+)
+
+command -v dpkg-query >/dev/null ||
+    fail "this is not Debian: install the equivalents of these yourself: ${packages[*]}"
+
+# one question for all of them: starting dpkg-query for each would take longer than everything else here
+installed=$(dpkg-query -W -f='${binary:Package} ${db:Status-Status}\n' "${packages[@]}" 2>/dev/null || true)
+missing=()
+for package in "${packages[@]}"; do
+    grep -Eq "^${package}(:[a-z0-9]+)? installed$" <<<"$installed" || missing+=("$package")
+done
+[ "${#missing[@]}" -eq 0 ] && exit 0
+
+sudo=()
+if [ "$(id -u)" -ne 0 ]; then
+    command -v sudo >/dev/null ||
+        fail "packages are missing; as root, run: apt-get install --no-install-recommends ${missing[*]}"
+    sudo=(sudo)
+fi
+
+echo "deps: installing ${missing[*]}"
+"${sudo[@]}" apt-get update -q ||
+    fail "apt-get update failed: check the network and /etc/apt/sources.list, then run make deps again"
+"${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" ||
+    fail "apt-get install failed (see above); the packages are in Debian 12, linux-source-6.12 in bookworm-updates or -security"

@@ -1,2 +1,82 @@
-//! (being written)
-fn main() {}
+//! What the Makefile calls. Owns the order of the steps and what the user sees of them; what each step does lives in
+//! its own module. Debian's packages are not its business: scripts/deps.sh has run before.
+
+mod compile;
+mod containerd;
+mod demo;
+mod image;
+mod initrd;
+mod install;
+mod kernel;
+mod signals;
+mod step;
+mod tar;
+mod verify;
+mod workspace;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+use crate::workspace::Workspace;
+
+const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | bench | check | \
+                     image FILE   (see make help)";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match dispatch(&arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(arguments: &[String]) -> Result<ExitCode> {
+    let workspace = Workspace::locate()?;
+    let Some((task, rest)) = arguments.split_first() else { bail!("{USAGE}") };
+    match (task.as_str(), rest) {
+        ("build", []) => compile::all(&workspace)?,
+        ("guest", []) => guest(&workspace)?,
+        ("install", []) => return install::from_environment(&workspace),
+        ("run", rest) => {
+            let command = rest.strip_prefix(&["--".to_owned()]).unwrap_or(rest);
+            // the second pass, as root: everything is built and installed already
+            if !demo::is_second_pass() {
+                prepare(&workspace, &workspace.run_prefix())?;
+            }
+            return demo::run(&workspace, command);
+        }
+        ("test", []) => {
+            prepare(&workspace, &workspace.test_prefix())?;
+            verify::check(&workspace)?;
+            verify::unit_tests(&workspace)?;
+            verify::end_to_end(&workspace)?;
+        }
+        ("bench", []) => {
+            prepare(&workspace, &workspace.test_prefix())?;
+            verify::bench(&workspace)?;
+        }
+        ("check", []) => verify::check(&workspace)?,
+        ("image", [file]) => step::timed("building the busybox image", || image::write(Path::new(file)))?,
+        _ => bail!("unknown task {:?}; {USAGE}", arguments.join(" ")),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Kernel and initrd into dist/.
+fn guest(workspace: &Workspace) -> Result<()> {
+    kernel::provide(workspace)?;
+    compile::agent(workspace)?;
+    initrd::provide(workspace)
+}
+
+/// Everything, installed below `prefix`.
+fn prepare(workspace: &Workspace, prefix: &Path) -> Result<()> {
+    compile::shim(workspace)?;
+    guest(workspace)?;
+    install::below(workspace, Path::new(""), prefix)
+}

@@ -79,7 +79,7 @@ impl Sandbox {
             ("a container without process", spec.Process.is_none()),
             ("a container without root", spec.Root.is_none()),
             ("a container without linux", spec.Linux.is_none()),
-            ("hooks in the guest", spec.Hooks.as_ref().is_some_and(has_hooks)),
+            ("a hook other than startContainer", spec.Hooks.as_ref().is_some_and(has_other_hooks)),
             ("devices passed to the guest", !request.devices.is_empty()),
             ("a process namespace shared by the pod's containers", request.sandbox_pidns),
         ] {
@@ -154,17 +154,11 @@ impl Sandbox {
     }
 }
 
-fn has_hooks(hooks: &agent_api::oci::Hooks) -> bool {
-    [
-        &hooks.Prestart,
-        &hooks.Poststart,
-        &hooks.Poststop,
-        &hooks.CreateRuntime,
-        &hooks.CreateContainer,
-        &hooks.StartContainer,
-    ]
-    .iter()
-    .any(|list| !list.is_empty())
+/// Those are the host's.
+fn has_other_hooks(hooks: &agent_api::oci::Hooks) -> bool {
+    [&hooks.Prestart, &hooks.Poststart, &hooks.Poststop, &hooks.CreateRuntime, &hooks.CreateContainer]
+        .iter()
+        .any(|list| !list.is_empty())
 }
 
 #[cfg(test)]

@@ -55,6 +55,14 @@ pub enum Error {
         /// Its words.
         message: String,
     },
+    /// A hook of the container failed.
+    #[error("{name} failed: {why}")]
+    Hook {
+        /// Which.
+        name: String,
+        /// How, with what it wrote.
+        why: String,
+    },
     /// The host's operating system refused.
     #[error("{what}: {source}")]
     Host {

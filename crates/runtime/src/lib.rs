@@ -7,6 +7,7 @@ mod agent_client;
 pub mod cleanup;
 mod container;
 mod error;
+pub mod hooks;
 mod id;
 mod sandbox;
 mod sizing;

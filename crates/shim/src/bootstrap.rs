@@ -19,7 +19,8 @@ use sha2::{Digest, Sha256};
 use crate::args::Args;
 use crate::handshake;
 
-/// Sandboxes' run folders: `<namespace>@<id>`, a sign that neither may have.
+/// Sandboxes' run folders: `<namespace>@<id>@<hash of containerd's address>`, by a sign that
+/// neither may have.
 pub(crate) const RUN_ROOT: &str = "/run/kata-containers/sandboxes";
 /// Where containerd's shims have their sockets.
 const SOCKET_DIR: &str = "/run/containerd/s";
@@ -30,7 +31,10 @@ const SOCKET_FD: i32 = 3;
 pub(crate) fn run_dir(args: &Args) -> Result<(ContainerId, PathBuf)> {
     let id = ContainerId::try_from(args.id.as_str())?;
     let namespace = ContainerId::try_from(args.namespace.as_str()).context("containerd's namespace")?;
-    Ok((id.clone(), Path::new(RUN_ROOT).join(format!("{namespace}@{id}"))))
+    // two containerds may use the same names
+    let node = &hex(&Sha256::digest(&args.address))[..8];
+    let name = format!("{namespace}@{id}@{node}");
+    Ok((id, Path::new(RUN_ROOT).join(name)))
 }
 
 /// Starts a server for the pod, or finds the one that serves it; writes the answer for containerd on stdout.
@@ -73,6 +77,7 @@ pub(crate) fn delete(args: &Args) -> Result<()> {
         cleanup::evict(&run_dir).with_context(|| format!("cleaning {}", run_dir.display()))?;
         let _ = fs::remove_file(socket_path(args, &group));
     }
+    after_a_crash(&id, &bundle);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let response = DeleteResponse {
         exit_status: 128 + 9,
@@ -84,6 +89,14 @@ pub(crate) fn delete(args: &Args) -> Result<()> {
         ..Default::default()
     };
     std::io::stdout().write_all(&response.write_to_bytes()?).context("answering containerd")
+}
+
+/// What its hooks were promised. A bundle that cannot be read has none that anybody knows of.
+fn after_a_crash(id: &ContainerId, bundle: &Path) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    if let Ok(runtime) = runtime {
+        let _ = runtime.block_on(runtime::hooks::after_a_crash(id, bundle));
+    }
 }
 
 /// The listening socket that `start` made.
@@ -153,8 +166,11 @@ fn spawn_server(args: &Args, listener: &UnixListener, ttrpc_address: &str) -> Re
 /// As containerd's own shims name theirs: a hash of everything that tells two pods apart.
 pub(crate) fn socket_path(args: &Args, group: &str) -> PathBuf {
     let digest = Sha256::digest(format!("{}/{}/{group}", args.address, args.namespace));
-    let name = digest.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
-    Path::new(SOCKET_DIR).join(name)
+    Path::new(SOCKET_DIR).join(hex(&digest))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 /// The pod that the bundle's container belongs to, when it is not the pod's first (CRI annotations).

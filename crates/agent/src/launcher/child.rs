@@ -13,7 +13,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::error::words;
 
-use super::{Launch, Streams, credentials, lookup, rootfs, seccomp};
+use super::{Launch, Streams, credentials, hooks, lookup, rootfs, seccomp};
 
 /// Words for the one who asked. The prefix is the launcher's.
 pub(super) type Outcome<T> = Result<T, String>;
@@ -150,9 +150,12 @@ fn container(id: &str, spec: &oci::Spec, own_hostname: bool, report: &OwnedFd, m
         // SAFETY: as in `run`.
         unsafe { libc::_exit(0) }
     }
-    let failed = execute(program);
+    let failed = match hooks::start_container(id, spec) {
+        Ok(()) => format!("exec {}: {}", process.Args.first().map_or("", String::as_str), execute(program)),
+        Err(failed) => failed,
+    };
     // nobody listens to the report any more: as runc, on the standard error
-    let _ = writeln!(io::stderr(), "exec {}: {failed}", process.Args.first().map_or("", String::as_str));
+    let _ = writeln!(io::stderr(), "{failed}");
     // SAFETY: as in `run`.
     unsafe { libc::_exit(255) }
 }

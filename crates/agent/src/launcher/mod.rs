@@ -7,6 +7,7 @@
 mod caps;
 mod child;
 mod credentials;
+mod hooks;
 mod lookup;
 pub(crate) mod options;
 mod rootfs;

@@ -10,6 +10,7 @@ use super::{Container, ContainerSpec, ProcessRef, spec};
 use crate::Error;
 use crate::agent_client::AgentClient;
 use crate::cleanup;
+use crate::hooks::Hooks;
 use crate::storage::share::{Share, guest_path};
 use crate::storage::{rootfs, volume};
 
@@ -18,6 +19,7 @@ pub(crate) struct Prepared {
     request: CreateContainerRequest,
     /// The names in the share that are the container's.
     pub(crate) shared: Vec<String>,
+    hooks: Hooks,
 }
 
 /// The host's part; needs no guest, so it is done while the guest boots.
@@ -45,7 +47,7 @@ pub(crate) fn prepare(share: &Share, from: &ContainerSpec, oci: &Spec, keep_secc
         })
     })();
     match outcome {
-        Ok(request) => Ok(Prepared { request, shared }),
+        Ok(request) => Ok(Prepared { request, shared, hooks: Hooks::of(&from.id, &from.bundle, oci) }),
         Err(error) => {
             release(share, &shared);
             Err(error)
@@ -53,22 +55,28 @@ pub(crate) fn prepare(share: &Share, from: &ContainerSpec, oci: &Spec, keep_secc
     }
 }
 
-/// The guest's part.
+/// The guest's part, after the hooks that come before it; `pid` is the VMM's.
 pub(crate) async fn create(
     agent: &AgentClient,
+    pid: u32,
     from: &ContainerSpec,
     prepared: Prepared,
     limit: std::time::Duration,
 ) -> Result<Container, Error> {
-    agent
-        .call_within("creating the container", Some(limit), |client, context| {
-            let request = prepared.request;
-            async move { client.create_container(context, &request).await }
+    let Prepared { request, shared, hooks } = prepared;
+    hooks.create(pid).await?;
+    let created = agent
+        .call_within("creating the container", Some(limit), |client, context| async {
+            client.create_container(context, &request).await
         })
-        .await?;
+        .await;
+    if let Err(error) = created {
+        hooks.stopped().await;
+        return Err(error);
+    }
     let name = ProcessRef { container: from.id.clone(), exec: None };
     let init = Arc::new(Process::new(name, from.stdio.clone(), None));
-    Ok(Container::new(from.bundle.clone(), init, prepared.shared))
+    Ok(Container::new(from.bundle.clone(), init, shared, hooks))
 }
 
 /// Takes a container's parts out of the share. Goes on past errors: the sandbox's journal has the whole folder.

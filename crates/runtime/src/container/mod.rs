@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(crate) use process::Process;
 pub use process::{Exit, ProcessRef, ProcessView, Status, Stdio};
 
+use crate::hooks::Hooks;
 use crate::storage::rootfs::RootfsMount;
 use crate::{ContainerId, Error, ExecId};
 
@@ -47,11 +48,12 @@ pub(crate) struct Container {
     execs: Mutex<HashMap<ExecId, Arc<Process>>>,
     /// Names in the shared folder that go with it.
     pub(crate) shared: Vec<String>,
+    pub(crate) hooks: Hooks,
 }
 
 impl Container {
-    pub(crate) fn new(bundle: PathBuf, init: Arc<Process>, shared: Vec<String>) -> Self {
-        Self { bundle, init, execs: Mutex::new(HashMap::new()), shared }
+    pub(crate) fn new(bundle: PathBuf, init: Arc<Process>, shared: Vec<String>, hooks: Hooks) -> Self {
+        Self { bundle, init, execs: Mutex::new(HashMap::new()), shared, hooks }
     }
 
     pub(crate) fn process(&self, of: &ProcessRef) -> Result<Arc<Process>, Error> {

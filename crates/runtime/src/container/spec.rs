@@ -9,9 +9,8 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::{ContainerId, Error};
 
-/// Largest `config.json`, bytes. The biggest real ones, with long seccomp lists and hundreds of mounts, are near 200 KiB;
-/// the guest's protocol ends at 4 MiB.
-/// Largest `config.json` that is read, bytes; the agent takes messages of up to 4 MiB.
+/// Largest `config.json` that is read, bytes. The biggest real ones, with long seccomp lists and hundreds of mounts, are
+/// near 200 KiB; the guest's protocol ends at 4 MiB.
 pub const CONFIG_LIMIT: u64 = 3 << 20;
 
 /// Reads `config.json` of a bundle.
@@ -57,25 +56,24 @@ pub(crate) fn for_guest(
             "the host's processes cannot be shown in a virtual machine: give the container a PID namespace".into(),
         ));
     }
-    if let Some(hooks) = spec.hooks() {
-        #[allow(deprecated, reason = "prestart is deprecated in the specification and still used")]
-        let lists = [
-            hooks.prestart(),
-            hooks.create_runtime(),
-            hooks.create_container(),
-            hooks.start_container(),
-            hooks.poststart(),
-            hooks.poststop(),
-        ];
-        if lists.iter().any(|list| list.as_ref().is_some_and(|list| !list.is_empty())) {
-            return Err(Error::Unsupported("OCI hooks on the host are not supported yet: remove `hooks`".into()));
-        }
+    if let Some(hooks) = spec.hooks()
+        && hooks.create_container().as_ref().is_some_and(|list| !list.is_empty())
+    {
+        return Err(Error::Unsupported(
+            "a createContainer hook is a program of the host that would have to run in the virtual machine: use \
+             createRuntime (on the host) or startContainer (in the container)"
+                .into(),
+        ));
     }
     // a path means: another container's processes in the same pod
     let shared_pids = namespace(LinuxNamespaceType::Pid).is_some_and(|namespace| namespace.path().is_some());
 
     let mut guest = oci_convert::spec(spec)?;
     guest.Annotations = oci_convert::guest_annotations(&guest.Annotations);
+    if let Some(hooks) = guest.Hooks.take() {
+        // the others are the host's
+        guest.Hooks = Some(oci::Hooks { StartContainer: hooks.StartContainer, ..Default::default() }).into();
+    }
     if let Some(rootfs) = guest.Root.as_mut() {
         rootfs.Path = root;
     }

@@ -125,7 +125,7 @@ impl Sandbox {
         };
         let shared = prepared.shared.clone();
         let limit = self.0.env.config.runtime.create_container_timeout;
-        let made = create::create(&self.0.agent, from, prepared, limit).await;
+        let made = create::create(&self.0.agent, self.0.pid, from, prepared, limit).await;
         if made.is_err() {
             self.release(&shared).await;
         }
@@ -177,6 +177,9 @@ impl Sandbox {
         process.advance(Status::Running)?;
         io::start(&self.0.agent, &process, pipes);
         watch::exit(&self.0, process);
+        if name.exec.is_none() {
+            self.container(&name.container)?.hooks.started(self.0.pid).await;
+        }
         Ok(())
     }
 
@@ -275,7 +278,10 @@ impl Sandbox {
         }
         match &name.exec {
             Some(exec) => container.remove(exec),
-            None => self.remove_container(&container, &name.container).await?,
+            None => {
+                self.remove_container(&container, &name.container).await?;
+                container.hooks.stopped().await;
+            }
         }
         Ok(process.exit())
     }

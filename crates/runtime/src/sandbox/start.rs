@@ -83,6 +83,7 @@ async fn boot(
     let prepared = create::prepare(&share, first, oci, keep_seccomp)?;
     trace.step("rootfs-ready");
 
+    let pid = vm.pid();
     let vm_watch = VmWatch::new(vm.as_ref());
     let channel = vm.take_channel().ok_or_else(|| Error::Unsupported("the VM has no serial channel".into()))?;
     let guest = async {
@@ -98,7 +99,7 @@ async fn boot(
         tokio::try_join!(create_sandbox(&agent, sandbox, oci), set_clock(&agent))?;
         trace.step("sandbox-created");
         let limit = env.config.runtime.create_container_timeout;
-        let container = create::create(&agent, first, prepared, limit).await?;
+        let container = create::create(&agent, pid, first, prepared, limit).await?;
         trace.step("container-created");
         Ok::<_, Error>((agent, container))
     };

@@ -1,0 +1,53 @@
+//! What `make check`, `make test` and `make bench` run, and in which order.
+
+use anyhow::{Result, bail};
+
+use crate::compile::cargo;
+use crate::step;
+use crate::workspace::Workspace;
+
+/// Formatting, then lints: the cheap answers first.
+pub(crate) fn check(workspace: &Workspace) -> Result<()> {
+    step::timed("checking the formatting (make fmt repairs it)", || {
+        step::run(cargo(workspace).args(["fmt", "--all", "--check"]))
+    })?;
+    step::timed("clippy", || {
+        let arguments = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        step::run(cargo(workspace).args(arguments))
+    })
+}
+
+/// Every test that needs no VM.
+pub(crate) fn unit_tests(workspace: &Workspace) -> Result<()> {
+    step::timed("unit tests", || {
+        let mut command = cargo(workspace);
+        command.args(["test", "--workspace"]);
+        if workspace.has_end_to_end_tests() {
+            command.args(["--exclude", "e2e"]);
+        }
+        step::run(&mut command)
+    })
+}
+
+/// The tests in VMs, one after the other: they look for what others leave behind.
+pub(crate) fn end_to_end(workspace: &Workspace) -> Result<()> {
+    if !workspace.has_end_to_end_tests() {
+        println!("==> end-to-end tests: this checkout has no tests/e2e");
+        return Ok(());
+    }
+    step::timed("end-to-end tests", || {
+        let arguments = ["test", "--package", "e2e", "--", "--test-threads=1", "--nocapture"];
+        step::run(cargo(workspace).args(arguments).env("KATA_PREFIX", workspace.test_prefix()))
+    })
+}
+
+/// The figures, and how far they are from their bars.
+pub(crate) fn bench(workspace: &Workspace) -> Result<()> {
+    if !workspace.has_end_to_end_tests() {
+        bail!("make bench is part of tests/e2e, which this checkout does not have");
+    }
+    step::timed("benchmark", || {
+        let arguments = ["run", "--release", "--package", "e2e", "--bin", "bench"];
+        step::run(cargo(workspace).args(arguments).env("KATA_PREFIX", workspace.test_prefix()))
+    })
+}

@@ -1,0 +1,90 @@
+//! Where things are: the checkout, cargo's output, what we hand out. Owns names of files, touches none of them.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+/// The checkout and what is made in it.
+pub(crate) struct Workspace {
+    root: PathBuf,
+    target: PathBuf,
+}
+
+impl Workspace {
+    /// From where cargo compiled this program.
+    pub(crate) fn locate() -> Result<Self> {
+        let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let root = manifest.parent().context("xtask has no parent folder")?.to_owned();
+        if !root.join("Cargo.toml").is_file() {
+            bail!(
+                "{} is not the workspace any more: it was moved; run make again, or cargo clean -p xtask",
+                root.display()
+            );
+        }
+        let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |dir| root.join(dir));
+        Ok(Self { root, target })
+    }
+
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The product's shim, compiled.
+    pub(crate) fn shim(&self) -> PathBuf {
+        self.target.join("release/containerd-shim-kata-v2")
+    }
+
+    /// The static agent, compiled.
+    pub(crate) fn agent(&self) -> PathBuf {
+        self.target.join(triple()).join("release/kata-agent")
+    }
+
+    /// What `make guest` hands out.
+    pub(crate) fn guest_files(&self) -> PathBuf {
+        self.root.join("dist/share/kata-containers")
+    }
+
+    /// The topics of the guest kernel's configuration.
+    pub(crate) fn kernel_fragments(&self) -> PathBuf {
+        self.root.join("guest/kernel")
+    }
+
+    /// The configuration's template.
+    pub(crate) fn configuration(&self) -> PathBuf {
+        self.root.join("config/configuration-qemu.toml")
+    }
+
+    /// Where `make test` and `make bench` install.
+    pub(crate) fn test_prefix(&self) -> PathBuf {
+        self.target.join("test-prefix")
+    }
+
+    /// Where `make run` installs.
+    pub(crate) fn run_prefix(&self) -> PathBuf {
+        self.target.join("run-prefix")
+    }
+
+    /// The end-to-end tests, where this checkout has them.
+    pub(crate) fn has_end_to_end_tests(&self) -> bool {
+        self.root.join("tests/e2e/Cargo.toml").is_file()
+    }
+}
+
+/// Rust's name of the target: explicit, so that the agent's flags do not reach build scripts and procedural macros.
+pub(crate) fn triple() -> String {
+    format!("{}-unknown-linux-gnu", env::consts::ARCH)
+}
+
+/// Below a prefix: the guest's kernel and initrd.
+pub(crate) const GUEST_FILES: &str = "share/kata-containers";
+/// Below a prefix: the configuration that the shim finds by itself.
+pub(crate) const CONFIGURATION: &str = "share/defaults/kata-containers/configuration.toml";
+/// Below a prefix: the shim.
+pub(crate) const SHIM: &str = "bin/containerd-shim-kata-v2";
+/// The uncompressed kernel, entered by PVH: the fastest way in.
+pub(crate) const VMLINUX: &str = "vmlinux.container";
+/// The same kernel as every boot loader likes it.
+pub(crate) const VMLINUZ: &str = "vmlinuz.container";
+/// The initrd.
+pub(crate) const INITRD: &str = "kata-containers-initrd.img";
