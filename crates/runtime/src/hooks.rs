@@ -151,7 +151,7 @@ pub async fn after_a_crash(id: &ContainerId, bundle: &Path) -> Result<(), Error>
 mod tests {
     use super::*;
 
-    fn hooks(bundle: &Path, lists: serde_json::Value) -> Hooks {
+    fn hooks(bundle: &Path, lists: &serde_json::Value) -> Hooks {
         let spec = json!({ "ociVersion": "1.0.2", "annotations": { "a": "b" }, "hooks": lists });
         let spec: Spec = serde_json::from_value(spec).expect("a specification");
         Hooks::of(&ContainerId::try_from("c1").expect("an id"), bundle, &spec)
@@ -169,7 +169,7 @@ mod tests {
             "createRuntime": [shell("echo second >> log")],
             "poststop": [shell("exit 3"), shell("cat >> log")],
         });
-        let hooks = hooks(bundle.path(), lists);
+        let hooks = hooks(bundle.path(), &lists);
         hooks.create(42).await.expect("run");
         hooks.started(42).await;
         hooks.stopped().await;
@@ -186,7 +186,7 @@ mod tests {
     async fn a_failure_has_a_name_and_a_reason() {
         let bundle = tempfile::tempdir().expect("a folder");
         let fail = |hook: serde_json::Value| {
-            let hooks = hooks(bundle.path(), json!({ "createRuntime": [hook] }));
+            let hooks = hooks(bundle.path(), &json!({ "createRuntime": [hook] }));
             async move { hooks.create(1).await.expect_err("failed").to_string() }
         };
         let error = fail(shell("echo broken >&2; exit 3")).await;

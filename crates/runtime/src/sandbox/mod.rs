@@ -276,12 +276,11 @@ impl Sandbox {
             // what was written before the exit is delivered before the process is forgotten
             process.output_done().await;
         }
-        match &name.exec {
-            Some(exec) => container.remove(exec),
-            None => {
-                self.remove_container(&container, &name.container).await?;
-                container.hooks.stopped().await;
-            }
+        if let Some(exec) = &name.exec {
+            container.remove(exec);
+        } else {
+            self.remove_container(&container, &name.container).await?;
+            container.hooks.stopped().await;
         }
         Ok(process.exit())
     }
