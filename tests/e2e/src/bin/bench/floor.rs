@@ -1,0 +1,129 @@
+//! The floor: the same kernel with an initrd of the same size, booted by bare QEMU to the first line of user space.
+
+use crate::{report::Report, sample::Sample};
+use anyhow::{Context as _, Result, bail, ensure};
+use e2e::{install::Install, journal::Journal};
+use std::{
+    fs,
+    io::Read as _,
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+/// The first line of user space.
+const LINE: &str = "floor-user-space-up";
+
+/// The leanest q35, so that the floor is a floor.
+const MACHINE: &str = "q35,hpet=off,sata=off,smbus=off,usb=off,vmport=off,graphics=off,i8042=off";
+
+/// What makes this kernel boot fastest.
+const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 no_timer_check tsc=reliable rcupdate.rcu_expedited=1 \
+    cryptomgr.notests noreplace-smp pci=lastbus=0 random.trust_cpu=on nr_cpus=1";
+
+/// A program that says so, and waits to be killed with its VM.
+const INIT: &str = r#"
+#include <fcntl.h>
+#include <unistd.h>
+int main(void) {
+    int console = open("/dev/console", O_WRONLY);
+    static const char line[] = "floor-user-space-up\n";
+    if (console < 0 || write(console, line, sizeof line - 1) < 0) return 1;
+    for (;;) pause();
+}
+"#;
+
+/// Measures the ways of booting that this machine has.
+pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> Result<()> {
+    let dir = tempfile::tempdir_in("/var/tmp")?;
+    let initrd = dir.path().join("initrd");
+    build_initrd(dir.path(), &initrd, fs::metadata(install.initrd())?.len())?;
+    let (pvh, compressed) = (install.kernel(), install.compressed_kernel());
+    let qboot = Path::new("/usr/share/qemu/qboot.rom");
+    let ways = [
+        ("pvh-qboot", "raw QEMU, vmlinux by PVH, qboot", &pvh, Some(qboot)),
+        ("pvh", "raw QEMU, vmlinux by PVH, SeaBIOS", &pvh, None),
+        ("bzimage-qboot", "raw QEMU, bzImage, qboot", &compressed, Some(qboot)),
+        ("bzimage", "raw QEMU, bzImage, SeaBIOS", &compressed, None),
+    ];
+    for (key, title, kernel, firmware) in ways {
+        if !kernel.is_file() || firmware.is_some_and(|f| !f.is_file()) {
+            eprintln!("  {title}: left out, {} or its firmware is missing", kernel.display());
+            continue;
+        }
+        let mut sample = Sample::new();
+        for round in 0..=rounds {
+            let took = boot(kernel, &initrd, firmware).with_context(|| title.to_owned())?;
+            if round > 0 {
+                sample.add_time(took);
+            }
+        }
+        report.add(&format!("floor.{key}"), title, sample, "ms");
+    }
+    Ok(())
+}
+
+/// The accelerator that the product found to work, so that both are measured with the same.
+fn accelerator() -> &'static str {
+    let probed = fs::read_to_string("/run/kata-containers/accelerator").unwrap_or_default();
+    // a hash of what was probed, the answer, and why
+    if probed.split_whitespace().nth(1) == Some("kvm") { "kvm" } else { "tcg" }
+}
+
+fn boot(kernel: &Path, initrd: &Path, firmware: Option<&Path>) -> Result<Duration> {
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-machine", MACHINE, "-accel", accelerator(), "-cpu", "max", "-smp", "1", "-m", "2048"]);
+    command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
+    command.args(["-append", PARAMETERS]).arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
+    if let Some(firmware) = firmware {
+        command.arg("-bios").arg(firmware);
+    }
+    let started = Instant::now();
+    let mut vm = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let console = Journal::default();
+    console.follow(vm.stdout.take().context("stdout")?);
+    let up = console.wait_from(0, Duration::from_secs(60), |line| line.contains(LINE));
+    let _ = vm.kill();
+    let mut errors = String::new();
+    let _ = vm.stderr.take().context("stderr")?.read_to_string(&mut errors);
+    vm.wait()?;
+    match up {
+        Some((at, _)) => Ok(at - started),
+        None => bail!("no user space within 60 s: {errors}\n{}", console.lines_from(0).join("\n")),
+    }
+}
+
+/// Makes an initrd of `size` bytes with the program as /init; what is missing is filled with what does not compress.
+fn build_initrd(dir: &Path, to: &Path, size: u64) -> Result<()> {
+    let source = dir.join("init.c");
+    fs::write(&source, INIT)?;
+    let program = dir.join("init");
+    let compiled = Command::new("gcc").args(["-O2", "-static", "-o"]).arg(&program).arg(&source).output();
+    let compiled = compiled.context("gcc: not found: run `apt-get install gcc libc6-dev`")?;
+    ensure!(compiled.status.success(), "gcc: {}", String::from_utf8_lossy(&compiled.stderr));
+    let mut archive = Vec::new();
+    entry(&mut archive, "dev", 0o40755, (0, 0), &[]);
+    entry(&mut archive, "dev/console", 0o20600, (5, 1), &[]);
+    entry(&mut archive, "init", 0o100_755, (0, 0), &fs::read(&program)?);
+    let mut filler = Vec::new();
+    let missing = size.saturating_sub(archive.len() as u64 + 512);
+    fs::File::open("/dev/urandom")?.take(missing).read_to_end(&mut filler)?;
+    entry(&mut archive, "filler", 0o100_644, (0, 0), &filler);
+    entry(&mut archive, "TRAILER!!!", 0, (0, 0), &[]);
+    Ok(fs::write(to, archive)?)
+}
+
+/// Appends one file in cpio's "newc" form: thirteen numbers of eight hexadecimal digits, the name, the content.
+fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, device: (u32, u32), content: &[u8]) {
+    let inode = archive.len() as u32 + 1;
+    let fields = [inode, mode, 0, 0, 1, 0, content.len() as u32, 0, 0, device.0, device.1, name.len() as u32 + 1, 0];
+    archive.extend(b"070701");
+    for field in fields {
+        archive.extend(format!("{field:08x}").bytes());
+    }
+    archive.extend(name.bytes());
+    archive.push(0);
+    archive.resize(archive.len().next_multiple_of(4), 0);
+    archive.extend(content);
+    archive.resize(archive.len().next_multiple_of(4), 0);
+}

@@ -1,0 +1,104 @@
+//! `make bench`: what a container in a VM costs here, beside runc and beside the bare boot of the same kernel, all
+//! measured in one run on one machine. Prints a table, writes target/bench.json, and says of each bar whether it holds.
+
+mod cost;
+mod floor;
+mod report;
+mod sample;
+
+use anyhow::{Context as _, Result};
+use e2e::{Node, Runtime, install::Install, with_node};
+use report::Report;
+use sample::Sample;
+use std::path::Path;
+
+fn main() -> Result<()> {
+    let rounds = match std::env::var("BENCH_ROUNDS") {
+        Ok(text) => text.parse().with_context(|| format!("BENCH_ROUNDS={text}: not a number: give 9 or more"))?,
+        Err(_) => 9,
+    };
+    let install = Install::locate()?;
+    let mut report = Report::default();
+    eprintln!("raw boots of the same kernel ({rounds} rounds each)");
+    floor::measure(&install, rounds, &mut report)?;
+    with_node(|node| {
+        eprintln!("starts");
+        starts(node, rounds, &mut report)?;
+        eprintln!("execs");
+        execs(node, rounds, &mut report)?;
+        eprintln!("memory of an idle container");
+        cost::memory(node, rounds, &mut report)
+    })?;
+    cost::sizes(&install, &mut report);
+    report.judge();
+    print!("{report}");
+    let out = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/bench.json");
+    std::fs::create_dir_all(out.parent().context("target")?)?;
+    std::fs::write(&out, format!("{:#}\n", report.json())).with_context(|| out.display().to_string())?;
+    println!("\nwritten to {}", out.canonicalize()?.display());
+    Ok(())
+}
+
+/// `ctr run --rm … true`; the runtimes take turns, so that both meet the same noise of the machine.
+fn starts(node: &Node, rounds: usize, report: &mut Report) -> Result<()> {
+    let (mut runc, mut kata) = (Sample::new(), Sample::new());
+    let mut first_line = 0;
+    for round in 0..=rounds {
+        if round == 1 {
+            first_line = node.log.len();
+        }
+        for (runtime, sample) in [(Runtime::Runc, &mut runc), (Runtime::Kata, &mut kata)] {
+            let done = node.run(runtime, &format!("start{round}"), &[], &["true"]).output()?.ok()?;
+            if round > 0 {
+                sample.add_time(done.took);
+            }
+        }
+    }
+    report.add("run.runc", "ctr run --rm … true, runc", runc, "ms");
+    report.add("run.kata", "ctr run --rm … true, kata", kata, "ms");
+    steps(&node.log.lines_from(first_line), report);
+    Ok(())
+}
+
+/// The shim's own trace of the starts: the time from its begin to each step's end.
+fn steps(log: &[String], report: &mut Report) {
+    let mut steps: Vec<(String, Sample)> = Vec::new();
+    for line in log {
+        let Some((_, rest)) = line.split_once("start-trace step=") else { continue };
+        let mut words = rest.split([' ', '"']);
+        let (Some(name), Some(ms)) = (words.next(), words.next().and_then(|w| w.strip_prefix("ms="))) else { continue };
+        let Ok(ms) = ms.parse() else { continue };
+        if let Some((_, sample)) = steps.iter_mut().find(|(known, _)| known == name) {
+            sample.add(ms);
+        } else {
+            let mut sample = Sample::new();
+            sample.add(ms);
+            steps.push((name.to_owned(), sample));
+        }
+    }
+    for (name, sample) in steps {
+        report.add(&format!("step.{name}"), &format!("  until {name}"), sample, "ms");
+    }
+}
+
+/// `ctr task exec … true` in a container that runs.
+fn execs(node: &Node, rounds: usize, report: &mut Report) -> Result<()> {
+    let (mut runc, mut kata) = (Sample::new(), Sample::new());
+    for runtime in e2e::BOTH {
+        node.detached(runtime, runtime.tag(), &[], &["sleep", "10000"])?;
+    }
+    for round in 0..=rounds {
+        for (runtime, sample) in [(Runtime::Runc, &mut runc), (Runtime::Kata, &mut kata)] {
+            let done = node.exec(runtime.tag(), &format!("x{round}"), &[], &["true"]).output()?.ok()?;
+            if round > 0 {
+                sample.add_time(done.took);
+            }
+        }
+    }
+    for runtime in e2e::BOTH {
+        node.remove(runtime.tag())?;
+    }
+    report.add("exec.runc", "ctr task exec … true, runc", runc, "ms");
+    report.add("exec.kata", "ctr task exec … true, kata", kata, "ms");
+    Ok(())
+}

@@ -1,0 +1,109 @@
+//! The table, the JSON, and the bars.
+
+use crate::sample::Sample;
+use serde_json::{Value, json};
+use std::fmt;
+
+/// One row of the table.
+#[derive(Debug)]
+struct Row {
+    key: String,
+    title: String,
+    sample: Sample,
+    unit: &'static str,
+}
+
+/// A limit that the product sets itself.
+#[derive(Debug)]
+struct Bar {
+    name: &'static str,
+    limit: f64,
+    value: Option<f64>,
+    unit: &'static str,
+}
+
+/// Everything that was measured.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    rows: Vec<Row>,
+    bars: Vec<Bar>,
+}
+
+impl Report {
+    pub(crate) fn add(&mut self, key: &str, title: &str, sample: Sample, unit: &'static str) {
+        self.rows.push(Row { key: key.to_owned(), title: title.to_owned(), sample, unit });
+    }
+
+    fn median(&self, key: &str) -> Option<f64> {
+        self.rows.iter().find(|r| r.key == key).map(|r| r.sample.median())
+    }
+
+    /// Compares what was measured with the bars.
+    pub(crate) fn judge(&mut self) {
+        let floor = self.rows.iter().filter(|r| r.key.starts_with("floor.")).map(|r| r.sample.median());
+        let floor = floor.fold(f64::NAN, f64::min);
+        let runc = |key| self.median(key).unwrap_or(f64::NAN);
+        let start = floor * 1.25 + runc("run.runc");
+        let exec = runc("exec.runc") + 60.0;
+        let bars = [
+            ("start ≤ floor × 1.25 + runc's start", start, "run.kata", "ms"),
+            ("exec ≤ runc's exec + 60 ms", exec, "exec.kata", "ms"),
+            ("PSS of all host processes of an idle container ≤ 120 MiB", 120.0, "pss.sum", "MiB"),
+            ("PSS of the shim ≤ 8 MiB", 8.0, "pss.shim", "MiB"),
+            ("RSS of the agent ≤ 8 MiB", 8.0, "rss.agent", "MiB"),
+            ("initrd ≤ 8 MiB", 8.0, "size.initrd", "MiB"),
+        ];
+        self.bars = bars
+            .into_iter()
+            .map(|(name, limit, key, unit)| Bar { name, limit, value: self.median(key), unit })
+            .collect();
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        let rows = self.rows.iter().map(|r| {
+            let value = json!({
+                "title": r.title.trim(), "unit": r.unit, "count": r.sample.count(),
+                "median": r.sample.median(), "min": r.sample.min(), "max": r.sample.max(),
+            });
+            (r.key.clone(), value)
+        });
+        let rows: serde_json::Map<_, _> = rows.collect();
+        let bars: Vec<_> = self
+            .bars
+            .iter()
+            .map(|b| json!({"bar": b.name, "limit": b.limit, "value": b.value, "unit": b.unit, "holds": b.holds()}))
+            .collect();
+        json!({"rows": rows, "bars": bars})
+    }
+}
+
+impl Bar {
+    fn holds(&self) -> Option<bool> {
+        self.value.map(|v| v <= self.limit)
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:<52} {:>10} {:>10} {:>10}      n", "", "median", "min", "max")?;
+        for Row { title, sample, unit, .. } in &self.rows {
+            let n = sample.count();
+            let (median, min, max) = (sample.median(), sample.min(), sample.max());
+            if n == 1 {
+                writeln!(f, "{title:<52} {median:>10.1} {:>10} {:>10} {unit:<4} {n}", "", "")?;
+            } else {
+                writeln!(f, "{title:<52} {median:>10.1} {min:>10.1} {max:>10.1} {unit:<4} {n}")?;
+            }
+        }
+        writeln!(f)?;
+        for bar in &self.bars {
+            let Bar { name, limit, value, unit } = bar;
+            match value {
+                Some(v) if v <= limit => writeln!(f, "PASS    {name}: {v:.1} of {limit:.1} {unit}")?,
+                Some(v) => writeln!(f, "MISSED  {name}: {v:.1} of {limit:.1} {unit}, by {:.1}", v - limit)?,
+                None => writeln!(f, "n/a     {name}: could not be measured")?,
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,109 @@
+//! What is on the machine that the product could have left behind, before and after.
+
+use crate::processes;
+use anyhow::{Result, bail};
+use std::{
+    collections::BTreeSet,
+    fs,
+    os::unix::fs::FileTypeExt as _,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+/// Folders and files that are shared by all sandboxes and stay until the next boot.
+const LASTING: [&str; 8] = [
+    "/run/kata-containers",
+    "/run/kata-containers/accelerator",
+    "/run/kata-containers/tsc-khz",
+    "/run/kata-containers/sandboxes",
+    "/run/kata-containers/shared",
+    "/run/kata-containers/shared/sandboxes",
+    "/run/vc",
+    "/run/containerd/s",
+];
+
+/// Where sandboxes and shims keep their files.
+const PLACES: [&str; 3] = ["/run/kata-containers", "/run/vc", "/run/containerd/s"];
+
+/// Everything found at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct Leaks(BTreeSet<String>);
+
+impl Leaks {
+    /// Looks around. `tag` names the node: processes that are another's do not count, nor do sockets that are served.
+    pub fn look(tag: &str) -> Self {
+        let mut found = BTreeSet::new();
+        for process in processes::all() {
+            let ours = match &process.node {
+                Some(node) => node == tag,
+                None => process.command.contains(crate::node::NAMESPACE),
+            };
+            if ours {
+                let shown: String = process.command.chars().take(200).collect();
+                found.insert(format!("process {} {shown}", process.pid));
+            }
+        }
+        for line in fs::read_to_string("/proc/self/mountinfo").unwrap_or_default().lines() {
+            found.insert(format!("mount {}", line.split(' ').nth(4).unwrap_or(line)));
+        }
+        for (kind, dir) in [("link", "/sys/class/net"), ("network namespace", "/run/netns")] {
+            for name in names(Path::new(dir)) {
+                found.insert(format!("{kind} {name}"));
+            }
+        }
+        cgroups(Path::new("/sys/fs/cgroup"), &mut found);
+        for place in PLACES {
+            files(Path::new(place), &mut found);
+        }
+        Self(found)
+    }
+
+    /// Fails when there is something that was not there `before`, after giving it `limit` to go.
+    pub fn expect_none_since(before: &Self, tag: &str, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        loop {
+            let now = Self::look(tag);
+            let left: Vec<_> = now.0.difference(&before.0).cloned().collect();
+            if left.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                bail!("left behind after {} s:\n  {}", limit.as_secs(), left.join("\n  "));
+            }
+            // things of so many kinds have no common event to wait for
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
+    entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn cgroups(dir: &Path, found: &mut BTreeSet<String>) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for entry in entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
+        let path = entry.path();
+        // runc leaves the folder of containerd's namespace for the next container, with nothing in it
+        if !path.ends_with(crate::node::NAMESPACE) {
+            found.insert(format!("cgroup {}", path.display()));
+        }
+        cgroups(&path, found);
+    }
+}
+
+fn files(path: &Path, found: &mut BTreeSet<String>) {
+    let Ok(meta) = fs::symlink_metadata(path) else { return };
+    let shown = path.display().to_string();
+    // a served socket counts as its process
+    let served = meta.file_type().is_socket() && fs::read_to_string("/proc/net/unix").is_ok_and(|u| u.contains(&shown));
+    if !served && !LASTING.contains(&shown.as_str()) {
+        found.insert(format!("file {shown}"));
+    }
+    if meta.is_dir() {
+        for name in names(path) {
+            files(&path.join(name), found);
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! The harness of the whole-product tests: a private containerd with the product's shim first in its PATH, an image
+//! built from busybox, `ctr` as users run it, and a look at the machine before and after that finds what was left.
+//!
+//! Owns starting and ending all that; what is expected of the product stands in `tests/`, how fast it is in `bench`.
+
+pub mod containers;
+pub mod ctr;
+pub mod events;
+pub mod image;
+pub mod install;
+pub mod journal;
+pub mod leaks;
+pub mod node;
+pub mod processes;
+pub mod pty;
+pub mod task_api;
+
+pub use containers::{BOTH, Runtime};
+pub use ctr::Outcome;
+pub use node::{Node, NodeSetup, with_node, with_node_setup};

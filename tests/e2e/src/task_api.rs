@@ -1,0 +1,151 @@
+//! Drives a shim by its binary and its Task API, as containerd does, with bundles that containerd would not make.
+
+use crate::{Node, ctr::Invocation, ctr::Outcome, image, node::NAMESPACE, processes::MARK};
+use anyhow::{Context as _, Result, anyhow, ensure};
+use containerd_shim_protos::{Client, TaskClient, api, protobuf::EnumOrUnknown, ttrpc};
+use serde_json::{Value, json};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// The Task API's own limit here; a VM starts in a second or two.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A bundle: a folder with a root file system and config.json.
+#[derive(Debug)]
+pub struct Bundle {
+    /// The folder.
+    pub path: PathBuf,
+}
+
+impl Bundle {
+    /// Makes one below the node's folder, with busybox in it, that runs `args`.
+    pub fn make(node: &Node, name: &str, args: &[&str]) -> Result<Self> {
+        let path = node.dir().join("bundles").join(name);
+        fs::create_dir_all(path.join("rootfs"))?;
+        image::lay_out(&path.join("rootfs"))?;
+        let bundle = Self { path };
+        bundle.write(&specification(args))?;
+        Ok(bundle)
+    }
+
+    /// Replaces config.json.
+    pub fn write(&self, spec: &Value) -> Result<()> {
+        self.write_text(&spec.to_string())
+    }
+
+    /// Replaces config.json by any text.
+    pub fn write_text(&self, text: &str) -> Result<()> {
+        Ok(fs::write(self.path.join("config.json"), text)?)
+    }
+}
+
+/// A small specification that runs `args`.
+pub fn specification(args: &[&str]) -> Value {
+    let namespaces: Vec<_> = ["pid", "network", "ipc", "uts", "mount"].iter().map(|t| json!({"type": t})).collect();
+    json!({
+        "ociVersion": "1.0.2",
+        "process": {"user": {"uid": 0, "gid": 0}, "args": args, "env": ["PATH=/bin"], "cwd": "/"},
+        "root": {"path": "rootfs"},
+        "hostname": "direct",
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "linux": {"namespaces": namespaces},
+    })
+}
+
+/// Calls the shim's binary with an action, as containerd does.
+pub fn call(node: &Node, id: &str, bundle: &Path, action: &str) -> Result<Outcome> {
+    let address = node.address();
+    let bundle_text = bundle.display().to_string();
+    let shim = node.install().shim();
+    let flags = ["-namespace", NAMESPACE, "-address", &address, "-publish-binary", "containerd"];
+    let args: Vec<&str> = [&flags[..], &["-id", id, "-bundle", &bundle_text, action]].concat();
+    Invocation::new(&shim.display().to_string(), args)
+        .env("TTRPC_ADDRESS", format!("{address}.ttrpc"))
+        .env("KATA_CONF_FILE", node.config())
+        .env(MARK, node.tag())
+        .current_dir(bundle)
+        .limit(LIMIT)
+        .output()
+}
+
+/// A shim that was started without containerd.
+pub struct Shim<'a> {
+    node: &'a Node,
+    id: String,
+    bundle: PathBuf,
+    tasks: TaskClient,
+}
+
+impl std::fmt::Debug for Shim<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shim").field("id", &self.id).field("bundle", &self.bundle).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Shim<'a> {
+    /// Starts one for this bundle and connects to it.
+    pub fn start(node: &'a Node, id: &str, bundle: &Bundle) -> Result<Self> {
+        let answer = call(node, id, &bundle.path, "start")?.ok()?.text();
+        ensure!(answer.starts_with("unix://"), "the answer to start is {answer:?}");
+        let client = Client::connect(&answer).map_err(|e| anyhow!("{e}")).context(answer)?;
+        Ok(Self { node, id: id.to_owned(), bundle: bundle.path.clone(), tasks: TaskClient::new(client) })
+    }
+
+    fn context() -> ttrpc::context::Context {
+        ttrpc::context::with_duration(LIMIT)
+    }
+
+    /// Creates the container `id` in this shim.
+    pub fn create(&self, id: &str) -> Result<u32> {
+        let request = api::CreateTaskRequest {
+            id: id.to_owned(),
+            bundle: self.bundle.display().to_string(),
+            ..Default::default()
+        };
+        Ok(self.tasks.create(Self::context(), &request).map_err(|e| said(&e))?.pid)
+    }
+
+    /// Starts the container.
+    pub fn start_container(&self, id: &str) -> Result<u32> {
+        let request = api::StartRequest { id: id.to_owned(), ..Default::default() };
+        Ok(self.tasks.start(Self::context(), &request).map_err(|e| said(&e))?.pid)
+    }
+
+    /// Waits for its end and returns its exit status.
+    pub fn wait(&self, id: &str) -> Result<u32> {
+        let request = api::WaitRequest { id: id.to_owned(), ..Default::default() };
+        Ok(self.tasks.wait(Self::context(), &request).map_err(|e| said(&e))?.exit_status)
+    }
+
+    /// The state of the container.
+    pub fn state(&self, id: &str) -> Result<EnumOrUnknown<api::Status>> {
+        let request = api::StateRequest { id: id.to_owned(), ..Default::default() };
+        Ok(self.tasks.state(Self::context(), &request).map_err(|e| said(&e))?.status)
+    }
+
+    /// Deletes the container.
+    pub fn delete(&self, id: &str) -> Result<u32> {
+        let request = api::DeleteRequest { id: id.to_owned(), ..Default::default() };
+        Ok(self.tasks.delete(Self::context(), &request).map_err(|e| said(&e))?.exit_status)
+    }
+
+    /// Asks the shim to end, and has `delete` clean up after it as containerd would.
+    pub fn shut_down(self) -> Result<()> {
+        let request = api::ShutdownRequest { id: self.id.clone(), now: true, ..Default::default() };
+        // the connection may end before the answer has come
+        let _ = self.tasks.shutdown(Self::context(), &request);
+        call(self.node, &self.id, &self.bundle, "delete")?.ok()?;
+        Ok(())
+    }
+}
+
+/// The message of an error, as containerd would show it.
+fn said(error: &ttrpc::Error) -> anyhow::Error {
+    match error {
+        ttrpc::Error::RpcStatus(status) => anyhow!("{:?}: {}", status.code(), status.message),
+        other => anyhow!("{other}"),
+    }
+}

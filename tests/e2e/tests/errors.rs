@@ -1,0 +1,135 @@
+//! What cannot be started: the words and the codes are runc's, and nothing stays behind.
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::{BOTH, Node, Outcome, Runtime, image, with_node};
+
+/// What follows these words is meant for the user, whichever runtime says it.
+const UNABLE: &str = "unable to start container process: ";
+
+/// (name, options, command, a word that must be in the error)
+const CASES: [(&str, &[&str], &[&str], &str); 4] = [
+    ("by-name", &[], &["no-such-program"], "no-such-program"),
+    ("by-path", &[], &["/no/such/program"], "/no/such/program"),
+    ("not-executable", &[], &["/etc/not-executable"], "/etc/not-executable"),
+    ("cwd-is-file", &["--cwd", "/etc/passwd"], &["pwd"], "/etc/passwd"),
+];
+
+/// The part of an error that both runtimes must word alike.
+fn reason(done: &Outcome, runtime: Runtime) -> Result<String> {
+    let at = done.stderr.find(UNABLE).with_context(|| format!("{runtime:?}: no {UNABLE:?} in {:?}", done.stderr))?;
+    let text = done.stderr[at + UNABLE.len()..].trim_end();
+    Ok(text.strip_suffix(": unknown").unwrap_or(text).to_owned())
+}
+
+fn compare(name: &str, done: &[Outcome], wanted: &str) -> Result<()> {
+    let reasons: Vec<_> = BOTH.iter().zip(done).map(|(r, d)| reason(d, *r)).collect::<Result<_>>()?;
+    ensure!(reasons[0] == reasons[1], "{name}:\nrunc: {}\nkata: {}", reasons[0], reasons[1]);
+    ensure!(reasons[1].contains(wanted), "{name}: {wanted} is not named in {:?}", reasons[1]);
+    ensure!(done[0].code == done[1].code, "{name}: code {} of runc, {} of kata", done[0].code, done[1].code);
+    Ok(())
+}
+
+/// Collects the failures of all cases, so that one run shows them all.
+fn every(cases: impl IntoIterator<Item = Result<()>>) -> Result<()> {
+    let failed: Vec<_> = cases.into_iter().filter_map(Result::err).map(|e| format!("{e:#}")).collect();
+    ensure!(failed.is_empty(), "{}", failed.join("\n\n"));
+    Ok(())
+}
+
+#[test]
+fn a_run_that_cannot_start() -> Result<()> {
+    with_node(|node| {
+        every(CASES.map(|(name, options, command, wanted)| {
+            let attempt = |runtime| node.run(runtime, name, options, command).output();
+            compare(name, &[attempt(Runtime::Runc)?, attempt(Runtime::Kata)?], wanted)
+        }))
+    })
+}
+
+/// Runc makes a missing working directory when it starts a container, and does not when it executes something in one.
+#[test]
+fn a_missing_working_directory() -> Result<()> {
+    with_node(|node| {
+        for runtime in BOTH {
+            let made = node.run(runtime, "cwd", &["--cwd", "/no/such/dir"], &["pwd"]).output()?.ok()?.text();
+            ensure!(made == "/no/such/dir", "{runtime:?}: {made:?}");
+            node.detached(runtime, runtime.tag(), &[], &["sleep", "1000"])?;
+        }
+        let attempt = |runtime: Runtime| node.exec(runtime.tag(), "cwd", &["--cwd", "/no/such/dir"], &["pwd"]).output();
+        let compared = compare("exec", &[attempt(Runtime::Runc)?, attempt(Runtime::Kata)?], "/no/such/dir");
+        node.remove(Runtime::Runc.tag())?;
+        node.remove(Runtime::Kata.tag())?;
+        compared
+    })
+}
+
+/// Runc's words for this one depend on the Go that it was built with; Debian 12's says that permission is denied.
+#[test]
+fn a_directory_is_no_program() -> Result<()> {
+    with_node(|node| {
+        let done = node.run(Runtime::Kata, "dir", &[], &["/etc"]).output()?;
+        let reason = reason(&done, Runtime::Kata)?;
+        let known = ["exec: \"/etc\": is a directory", "exec: \"/etc\": permission denied"];
+        ensure!(known.contains(&reason.as_str()), "{reason}");
+        ensure!(done.code != 0, "code 0");
+        Ok(())
+    })
+}
+
+#[test]
+fn an_exec_that_cannot_start_leaves_the_container_alone() -> Result<()> {
+    with_node(|node| {
+        for runtime in BOTH {
+            node.detached(runtime, runtime.tag(), &[], &["sleep", "1000"])?;
+        }
+        let cases = every(CASES.map(|(name, options, command, wanted)| {
+            let attempt = |runtime: Runtime| node.exec(runtime.tag(), name, options, command).output();
+            compare(name, &[attempt(Runtime::Runc)?, attempt(Runtime::Kata)?], wanted)
+        }));
+        for runtime in BOTH {
+            let again = node.exec(runtime.tag(), "again", &[], &["echo", "alive"]).output()?.ok()?.text();
+            ensure!(again == "alive", "{runtime:?}: {again:?}");
+            node.remove(runtime.tag())?;
+        }
+        cases
+    })
+}
+
+/// What `ctr` said at last, without the time.
+fn last_words(done: &Outcome, runtime: Runtime) -> Result<String> {
+    ensure!(done.code != 0, "{runtime:?}: an unknown user was accepted: {done:?}");
+    let said = done.stderr.trim_end().rsplit("ctr: ").next().unwrap_or_default();
+    // the snapshot is mounted under another name each time
+    Ok(said.split_whitespace().filter(|word| !word.contains("containerd-mount")).collect::<Vec<_>>().join(" "))
+}
+
+#[test]
+fn a_user_that_does_not_exist() -> Result<()> {
+    with_node(|node| {
+        let mut said = Vec::new();
+        for runtime in BOTH {
+            let run = node.run_image(runtime, image::FOR_NOBODY, "user", &[], &["true"]).output()?;
+            // ctr leaves the container that it made before it looked
+            let _ = node.ctr(["container", "rm", "user"]).output()?;
+            node.detached(runtime, runtime.tag(), &[], &["sleep", "1000"])?;
+            let exec = node.exec(runtime.tag(), "user", &["--user", "no-such-user"], &["true"]).output()?;
+            node.remove(runtime.tag())?;
+            said.push([last_words(&run, runtime)?, last_words(&exec, runtime)?]);
+        }
+        ensure!(said[0] == said[1], "runc: {:?}\nkata: {:?}", said[0], said[1]);
+        ensure!(said[1][0].contains("no-such-user") || said[1][0].contains("no users found"), "{:?}", said[1]);
+        Ok(())
+    })
+}
+
+fn second_run(node: &Node, runtime: Runtime) -> Result<()> {
+    node.run(runtime, "same", &[], &["no-such-program"]).output()?;
+    let again = node.run(runtime, "same", &[], &["echo", "now"]).output()?.ok()?.text();
+    ensure!(again == "now", "{runtime:?}: {again:?}");
+    Ok(())
+}
+
+#[test]
+fn an_id_is_free_after_a_failed_start() -> Result<()> {
+    with_node(|node| every(BOTH.map(|runtime| second_run(node, runtime))))
+}
