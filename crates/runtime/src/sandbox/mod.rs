@@ -11,13 +11,12 @@ use std::time::Duration;
 
 use agent_api::agent as api;
 use hypervisor::{Hypervisor, Vm};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 
 use crate::agent_client::AgentClient;
 use crate::cleanup::RunDir;
 use crate::container::{Container, Process, create, io, spec};
 use crate::storage::share::Share;
-use crate::trace::Trace;
 use crate::{ContainerId, ContainerSpec, Error, ExecSpec, Exit, ProcessRef, ProcessView, Status};
 
 /// What a sandbox needs from outside.
@@ -74,21 +73,6 @@ struct Host {
 }
 
 impl Sandbox {
-    /// Starts the VM and makes the pod's first container in it, unless `cancelled` is told before that is done.
-    ///
-    /// # Errors
-    /// Whatever failed; nothing is left of the sandbox.
-    pub async fn start(
-        env: Env,
-        sandbox: SandboxSpec,
-        first: ContainerSpec,
-        events: mpsc::UnboundedSender<Event>,
-        trace: &Trace,
-        cancelled: &Notify,
-    ) -> Result<Self, Error> {
-        start::start(env, sandbox, first, events, trace, cancelled).await
-    }
-
     /// The VMM's process id: what containerd gets for every process, since the guest's ids mean nothing on the host.
     pub fn pid(&self) -> u32 {
         self.0.pid
@@ -191,11 +175,7 @@ impl Sandbox {
         let Some(exec) = from.process.exec.clone() else {
             return Err(Error::Invalid("an exec needs an id".into()));
         };
-        let container = self.container(&from.process.container)?;
-        if container.init.status() != Status::Running {
-            let state = container.init.status().name();
-            return Err(Error::WrongState(format!("cannot exec in a {state} container")));
-        }
+        let container = self.in_state(&from.process.container, Status::Running, "exec in")?;
         if from.spec.args().as_ref().is_none_or(Vec::is_empty) {
             return Err(Error::Invalid("process.args must not be empty".into()));
         }
@@ -324,10 +304,7 @@ impl Sandbox {
     /// # Errors
     /// [`Error::WrongState`] unless it runs.
     pub async fn pause(&self, id: &ContainerId) -> Result<(), Error> {
-        let container = self.container(id)?;
-        if container.init.status() != Status::Running {
-            return Err(Error::WrongState(format!("cannot pause a {} container", container.init.status().name())));
-        }
+        let container = self.in_state(id, Status::Running, "pause")?;
         let request = api::PauseContainerRequest { container_id: id.as_str().into(), ..Default::default() };
         self.0
             .agent
@@ -341,16 +318,22 @@ impl Sandbox {
     /// # Errors
     /// [`Error::WrongState`] unless it is paused.
     pub async fn resume(&self, id: &ContainerId) -> Result<(), Error> {
-        let container = self.container(id)?;
-        if container.init.status() != Status::Paused {
-            return Err(Error::WrongState(format!("cannot resume a {} container", container.init.status().name())));
-        }
+        let container = self.in_state(id, Status::Paused, "resume")?;
         let request = api::ResumeContainerRequest { container_id: id.as_str().into(), ..Default::default() };
         self.0
             .agent
             .call("resuming", |client, context| async { client.resume_container(context, &request).await })
             .await?;
         container.init.advance(Status::Running)
+    }
+
+    fn in_state(&self, id: &ContainerId, wanted: Status, verb: &str) -> Result<Arc<Container>, Error> {
+        let container = self.container(id)?;
+        let status = container.init.status();
+        if status != wanted {
+            return Err(Error::WrongState(format!("cannot {verb} a {} container", status.name())));
+        }
+        Ok(container)
     }
 
     /// The container's processes, by their ids in the guest.

@@ -19,44 +19,50 @@ use crate::storage::share::Share;
 use crate::trace::Trace;
 use crate::{Error, sizing};
 
-pub(super) async fn start(
-    env: Env,
-    sandbox: SandboxSpec,
-    first: ContainerSpec,
-    events: mpsc::UnboundedSender<Event>,
-    trace: &Trace,
-    cancelled: &Notify,
-) -> Result<Sandbox, Error> {
-    // everything that can be refused is refused before anything is made
-    let oci = spec::read(&first.bundle)?;
-    let mut run = RunDir::create(&sandbox.run_dir, &first.bundle)
-        .map_err(Error::host(format!("run folder {}", sandbox.run_dir.display())))?;
-    let booted = tokio::select! {
-        booted = boot(&env, &sandbox, &first, &oci, &mut run, trace) => booted,
-        () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
-    };
-    match booted {
-        Ok((vm, share, agent, container)) => {
-            let pid = vm.pid();
-            let containers = HashMap::from([(first.id.clone(), Slot::Made(Arc::new(container)))]);
-            let inner = Arc::new(Inner {
-                env,
-                agent,
-                pid,
-                containers: Mutex::new(containers),
-                events,
-                host: tokio::sync::Mutex::new(Some(Host { vm, share, run })),
-            });
-            watch::virtiofsd(&inner).await;
-            watch::memory(&inner);
-            trace.step("created");
-            Ok(Sandbox(inner))
-        }
-        Err(error) => {
-            if let Ok(Err(left)) = tokio::task::spawn_blocking(move || run.undo()).await {
-                tracing::error!(error = %left, "cleaning after a failed start");
+impl Sandbox {
+    /// Starts the VM and makes the pod's first container in it, unless `cancelled` is told before that is done.
+    ///
+    /// # Errors
+    /// Whatever failed; nothing is left of the sandbox.
+    pub async fn start(
+        env: Env,
+        sandbox: SandboxSpec,
+        first: ContainerSpec,
+        events: mpsc::UnboundedSender<Event>,
+        trace: &Trace,
+        cancelled: &Notify,
+    ) -> Result<Self, Error> {
+        // everything that can be refused is refused before anything is made
+        let oci = spec::read(&first.bundle)?;
+        let mut run = RunDir::create(&sandbox.run_dir, &first.bundle)
+            .map_err(Error::host(format!("run folder {}", sandbox.run_dir.display())))?;
+        let booted = tokio::select! {
+            booted = boot(&env, &sandbox, &first, &oci, &mut run, trace) => booted,
+            () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
+        };
+        match booted {
+            Ok((vm, share, agent, container)) => {
+                let pid = vm.pid();
+                let containers = HashMap::from([(first.id.clone(), Slot::Made(Arc::new(container)))]);
+                let inner = Arc::new(Inner {
+                    env,
+                    agent,
+                    pid,
+                    containers: Mutex::new(containers),
+                    events,
+                    host: tokio::sync::Mutex::new(Some(Host { vm, share, run })),
+                });
+                watch::virtiofsd(&inner).await;
+                watch::memory(&inner);
+                trace.step("created");
+                Ok(Self(inner))
             }
-            Err(error)
+            Err(error) => {
+                if let Ok(Err(left)) = tokio::task::spawn_blocking(move || run.undo()).await {
+                    tracing::error!(error = %left, "cleaning after a failed start");
+                }
+                Err(error)
+            }
         }
     }
 }

@@ -1,7 +1,11 @@
 //! The floor: the same kernel with an initrd of the same size, booted by bare QEMU to the first line of user space.
 
-use crate::{report::Report, sample::Sample};
-use anyhow::{Context as _, Result, bail, ensure};
+use crate::{
+    initrd::{Archive, compile},
+    report::Report,
+    sample::Sample,
+};
+use anyhow::{Context as _, Result, bail};
 use e2e::{install::Install, journal::Journal};
 use std::{
     fs,
@@ -95,35 +99,13 @@ fn boot(kernel: &Path, initrd: &Path, firmware: Option<&Path>) -> Result<Duratio
 
 /// Makes an initrd of `size` bytes with the program as /init; what is missing is filled with what does not compress.
 fn build_initrd(dir: &Path, to: &Path, size: u64) -> Result<()> {
-    let source = dir.join("init.c");
-    fs::write(&source, INIT)?;
-    let program = dir.join("init");
-    let compiled = Command::new("gcc").args(["-O2", "-static", "-o"]).arg(&program).arg(&source).output();
-    let compiled = compiled.context("gcc: not found: run `apt-get install gcc libc6-dev`")?;
-    ensure!(compiled.status.success(), "gcc: {}", String::from_utf8_lossy(&compiled.stderr));
-    let mut archive = Vec::new();
-    entry(&mut archive, "dev", 0o40755, (0, 0), &[]);
-    entry(&mut archive, "dev/console", 0o20600, (5, 1), &[]);
-    entry(&mut archive, "init", 0o100_755, (0, 0), &fs::read(&program)?);
+    let mut archive = Archive::default();
+    archive.entry("dev", 0o40755, (0, 0), &[]);
+    archive.entry("dev/console", 0o20600, (5, 1), &[]);
+    archive.entry("init", 0o100_755, (0, 0), &compile(dir, "init", INIT)?);
     let mut filler = Vec::new();
     let missing = size.saturating_sub(archive.len() as u64 + 512);
     fs::File::open("/dev/urandom")?.take(missing).read_to_end(&mut filler)?;
-    entry(&mut archive, "filler", 0o100_644, (0, 0), &filler);
-    entry(&mut archive, "TRAILER!!!", 0, (0, 0), &[]);
-    Ok(fs::write(to, archive)?)
-}
-
-/// Appends one file in cpio's "newc" form: thirteen numbers of eight hexadecimal digits, the name, the content.
-fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, device: (u32, u32), content: &[u8]) {
-    let inode = archive.len() as u32 + 1;
-    let fields = [inode, mode, 0, 0, 1, 0, content.len() as u32, 0, 0, device.0, device.1, name.len() as u32 + 1, 0];
-    archive.extend(b"070701");
-    for field in fields {
-        archive.extend(format!("{field:08x}").bytes());
-    }
-    archive.extend(name.bytes());
-    archive.push(0);
-    archive.resize(archive.len().next_multiple_of(4), 0);
-    archive.extend(content);
-    archive.resize(archive.len().next_multiple_of(4), 0);
+    archive.entry("filler", 0o100_644, (0, 0), &filler);
+    Ok(fs::write(to, archive.finish())?)
 }

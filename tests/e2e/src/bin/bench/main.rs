@@ -3,6 +3,7 @@
 
 mod cost;
 mod floor;
+mod initrd;
 mod report;
 mod sample;
 
@@ -29,6 +30,7 @@ fn main() -> Result<()> {
         eprintln!("memory of an idle container");
         cost::memory(node, rounds, &mut report)
     })?;
+    cost::agent(&install, rounds, &mut report)?;
     cost::sizes(&install, &mut report);
     report.judge();
     print!("{report}");
