@@ -353,8 +353,13 @@ impl Task for TaskService {
         Ok(StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 
-    async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> Rpc<ConnectResponse> {
-        let task_pid = self.sandbox().map_or(0, |sandbox| sandbox.pid());
+    /// containerd asks this after its restart, for every bundle that it finds. A container whose create it did not see
+    /// ending is none: the answer makes it clean up with `delete`, and a second try begins on a clean host.
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Rpc<ConnectResponse> {
+        let name = convert::process(&request.id, "")?;
+        let sandbox = self.sandbox()?;
+        sandbox.view(&name).map_err(plain)?;
+        let task_pid = sandbox.pid();
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
             task_pid,

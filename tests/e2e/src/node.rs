@@ -29,6 +29,9 @@ pub const NAMESPACE: &str = "kata-e2e";
 /// Where runc keeps what it knows of containers of our namespace.
 const RUNC_STATE: &str = "/run/containerd/runc/kata-e2e";
 
+/// How the product's run folders of sandboxes of our namespace begin.
+const OUR_SANDBOXES: &str = "/run/kata-containers/sandboxes/kata-e2e@";
+
 /// How long things may take to go before they count as left behind.
 const SETTLE: Duration = Duration::from_secs(5);
 
@@ -246,11 +249,25 @@ impl Node {
         let mut below: Vec<_> = mounts
             .lines()
             .filter_map(|l| l.split(' ').nth(4))
-            .filter(|m| Path::new(m).starts_with(self.dir.path()))
+            .filter(|m| Path::new(m).starts_with(self.dir.path()) || m.starts_with(OUR_SANDBOXES))
             .collect();
         below.reverse();
         for mount in below {
             let _ = nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH);
+        }
+        remove_sandboxes();
+    }
+}
+
+/// Removes the run folders of sandboxes that a failed test left, unless something is still mounted there.
+fn remove_sandboxes() {
+    if fs::read_to_string("/proc/self/mountinfo").is_ok_and(|mounts| mounts.contains(OUR_SANDBOXES)) {
+        return;
+    }
+    let Some((place, prefix)) = OUR_SANDBOXES.rsplit_once('/') else { return };
+    for left in fs::read_dir(place).into_iter().flatten().flatten() {
+        if left.file_name().to_string_lossy().starts_with(prefix) {
+            let _ = fs::remove_dir_all(left.path());
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::{
-    BOTH, Node, Runtime,
+    Node, Runtime,
     ctr::{Invocation, Outcome},
     with_node,
 };
@@ -68,11 +68,12 @@ fn through_cat(cat: Invocation, mib: usize, reader: Reader) -> Result<Outcome> {
     Ok(done)
 }
 
+/// Not compared with runc: at the end of its input containerd 1.6's shim for it drops what it has not passed on yet.
 #[test]
 fn short_input_reaches_its_end() -> Result<()> {
     with_node(|node| {
-        for runtime in BOTH {
-            through_cat(node.run(runtime, runtime.tag(), &[], &CAT), 1, Reader::Eager)?;
+        for n in 0..3 {
+            through_cat(node.run(Runtime::Kata, &format!("c{n}"), &[], &CAT), 1, Reader::Eager)?;
         }
         Ok(())
     })

@@ -72,8 +72,11 @@ pub(super) fn arguments(
     args.pair("-kernel", inherited.kernel.clone());
     args.pair("-initrd", spec.boot.initrd.to_string_lossy());
     let quiet = if spec.debug { "" } else { " quiet" };
+    // the translator has no deadline timer, so the kernel would measure the local timer for 100 ms; one processor does as
+    // well with the machine's
+    let timer = if accelerator == Accelerator::Tcg && size.vcpus == 1 { " noapictimer" } else { "" };
     let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
-    args.pair("-append", format!("{KERNEL_PARAMS}{tsc}{quiet} nr_cpus={} {}", size.vcpus, spec.boot.kernel_params));
+    args.pair("-append", format!("{KERNEL_PARAMS}{timer}{tsc}{quiet} nr_cpus={} {}", size.vcpus, spec.boot.kernel_params));
 
     args.pair("-chardev", format!("socket,id=qmp,fd={}", inherited.qmp));
     args.pair("-mon", "chardev=qmp,mode=control");
