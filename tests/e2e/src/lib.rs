@@ -3,6 +3,7 @@
 //!
 //! Owns starting and ending all that; what is expected of the product stands in `tests/`, how fast it is in `bench`.
 
+pub mod compile;
 pub mod containers;
 pub mod ctr;
 pub mod events;

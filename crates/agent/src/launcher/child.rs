@@ -24,7 +24,7 @@ pub(super) fn named<E: std::fmt::Display + 'static>(what: impl std::fmt::Display
 }
 
 /// runc puts these words before what fails while the container's root is made.
-fn in_init(words: String) -> String {
+fn in_init(words: &str) -> String {
     format!("error during container init: {words}")
 }
 
@@ -140,13 +140,13 @@ fn tell(report: BorrowedFd<'_>, kind: u8, words: &str, fd: Option<BorrowedFd<'_>
 fn container(id: &str, spec: &oci::Spec, own_hostname: bool, report: &OwnedFd, mut go: File) -> Outcome<Infallible> {
     unshare(CloneFlags::CLONE_NEWCGROUP).map_err(named("cgroup namespace"))?;
     let process = &*spec.Process;
-    rootfs::build(id, spec).map_err(in_init)?;
+    rootfs::build(id, spec).map_err(|words| in_init(&words))?;
     let terminal = terminal(process, true)?;
     let terminal = terminal.as_ref().map(AsFd::as_fd);
     if own_hostname && !spec.Hostname.is_empty() {
         nix::unistd::sethostname(&spec.Hostname).map_err(named("hostname"))?;
     }
-    rootfs::finish(spec).map_err(in_init)?;
+    rootfs::finish(spec).map_err(|words| in_init(&words))?;
     let program = prepare(process, spec.Linux.Seccomp.as_ref())?;
     tell(report.as_fd(), b'R', "", terminal).map_err(named("report"))?;
     let mut byte = [0];

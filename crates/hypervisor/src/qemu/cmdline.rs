@@ -34,12 +34,16 @@ pub(super) fn arguments(
 ) -> Vec<String> {
     let mut args = Args(Vec::with_capacity(64));
     let size = spec.size;
+    // the translator has no deadline timer, so the kernel would measure the local timer for 100 ms; one processor does as
+    // well with the machine's own, and that sleeps longer than the old one
+    let no_local_timer = accelerator == Accelerator::Tcg && size.vcpus == 1;
     args.pair("-name", format!("kata-{},debug-threads=on", escape(&spec.id)));
     args.pair(
         "-machine",
         format!(
-            "{},memory-backend=mem,hpet=off,sata=off,smbus=off,usb=off,vmport=off,graphics=off,i8042=off",
-            settings.machine
+            "{},memory-backend=mem,hpet={},sata=off,smbus=off,usb=off,vmport=off,graphics=off,i8042=off",
+            settings.machine,
+            if no_local_timer { "on" } else { "off" },
         ),
     );
     match accelerator {
@@ -72,11 +76,12 @@ pub(super) fn arguments(
     args.pair("-kernel", inherited.kernel.clone());
     args.pair("-initrd", spec.boot.initrd.to_string_lossy());
     let quiet = if spec.debug { "" } else { " quiet" };
-    // the translator has no deadline timer, so the kernel would measure the local timer for 100 ms; one processor does as
-    // well with the machine's
-    let timer = if accelerator == Accelerator::Tcg && size.vcpus == 1 { " noapictimer" } else { "" };
+    let timer = if no_local_timer { " noapictimer" } else { "" };
     let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
-    args.pair("-append", format!("{KERNEL_PARAMS}{timer}{tsc}{quiet} nr_cpus={} {}", size.vcpus, spec.boot.kernel_params));
+    args.pair(
+        "-append",
+        format!("{KERNEL_PARAMS}{timer}{tsc}{quiet} nr_cpus={} {}", size.vcpus, spec.boot.kernel_params),
+    );
 
     args.pair("-chardev", format!("socket,id=qmp,fd={}", inherited.qmp));
     args.pair("-mon", "chardev=qmp,mode=control");

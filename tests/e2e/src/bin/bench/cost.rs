@@ -1,12 +1,8 @@
 //! What an idle container takes of memory, and the files of disk.
 
-use crate::{
-    initrd::{Archive, compile},
-    report::Report,
-    sample::Sample,
-};
+use crate::{initrd::Archive, report::Report, sample::Sample};
 use anyhow::{Context as _, Result};
-use e2e::{Node, NodeSetup, Runtime, install::Install, processes, with_node_setup};
+use e2e::{Node, NodeSetup, Runtime, compile::compile, install::Install, processes, with_node_setup};
 
 const MIB: f64 = 1024.0 * 1024.0;
 

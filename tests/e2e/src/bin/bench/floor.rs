@@ -1,12 +1,8 @@
 //! The floor: the same kernel with an initrd of the same size, booted by bare QEMU to the first line of user space.
 
-use crate::{
-    initrd::{Archive, compile},
-    report::Report,
-    sample::Sample,
-};
+use crate::{initrd::Archive, report::Report, sample::Sample};
 use anyhow::{Context as _, Result, bail};
-use e2e::{install::Install, journal::Journal};
+use e2e::{compile::compile, install::Install, journal::Journal};
 use std::{
     fs,
     io::Read as _,

@@ -1,0 +1,84 @@
+//! OCI hooks: each runs where and when the specification says, and a failed one fails what it belongs to.
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::{
+    Node,
+    task_api::{Bundle, Shim, specification},
+    with_node,
+};
+use serde_json::{Value, json};
+use std::{fs, path::Path};
+
+fn shell(script: &str) -> Value {
+    json!({ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"], "timeout": 10 })
+}
+
+fn bundle(node: &Node, name: &str, command: &str, hooks: &Value) -> Result<Bundle> {
+    let bundle = Bundle::make(node, name, &["true"])?;
+    let mut spec = specification(&["sh", "-c", command]);
+    spec["hooks"] = hooks.clone();
+    bundle.write(&spec)?;
+    Ok(bundle)
+}
+
+fn state(path: &Path) -> Result<Value> {
+    let text = fs::read(path).with_context(|| path.display().to_string())?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+#[test]
+fn all_run_in_their_place() -> Result<()> {
+    with_node(|node| {
+        let hooks = json!({
+            "prestart": [shell("cat > prestart")],
+            "createRuntime": [shell("test -s prestart && cat > created")],
+            "startContainer": [shell("cat > /tmp/hooked; uname -r >> /tmp/hooked")],
+            "poststart": [shell("cat > started")],
+            "poststop": [shell("cat > stopped")],
+        });
+        // the container's own program sees what its hook left, from the guest's kernel
+        let bundle =
+            bundle(node, "hooks", "grep -q '\"id\":\"hooks\"' /tmp/hooked && grep -q kata /tmp/hooked", &hooks)?;
+        let at = |name: &str| bundle.path.join(name);
+        let shim = Shim::start(node, "hooks", &bundle)?;
+        let tested = (|| {
+            let pid = shim.create("hooks")?;
+            let created = state(&at("created"))?;
+            ensure!(created["pid"] == pid && created["status"] == "creating", "{created}");
+            ensure!(!at("started").exists(), "poststart before the start");
+            shim.start_container("hooks")?;
+            ensure!(state(&at("started"))?["status"] == "running", "poststart");
+            let status = shim.wait("hooks")?;
+            ensure!(status == 0, "startContainer left nothing: exit status {status}");
+            ensure!(!at("stopped").exists(), "poststop before the delete");
+            shim.delete("hooks")?;
+            ensure!(state(&at("stopped"))?["status"] == "stopped", "poststop");
+            Ok(())
+        })();
+        shim.shut_down()?;
+        tested
+    })
+}
+
+#[test]
+fn a_failed_one_fails_the_create() -> Result<()> {
+    with_node(|node| {
+        for (name, hooks, words) in [
+            (
+                "fails",
+                json!({ "createRuntime": [shell("echo broken >&2; exit 3")] }),
+                ["createRuntime hook /bin/sh", "broken"],
+            ),
+            ("absent", json!({ "prestart": [{ "path": "/no/hook" }] }), ["/no/hook", "No such file"]),
+            ("inside", json!({ "createContainer": [shell("true")] }), ["createContainer", "createRuntime"]),
+        ] {
+            let bundle = bundle(node, name, "true", &hooks)?;
+            let shim = Shim::start(node, name, &bundle)?;
+            let created = shim.create(name);
+            shim.shut_down()?;
+            let said = format!("{:#}", created.err().with_context(|| format!("{name}: was created"))?);
+            ensure!(words.iter().all(|word| said.contains(word)), "{name}: {said}");
+        }
+        Ok(())
+    })
+}
