@@ -7,6 +7,8 @@ use tokio::net::UnixStream;
 
 /// Kept of the guest's console, bytes. The guest is hostile: it may write for ever.
 const KEPT: usize = 16 << 10;
+/// Longest line that is logged whole, bytes.
+const LINE: usize = 2048;
 /// Lines in an error message.
 const SHOWN_LINES: usize = 12;
 
@@ -18,14 +20,13 @@ impl Console {
     /// Reads `stream` until its end; `log` also writes each line to the log.
     pub async fn follow(self, mut stream: UnixStream, log: bool) {
         let mut chunk = [0; 4096];
+        let mut line = Line::default();
         while let Ok(count) = stream.read(&mut chunk).await {
             if count == 0 {
                 break;
             }
             if log {
-                for line in printable(&chunk[..count]).lines().filter(|line| !line.trim().is_empty()) {
-                    tracing::info!(target: "guest", "{line}");
-                }
+                line.take(&chunk[..count], |line| tracing::info!(target: "guest", "{line}"));
             }
             let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             kept.extend_from_slice(&chunk[..count]);
@@ -43,6 +44,27 @@ impl Console {
     }
 }
 
+/// A line that arrives in pieces: a serial port gives a few bytes at a time.
+#[derive(Default)]
+struct Line(Vec<u8>);
+
+impl Line {
+    fn take(&mut self, bytes: &[u8], mut whole: impl FnMut(&str)) {
+        for &byte in bytes {
+            if byte != b'\n' {
+                self.0.push(byte);
+            }
+            if byte == b'\n' || self.0.len() >= LINE {
+                let text = printable(&self.0);
+                if !text.trim().is_empty() {
+                    whole(text.trim_end());
+                }
+                self.0.clear();
+            }
+        }
+    }
+}
+
 fn printable(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).chars().filter(|c| *c == '\n' || !c.is_control()).collect()
 }
@@ -51,6 +73,17 @@ fn printable(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt;
+
+    #[test]
+    fn lines_are_put_together_and_bounded() {
+        let (mut line, mut seen) = (Line::default(), Vec::new());
+        for piece in ["one ", "li", "ne\r\n\r\ntwo\n", "unfini"] {
+            line.take(piece.as_bytes(), |line| seen.push(line.to_owned()));
+        }
+        assert_eq!(seen, ["one line", "two"]);
+        line.take(&vec![b'x'; LINE], |line| seen.push(line.to_owned()));
+        assert_eq!(seen[2].len(), LINE);
+    }
 
     #[tokio::test]
     async fn keeps_the_last_lines_and_no_controls() {
