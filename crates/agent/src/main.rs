@@ -12,6 +12,7 @@ mod init;
 mod io;
 mod launcher;
 mod log;
+mod network;
 mod oom;
 mod params;
 mod process;

@@ -1,6 +1,6 @@
 //! The agent's side of the protocol: one method a call, each converted, made and answered.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use agent_api::agent::{self as api};
@@ -13,11 +13,13 @@ use agent_api::limits::STREAM_CHUNK;
 use agent_api::protobuf::well_known_types::empty::Empty;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::{Server, TtrpcContext};
+use agent_api::types::Interface;
 use async_trait::async_trait;
 
 use crate::error::Error;
 use crate::guest;
 use crate::io::Output;
+use crate::network::Network;
 use crate::oom::OomWatch;
 use crate::params::Params;
 use crate::reaper::Reaper;
@@ -32,7 +34,7 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
     let reaper = Reaper::start().map_err(Error::failed("reaper"))?;
     let oom = OomWatch::start().map_err(Error::failed("memory watch"))?;
     let sandbox = Arc::new(Sandbox::new(reaper, oom));
-    let service = Arc::new(Service { sandbox });
+    let service = Arc::new(Service { sandbox, network: OnceLock::new() });
     let listener = transport::listen(params).map_err(Error::failed("the agent's channel"))?;
     let mut server = Server::new()
         .add_listener(listener)
@@ -46,9 +48,19 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
 
 struct Service {
     sandbox: Arc<Sandbox>,
+    network: OnceLock<Network>,
 }
 
 impl Service {
+    /// Opened with the first call: a pod without a network needs no netlink socket.
+    fn network(&self) -> Result<&Network, Error> {
+        if let Some(network) = self.network.get() {
+            return Ok(network);
+        }
+        let opened = Network::open().map_err(Error::failed("netlink socket"))?;
+        Ok(self.network.get_or_init(|| opened))
+    }
+
     fn read_size(len: u32) -> usize {
         (len as usize).clamp(1, STREAM_CHUNK)
     }
@@ -210,6 +222,27 @@ impl AgentService for Service {
     async fn tty_win_resize(&self, _: &TtrpcContext, request: api::TtyWinResizeRequest) -> Rpc<Empty> {
         let container = self.sandbox.container(&request.container_id)?;
         container.process(&request.container_id, &request.exec_id)?.stdio.resize(request.row, request.column)?;
+        Ok(Empty::new())
+    }
+
+    async fn update_interface(&self, _: &TtrpcContext, request: api::UpdateInterfaceRequest) -> Rpc<Interface> {
+        Ok(self.network()?.update_interface(request.interface.unwrap_or_default()).await?)
+    }
+
+    async fn update_routes(&self, _: &TtrpcContext, request: api::UpdateRoutesRequest) -> Rpc<api::Routes> {
+        Ok(self.network()?.update_routes(request.routes.unwrap_or_default()).await?)
+    }
+
+    async fn list_interfaces(&self, _: &TtrpcContext, _: api::ListInterfacesRequest) -> Rpc<api::Interfaces> {
+        Ok(self.network()?.interfaces().await?)
+    }
+
+    async fn list_routes(&self, _: &TtrpcContext, _: api::ListRoutesRequest) -> Rpc<api::Routes> {
+        Ok(self.network()?.routes().await?)
+    }
+
+    async fn add_arp_neighbors(&self, _: &TtrpcContext, request: api::AddARPNeighborsRequest) -> Rpc<Empty> {
+        self.network()?.add_neighbours(request.neighbors.unwrap_or_default()).await?;
         Ok(Empty::new())
     }
 

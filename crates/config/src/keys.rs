@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::Error;
 use crate::file::{Entry, Value};
 use crate::known;
-use crate::types::{Accelerator, Agent, Config, FsCache, Hypervisor, Runtime};
+use crate::types::{Accelerator, Agent, Config, FsCache, Hypervisor, Internetworking, Runtime};
 
 /// The entries that stand, by key: later files win.
 pub(crate) type Settings = BTreeMap<String, Entry>;
@@ -117,6 +117,7 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         "hypervisor.qemu.default_maxvcpus" => hypervisor.default_maxvcpus = number(entry, 0, u32::MAX.into())? as u32,
         "hypervisor.qemu.default_memory" => hypervisor.default_memory_mib = memory(entry)?,
         "hypervisor.qemu.default_maxmemory" => hypervisor.default_maxmemory_mib = number(entry, 0, u32::MAX.into())?,
+        "hypervisor.qemu.network_queues" => hypervisor.network_queues = number(entry, 1, 256)? as u32,
         "hypervisor.qemu.tcg_tb_size" => hypervisor.tcg_tb_size_mib = number(entry, 0, 1024)? as u32,
         "hypervisor.qemu.shared_fs" => {
             only(entry, "virtio-fs", &["virtio-9p", "virtio-fs-nydus", "inline-virtio-fs", "none"])?;
@@ -150,6 +151,13 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
             runtime.create_container_timeout = Duration::from_secs(number(entry, 1, 86_400)?);
         }
         "runtime.enable_debug" => runtime.enable_debug = truth(entry)?,
+        "runtime.internetworking_model" => {
+            if text(entry)? == "macvtap" {
+                return Err(refuse(entry, "is not supported yet: use \"tcfilter\" or \"none\""));
+            }
+            runtime.internetworking =
+                one_of(entry, &[("tcfilter", Internetworking::TcFilter), ("none", Internetworking::None)])?;
+        }
         "runtime.disable_guest_seccomp" => runtime.disable_guest_seccomp = truth(entry)?,
         _ => known::other(entry, &mut config.warnings)?,
     }

@@ -56,6 +56,16 @@ impl FsCache {
     }
 }
 
+/// How an interface of the pod gets into the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Internetworking {
+    /// A tap, joined with the interface by traffic control.
+    #[default]
+    TcFilter,
+    /// Not at all.
+    None,
+}
+
 /// `[hypervisor.qemu]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Hypervisor {
@@ -86,6 +96,8 @@ pub struct Hypervisor {
     pub default_memory_mib: u64,
     /// Most memory a VM may have, MiB.
     pub default_maxmemory_mib: u64,
+    /// Pairs of queues of each network card.
+    pub network_queues: u32,
     /// Own key: QEMU's translation buffer, MiB. QEMU alone takes up to 1 GiB a VM.
     pub tcg_tb_size_mib: u32,
     /// `None` looks at the usual places.
@@ -123,6 +135,8 @@ pub struct Runtime {
     /// `true` drops the container's seccomp profile. Kata's default is `true`; here a profile that was asked for is
     /// kept.
     pub disable_guest_seccomp: bool,
+    /// How the pod's interfaces get into the VM.
+    pub internetworking: Internetworking,
     /// How long making a container may take.
     pub create_container_timeout: Duration,
 }
@@ -142,7 +156,8 @@ impl Default for Hypervisor {
             default_maxvcpus: 0,
             default_memory_mib: 512,
             default_maxmemory_mib: 0,
-            tcg_tb_size_mib: 32,
+            network_queues: 1,
+            tcg_tb_size_mib: 24,
             virtio_fs_daemon: None,
             virtio_fs_cache: FsCache::Auto,
             virtio_fs_queue_size: 1024,
@@ -162,6 +177,11 @@ impl Default for Agent {
 
 impl Default for Runtime {
     fn default() -> Self {
-        Self { enable_debug: false, disable_guest_seccomp: false, create_container_timeout: Duration::from_secs(60) }
+        Self {
+            enable_debug: false,
+            disable_guest_seccomp: false,
+            internetworking: Internetworking::default(),
+            create_container_timeout: Duration::from_secs(60),
+        }
     }
 }

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 
 pub use console::Console;
 pub use error::Error;
-pub use spec::{Boot, Channel, SharedDir, Size, VmSpec};
+pub use spec::{Boot, Channel, NetDevice, SharedDir, Size, VmSpec};
 
 /// A VMM driver. Cheap to make: it holds paths and options, no VM.
 #[async_trait]

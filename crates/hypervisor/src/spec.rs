@@ -51,6 +51,15 @@ pub struct SharedDir {
     pub queue_size: u32,
 }
 
+/// A network card.
+#[derive(Debug)]
+pub struct NetDevice {
+    /// Its MAC address, as `52:54:00:12:34:56`.
+    pub mac: String,
+    /// Open taps, one a pair of queues.
+    pub queues: Vec<OwnedFd>,
+}
+
 /// One VM.
 #[derive(Debug)]
 pub struct VmSpec {
@@ -64,6 +73,8 @@ pub struct VmSpec {
     pub channel: Channel,
     /// Folders; a VM with one has its memory shared with the daemon.
     pub shared_dirs: Vec<SharedDir>,
+    /// Network cards.
+    pub network: Vec<NetDevice>,
     /// Where the guest's random numbers come from, for example `/dev/urandom`.
     pub entropy_source: PathBuf,
     /// Log what the guest's console says.

@@ -33,6 +33,15 @@ pub enum Step {
     Mounts(PathBuf),
     /// A folder of mount points: only empty folders and empty files in it are removed, never anybody's data.
     Staging(PathBuf),
+    /// An interface of the pod whose traffic goes to the VM.
+    Redirection {
+        /// The network namespace's file.
+        namespace: PathBuf,
+        /// Device and inode of that file then.
+        identity: (u64, u64),
+        /// The interface's name.
+        interface: String,
+    },
 }
 
 impl Step {
@@ -46,6 +55,9 @@ impl Step {
             Self::Process { pid, started } => kill(*pid, *started),
             Self::Mounts(path) => unmount_tree(path),
             Self::Staging(path) => remove_mount_points(path),
+            Self::Redirection { namespace, identity, interface } => {
+                crate::network::disconnect(namespace, *identity, interface)
+            }
         }
     }
 }

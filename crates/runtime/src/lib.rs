@@ -9,6 +9,7 @@ mod container;
 mod error;
 pub mod hooks;
 mod id;
+mod network;
 mod sandbox;
 mod sizing;
 mod storage;

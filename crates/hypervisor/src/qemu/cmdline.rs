@@ -109,6 +109,17 @@ pub(super) fn arguments(
             format!("vhost-user-fs-pci,chardev=fs{index},tag={},queue-size={}", escape(dir.tag), dir.queue_size),
         );
     }
+    for (index, card) in spec.network.iter().enumerate() {
+        let fds: Vec<_> = card.queues.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
+        let (fds, queues) = match fds.as_slice() {
+            [one] => (format!("fd={one}"), String::new()),
+            // two vectors a pair of queues, one for control, one for configuration
+            several => (format!("fds={}", several.join(":")), format!(",mq=on,vectors={}", 2 * several.len() + 2)),
+        };
+        args.pair("-netdev", format!("tap,id=net{index},{fds}"));
+        // no boot from the network, so no ROM
+        args.pair("-device", format!("virtio-net-pci,netdev=net{index},mac={},romfile={queues}", escape(&card.mac)));
+    }
     args.0
 }
 
@@ -138,6 +149,7 @@ mod tests {
             size: Size { vcpus: 2, memory_mib },
             channel: Channel::Serial { port: "agent.0" },
             shared_dirs: Vec::new(),
+            network: Vec::new(),
             entropy_source: "/dev/urandom".into(),
             debug: false,
         }

@@ -120,6 +120,7 @@ impl Qemu {
             size: Size { vcpus: 1, memory_mib: 256 },
             channel: Channel::Serial { port: PROBE_PORT },
             shared_dirs: Vec::new(),
+            network: Vec::new(),
             entropy_source: "/dev/urandom".into(),
             debug: false,
         };
@@ -175,6 +176,7 @@ impl Qemu {
 
         let mut passed = vec![kernel_child, qmp_child, console_child];
         passed.extend(channel_child);
+        passed.extend(spec.network.into_iter().flat_map(|card| card.queues));
         passed.extend(spec.shared_dirs.into_iter().map(|dir| dir.socket));
         if let Channel::Vsock { vhost, .. } = spec.channel {
             passed.push(vhost);

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use agent_api::agent as api;
 use agent_api::{paths, ports};
-use hypervisor::{Boot, Channel, SharedDir, VmSpec};
+use hypervisor::{Boot, Channel, NetDevice, SharedDir, VmSpec};
 use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, mpsc};
 
@@ -17,7 +17,7 @@ use crate::cleanup::RunDir;
 use crate::container::{ContainerSpec, create, spec};
 use crate::storage::share::Share;
 use crate::trace::Trace;
-use crate::{Error, sizing};
+use crate::{Error, network, sizing};
 
 impl Sandbox {
     /// Starts the VM and makes the pod's first container in it, unless `cancelled` is told before that is done.
@@ -78,9 +78,13 @@ async fn boot(
     trace: &Trace,
 ) -> Result<Booted, Error> {
     let config = &env.config.hypervisor;
+    let network = network::connect(&env.config, oci, run).await?;
+    if !network.found.is_empty() {
+        trace.step("network-connected");
+    }
     let (share, socket) = Share::start(config, run)?;
     trace.step("virtiofsd-started");
-    let mut vm = env.hypervisor.launch(vm_spec(env, sandbox, oci, socket)).await?;
+    let mut vm = env.hypervisor.launch(vm_spec(env, sandbox, oci, socket, network.devices)).await?;
     run.push(crate::cleanup::Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
     trace.step("vmm-started");
 
@@ -104,6 +108,10 @@ async fn boot(
         vm.booted();
         tokio::try_join!(create_sandbox(&agent, sandbox, oci), set_clock(&agent))?;
         trace.step("sandbox-created");
+        if !network.found.is_empty() {
+            network::configure(&agent, &network.found).await?;
+            trace.step("network-configured");
+        }
         let limit = env.config.runtime.create_container_timeout;
         let container = create::create(&agent, pid, first, prepared, limit).await?;
         trace.step("container-created");
@@ -121,7 +129,7 @@ async fn boot(
     Ok((vm, share, agent, container))
 }
 
-fn vm_spec(env: &Env, sandbox: &SandboxSpec, oci: &Spec, socket: OwnedFd) -> VmSpec {
+fn vm_spec(env: &Env, sandbox: &SandboxSpec, oci: &Spec, socket: OwnedFd, network: Vec<NetDevice>) -> VmSpec {
     let config = &env.config.hypervisor;
     let log = if env.config.agent.enable_debug { "debug" } else { "info" };
     let kernel_params = format!(
@@ -139,6 +147,7 @@ fn vm_spec(env: &Env, sandbox: &SandboxSpec, oci: &Spec, socket: OwnedFd) -> VmS
         size: sizing::plan(config, oci),
         channel: Channel::Serial { port: ports::AGENT_SERIAL },
         shared_dirs: vec![SharedDir { tag: paths::SHARE_TAG, socket, queue_size: config.virtio_fs_queue_size }],
+        network,
         entropy_source: config.entropy_source.clone(),
         debug: config.enable_debug || env.config.agent.enable_debug,
     }

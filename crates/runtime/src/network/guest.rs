@@ -1,0 +1,84 @@
+//! What was found on the host, as the agent's messages.
+
+use std::net::IpAddr;
+
+use agent_api::agent as api;
+use agent_api::types::{ARPNeighbor, IPAddress, IPFamily, Interface, Route as WireRoute};
+
+use super::mac_text;
+use super::scan::{Found, Link, Neighbour, Route};
+use crate::Error;
+use crate::agent_client::AgentClient;
+
+/// Gives the guest everything; in this order, since routes need addresses and both need the interface.
+pub(crate) async fn configure(agent: &AgentClient, found: &Found) -> Result<(), Error> {
+    for link in &found.links {
+        let request = api::UpdateInterfaceRequest { interface: Some(interface(link)).into(), ..Default::default() };
+        agent
+            .call("setting up a network interface", |client, context| async {
+                client.update_interface(context, &request).await
+            })
+            .await?;
+    }
+    let routes = api::Routes { Routes: found.routes.iter().map(route).collect(), ..Default::default() };
+    let request = api::UpdateRoutesRequest { routes: Some(routes).into(), ..Default::default() };
+    agent.call("setting the routes", |client, context| async { client.update_routes(context, &request).await }).await?;
+    if found.neighbours.is_empty() {
+        return Ok(());
+    }
+    let neighbours =
+        api::ARPNeighbors { ARPNeighbors: found.neighbours.iter().map(neighbour).collect(), ..Default::default() };
+    let request = api::AddARPNeighborsRequest { neighbors: Some(neighbours).into(), ..Default::default() };
+    agent
+        .call("setting neighbours", |client, context| async { client.add_arp_neighbors(context, &request).await })
+        .await
+        .map(drop)
+}
+
+fn address(address: IpAddr, prefix: u8) -> IPAddress {
+    let family = if address.is_ipv4() { IPFamily::v4 } else { IPFamily::v6 };
+    IPAddress { family: family.into(), address: address.to_string(), mask: prefix.to_string(), ..Default::default() }
+}
+
+fn interface(link: &Link) -> Interface {
+    Interface {
+        device: link.name.clone(),
+        name: link.name.clone(),
+        IPAddresses: link.addresses.iter().map(|(own, prefix)| address(*own, *prefix)).collect(),
+        mtu: link.mtu.into(),
+        hwAddr: link.mac_text(),
+        ..Default::default()
+    }
+}
+
+fn route(from: &Route) -> WireRoute {
+    let text = |address: Option<IpAddr>| address.map(|address| address.to_string()).unwrap_or_default();
+    WireRoute {
+        dest: from.destination.map(|(address, prefix)| format!("{address}/{prefix}")).unwrap_or_default(),
+        gateway: text(from.gateway),
+        device: from.device.clone(),
+        source: text(from.source),
+        scope: from.scope.into(),
+        family: if from.v6 { IPFamily::v6 } else { IPFamily::v4 }.into(),
+        flags: if from.onlink { ONLINK } else { 0 },
+        mtu: from.mtu,
+        metric: from.metric,
+        ..Default::default()
+    }
+}
+
+/// `RTNH_F_ONLINK` of linux/rtnetlink.h.
+const ONLINK: u32 = 4;
+/// `NUD_PERMANENT` of linux/neighbour.h.
+const PERMANENT: i32 = 0x80;
+
+fn neighbour(from: &Neighbour) -> ARPNeighbor {
+    let prefix = if from.address.is_ipv4() { 32 } else { 128 };
+    ARPNeighbor {
+        toIPAddress: Some(address(from.address, prefix)).into(),
+        device: from.device.clone(),
+        lladdr: mac_text(from.mac),
+        state: PERMANENT,
+        ..Default::default()
+    }
+}

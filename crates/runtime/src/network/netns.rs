@@ -1,0 +1,112 @@
+//! A network namespace, and work done inside it.
+//!
+//! A socket stays in the namespace in which it was opened (network_namespaces(7)). So work gets a thread of its own that
+//! enters the namespace and ends with the work; no other thread ever leaves the host's.
+
+use std::fs::{self, File};
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::sched::{CloneFlags, setns};
+use rtnetlink::Handle;
+use tokio::sync::oneshot;
+
+use crate::Error;
+
+/// An open namespace.
+#[derive(Debug)]
+pub(crate) struct NetworkNamespace {
+    path: PathBuf,
+    file: File,
+}
+
+/// Tells a namespace from every other of this boot: device and inode of its file.
+pub(crate) type Identity = (u64, u64);
+
+impl NetworkNamespace {
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), file: File::open(path)? })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn identity(&self) -> io::Result<Identity> {
+        self.file.metadata().map(|meta| (meta.dev(), meta.ino()))
+    }
+
+    /// A process in it, if there is one.
+    pub(crate) fn user(&self) -> io::Result<Option<u32>> {
+        let own = self.identity()?;
+        let pids = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let inside = |pid: &u32| {
+            // a process that has just gone is nobody
+            fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|meta| (meta.dev(), meta.ino()) == own)
+        };
+        Ok(pids.into_iter().find(inside))
+    }
+
+    /// The namespace of this process.
+    pub(crate) fn is_our_own(&self) -> io::Result<bool> {
+        let meta = fs::metadata("/proc/self/ns/net")?;
+        Ok(self.identity()? == (meta.dev(), meta.ino()))
+    }
+
+    /// Runs `work` inside, with a netlink connection of its own.
+    pub(crate) async fn within<T, W, F>(&self, work: W) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        W: FnOnce(Handle) -> F + Send + 'static,
+        F: Future<Output = Result<T, Error>>,
+    {
+        let answer = self.spawn(work)?;
+        answer.await.map_err(|_| Error::host("work in the network namespace")(io::Error::other("its thread ended")))?
+    }
+
+    /// As [`NetworkNamespace::within`], for callers that may block.
+    pub(crate) fn within_blocking<T, W, F>(&self, work: W) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        W: FnOnce(Handle) -> F + Send + 'static,
+        F: Future<Output = Result<T, Error>>,
+    {
+        let answer = self.spawn(work)?;
+        answer
+            .blocking_recv()
+            .map_err(|_| Error::host("work in the network namespace")(io::Error::other("its thread ended")))?
+    }
+
+    fn spawn<T, W, F>(&self, work: W) -> Result<oneshot::Receiver<Result<T, Error>>, Error>
+    where
+        T: Send + 'static,
+        W: FnOnce(Handle) -> F + Send + 'static,
+        F: Future<Output = Result<T, Error>>,
+    {
+        let what = format!("network namespace {}", self.path.display());
+        let file = self.file.try_clone().map_err(Error::host(&what))?;
+        let (to, from) = oneshot::channel();
+        let entered = what.clone();
+        std::thread::Builder::new()
+            .name("netns".into())
+            .spawn(move || {
+                let outcome = setns(file, CloneFlags::CLONE_NEWNET)
+                    .map_err(io::Error::from)
+                    .and_then(|()| tokio::runtime::Builder::new_current_thread().enable_all().build())
+                    .map_err(Error::host(entered))
+                    .and_then(|runtime| {
+                        runtime.block_on(async {
+                            let (connection, handle, _) =
+                                rtnetlink::new_connection().map_err(Error::host("netlink socket"))?;
+                            tokio::spawn(connection);
+                            work(handle).await
+                        })
+                    });
+                let _ = to.send(outcome);
+            })
+            .map_err(Error::host(what))?;
+        Ok(from)
+    }
+}

@@ -1,0 +1,90 @@
+//! A link of the pod and a tap, joined by traffic control: what comes in at one goes out at the other, both ways, before
+//! the host's own network stack sees it (tc-mirred(8)). `u32` matches everything on every kernel.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+
+use futures_util::TryStreamExt;
+use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::tc::TcAttribute;
+use rtnetlink::{Handle, LinkUnspec};
+
+use super::scan::Link;
+use super::{failed, tap};
+use crate::Error;
+
+/// `ETH_P_ALL`, in network byte order as the kernel wants it here.
+const ALL_PROTOCOLS: u16 = 0x0003_u16.to_be();
+/// Where an ingress qdisc hangs (tc-actions: `parent ffff:`).
+const INGRESS: u32 = 0xffff_0000;
+
+/// Whether somebody redirects the link's traffic already.
+pub(super) async fn is_taken(handle: &Handle, link: &Link) -> Result<bool, Error> {
+    let all: Vec<_> = handle
+        .qdisc()
+        .get()
+        .index(link.index as i32)
+        .ingress()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(failed(format!("queueing disciplines of {}", link.name)))?;
+    Ok(all.iter().any(|message| {
+        message.header.index == link.index as i32
+            && message
+                .attributes
+                .iter()
+                .any(|attribute| matches!(attribute, TcAttribute::Kind(kind) if kind == "ingress" || kind == "clsact"))
+    }))
+}
+
+/// Joins; the caller has written the undo down. Returns the tap's descriptors, one a queue.
+pub(super) async fn connect(handle: &Handle, link: &Link, name: &str, queues: u32) -> Result<Vec<OwnedFd>, Error> {
+    let what = |step: &str| failed(format!("{step} of interface {}", link.name));
+    let fds = tap::open(name, queues).map_err(Error::host(format!("tap {name}")))?;
+    // the host's end of a wire that is the guest's: it shall not speak by itself. A kernel without IPv6 has no such file.
+    let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
+    let tap = index(handle, name).await?;
+    let up = LinkUnspec::new_with_index(tap).mtu(link.mtu).up().build();
+    handle.link().set(up).execute().await.map_err(what("raising the tap"))?;
+    for (from, to) in [(link.index, tap), (tap, link.index)] {
+        handle.qdisc().add(from as i32).ingress().execute().await.map_err(what("the ingress queue"))?;
+        // parent and protocol first: redirect finishes the message
+        handle
+            .traffic_filter(from as i32)
+            .add()
+            .parent(INGRESS)
+            .protocol(ALL_PROTOCOLS)
+            .redirect(to)
+            .map_err(what("the redirection"))?
+            .execute()
+            .await
+            .map_err(what("the redirection"))?;
+    }
+    Ok(fds)
+}
+
+/// Takes the redirection away, with what hangs on it. Nothing there is success.
+pub(super) async fn disconnect(handle: &Handle, name: &str) -> Result<(), Error> {
+    let Ok(link) = index(handle, name).await else { return Ok(()) };
+    let mut request = handle.qdisc().del(link as i32);
+    request.message_mut().header.parent = rtnetlink::packet_route::tc::TcHandle::INGRESS;
+    match request.execute().await {
+        // no such qdisc
+        Err(rtnetlink::Error::NetlinkError(error)) if matches!(-error.raw_code(), libc::ENOENT | libc::EINVAL) => {
+            Ok(())
+        }
+        other => other.map_err(failed(format!("the ingress queue of interface {name}"))),
+    }
+}
+
+async fn index(handle: &Handle, name: &str) -> Result<u32, Error> {
+    let found = handle.link().get().match_name(name.to_owned()).execute().try_collect::<Vec<_>>().await;
+    let found = found.map_err(failed(format!("interface {name}")))?;
+    let named = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(other) if other == name);
+    found
+        .iter()
+        .find(|message| message.attributes.iter().any(named))
+        .map(|message| message.header.index)
+        .ok_or_else(|| Error::NotFound(format!("interface {name}")))
+}
