@@ -1,7 +1,10 @@
 //! Lines on the console. Few: each byte of a console is an exit from the guest.
 
 use std::io::Write;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
+
+use tokio::sync::broadcast;
 
 /// How much is said.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -12,8 +15,17 @@ pub(crate) enum Level {
     Debug,
 }
 
-// the one piece of process-wide state: set once, before anything is served
+// with the followers the only process-wide state: set once, before anything is served
 static LEVEL: AtomicU8 = AtomicU8::new(Level::Info as u8);
+
+// for the log port; a follower that is slower than this many lines loses the oldest
+static FOLLOWERS: OnceLock<broadcast::Sender<String>> = OnceLock::new();
+const BACKLOG: usize = 256;
+
+/// Every line from now on.
+pub(crate) fn follow() -> broadcast::Receiver<String> {
+    FOLLOWERS.get_or_init(|| broadcast::Sender::new(BACKLOG)).subscribe()
+}
 
 pub(crate) fn set_level(level: Level) {
     LEVEL.store(level as u8, Ordering::Relaxed);
@@ -27,8 +39,13 @@ fn write(level: Level, text: &str) {
             Level::Info => "info",
             Level::Debug => "debug",
         };
+        let line = format!("agent: {name}: {text}\n");
         // one write, so that lines of children do not mix in
-        let _ = std::io::stderr().write_all(format!("agent: {name}: {text}\n").as_bytes());
+        let _ = std::io::stderr().write_all(line.as_bytes());
+        if let Some(followers) = FOLLOWERS.get() {
+            // nobody there is no error
+            let _ = followers.send(line);
+        }
     }
 }
 
@@ -42,4 +59,14 @@ pub(crate) fn warn(text: &str) {
 
 pub(crate) fn debug(text: &str) {
     write(Level::Debug, text);
+}
+
+#[cfg(test)]
+mod tests {
+    #[tokio::test]
+    async fn followers_get_lines() {
+        let mut lines = super::follow();
+        super::error("something broke");
+        assert_eq!(lines.recv().await.as_deref(), Ok("agent: error: something broke\n"));
+    }
 }

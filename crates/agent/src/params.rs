@@ -16,11 +16,18 @@ pub(crate) struct Params {
     pub(crate) address: Address,
     /// Host port to which one connection is made when the server listens; 0 is none.
     pub(crate) ready_vport: u32,
+    /// vsock port on which the log is given to whoever connects; 0 is none.
+    pub(crate) log_vport: u32,
 }
 
 impl Default for Params {
     fn default() -> Self {
-        Self { log: Level::Info, address: Address::Vsock { port: agent_api::ports::AGENT_VSOCK }, ready_vport: 0 }
+        Self {
+            log: Level::Info,
+            address: Address::Vsock { port: agent_api::ports::AGENT_VSOCK },
+            ready_vport: 0,
+            log_vport: 0,
+        }
     }
 }
 
@@ -47,6 +54,7 @@ impl Params {
                     None => crate::log::warn(&format!("agent.server_addr={value:.100} is not understood")),
                 },
                 agent_api::ports::READY_PARAM => params.ready_vport = value.parse().unwrap_or_default(),
+                "agent.log_vport" => params.log_vport = value.parse().unwrap_or_default(),
                 _ => {}
             }
         }

@@ -41,6 +41,7 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
         .register_service(create_agent_service(service))
         .register_service(create_health(Arc::new(Liveness)));
     server.start().await.map_err(Error::failed("serving"))?;
+    transport::serve_log(params);
     transport::tell_ready(params);
     crate::log::debug("serving");
     std::future::pending().await

@@ -12,7 +12,8 @@ use agent_api::ttrpc::r#async::transport::{Listener, Socket};
 use futures_core::Stream;
 use nix::sys::socket::{AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::sync::broadcast::error::RecvError;
 
 use crate::params::{Address, Params};
 
@@ -42,6 +43,35 @@ pub(crate) fn tell_ready(params: &Params) {
             }
         });
     }
+}
+
+/// Gives the log to everyone who connects to the log port.
+pub(crate) fn serve_log(params: &Params) {
+    if params.log_vport == 0 {
+        return;
+    }
+    let address = tokio_vsock::VsockAddr::new(tokio_vsock::VMADDR_CID_ANY, params.log_vport);
+    let listener = match tokio_vsock::VsockListener::bind(address) {
+        Ok(listener) => listener,
+        Err(error) => return crate::log::warn(&format!("log port {}: {error}", params.log_vport)),
+    };
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut lines = crate::log::follow();
+            tokio::spawn(async move {
+                loop {
+                    let line = match lines.recv().await {
+                        Ok(line) => line,
+                        Err(RecvError::Lagged(count)) => format!("agent: {count} lines are lost\n"),
+                        Err(RecvError::Closed) => return,
+                    };
+                    if AsyncWriteExt::write_all(&mut stream, line.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
 }
 
 /// One connection, for ever.

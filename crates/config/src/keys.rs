@@ -297,6 +297,7 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.default_maxvcpus",
     "hypervisor.qemu.default_memory",
     "hypervisor.qemu.default_maxmemory",
+    "hypervisor.qemu.network_queues",
     "hypervisor.qemu.tcg_tb_size",
     "hypervisor.qemu.shared_fs",
     "hypervisor.qemu.virtio_fs_daemon",
@@ -315,6 +316,7 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "runtime.create_container_timeout",
     "runtime.enable_debug",
     "runtime.disable_guest_seccomp",
+    "runtime.internetworking_model",
 ];
 
 #[cfg(test)]
