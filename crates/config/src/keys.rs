@@ -153,7 +153,7 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         "runtime.enable_debug" => runtime.enable_debug = truth(entry)?,
         "runtime.internetworking_model" => {
             if text(entry)? == "macvtap" {
-                return Err(refuse(entry, "is not supported yet: use \"tcfilter\" or \"none\""));
+                return Err(refuse(entry, "is not supported yet: remove it or set it to \"tcfilter\" or \"none\""));
             }
             runtime.internetworking =
                 one_of(entry, &[("tcfilter", Internetworking::TcFilter), ("none", Internetworking::None)])?;

@@ -8,6 +8,7 @@ use std::future::Future;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 use nix::sched::{CloneFlags, setns};
 use rtnetlink::Handle;
@@ -21,6 +22,8 @@ pub(crate) struct NetworkNamespace {
     path: PathBuf,
     file: File,
 }
+
+type Answer<T> = oneshot::Receiver<Result<T, Error>>;
 
 /// Tells a namespace from every other of this boot: device and inode of its file.
 pub(crate) type Identity = (u64, u64);
@@ -62,8 +65,8 @@ impl NetworkNamespace {
         W: FnOnce(Handle) -> F + Send + 'static,
         F: Future<Output = Result<T, Error>>,
     {
-        let answer = self.spawn(work)?;
-        answer.await.map_err(|_| Error::host("work in the network namespace")(io::Error::other("its thread ended")))?
+        let (_, answer) = self.spawn(work)?;
+        answer.await.unwrap_or_else(|_| Err(lost()))
     }
 
     /// As [`NetworkNamespace::within`], for callers that may block.
@@ -73,13 +76,13 @@ impl NetworkNamespace {
         W: FnOnce(Handle) -> F + Send + 'static,
         F: Future<Output = Result<T, Error>>,
     {
-        let answer = self.spawn(work)?;
-        answer
-            .blocking_recv()
-            .map_err(|_| Error::host("work in the network namespace")(io::Error::other("its thread ended")))?
+        let (thread, mut answer) = self.spawn(work)?;
+        // not the channel's own blocking wait, which a thread of the async runtime must not use
+        let _ = thread.join();
+        answer.try_recv().unwrap_or_else(|_| Err(lost()))
     }
 
-    fn spawn<T, W, F>(&self, work: W) -> Result<oneshot::Receiver<Result<T, Error>>, Error>
+    fn spawn<T, W, F>(&self, work: W) -> Result<(JoinHandle<()>, Answer<T>), Error>
     where
         T: Send + 'static,
         W: FnOnce(Handle) -> F + Send + 'static,
@@ -89,7 +92,7 @@ impl NetworkNamespace {
         let file = self.file.try_clone().map_err(Error::host(&what))?;
         let (to, from) = oneshot::channel();
         let entered = what.clone();
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("netns".into())
             .spawn(move || {
                 let outcome = setns(file, CloneFlags::CLONE_NEWNET)
@@ -107,6 +110,25 @@ impl NetworkNamespace {
                 let _ = to.send(outcome);
             })
             .map_err(Error::host(what))?;
-        Ok(from)
+        Ok((thread, from))
+    }
+}
+
+fn lost() -> Error {
+    Error::host("work in the network namespace")(io::Error::other("its thread ended"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Undoing is done on whatever thread finds the leftovers, also one of the runtime.
+    #[tokio::test]
+    async fn blocking_work_is_possible_anywhere() {
+        let own = NetworkNamespace::open(Path::new("/proc/self/ns/net")).expect("opened");
+        assert!(own.is_our_own().expect("told"));
+        let enter = own.within_blocking(|_| async { Ok(7) });
+        // entering needs root; what counts is that there is an answer
+        assert!(matches!(enter, Ok(7) | Err(Error::Host { .. })), "{enter:?}");
     }
 }
