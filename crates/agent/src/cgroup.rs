@@ -96,6 +96,11 @@ impl Cgroup {
         fs::write(self.path.join("cgroup.kill"), "1").map_err(Error::failed("cgroup.kill"))
     }
 
+    /// Open for killing everything in it, by a `1`.
+    pub(crate) fn killer(&self) -> Result<File, Error> {
+        File::options().write(true).open(self.path.join("cgroup.kill")).map_err(Error::failed("cgroup.kill"))
+    }
+
     pub(crate) fn memory_events(&self) -> PathBuf {
         self.path.join("memory.events")
     }

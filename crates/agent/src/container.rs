@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use agent_api::oci;
 use nix::fcntl::OFlag;
+use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
 use crate::error::Error;
@@ -26,27 +27,47 @@ pub(crate) struct Container {
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     /// Mount points of its own storages.
     pub(crate) mounts: Vec<String>,
+    /// It only holds namespaces: it has no files in which a program could run.
+    holder: bool,
+}
+
+/// What is to be made of a specification.
+pub(crate) struct Plan {
+    pub(crate) spec: oci::Spec,
+    /// It has another host name than the pod.
+    pub(crate) own_hostname: bool,
+    /// Its storages' mount points.
+    pub(crate) mounts: Vec<String>,
+    /// It only holds namespaces.
+    pub(crate) holder: bool,
+    /// The process whose PID namespace it joins.
+    pub(crate) pids_of: Option<Arc<Process>>,
 }
 
 impl Container {
     /// Makes everything up to the program's execution.
-    pub(crate) async fn create(
-        id: &str,
-        spec: oci::Spec,
-        own_hostname: bool,
-        mounts: Vec<String>,
-        reaper: &Reaper,
-    ) -> Result<Self, Error> {
+    pub(crate) async fn create(id: &str, plan: Plan, reaper: &Reaper) -> Result<Self, Error> {
+        let Plan { spec, own_hostname, mounts, holder, pids_of } = plan;
         let resources = spec.Linux.Resources.as_ref();
         let cgroup = Cgroup::create(id, resources)?;
         let procs = cgroup.procs()?;
         let (go_child, go) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("start pipe"))?;
         let (stdio, streams) = streams(&spec.Process)?;
-        let what = Launch::Container { id, spec: &spec, go: go_child, own_hostname };
+        let joins = pids_of.is_some();
+        let what = if holder {
+            Launch::Holder { go: go_child }
+        } else {
+            let pids = pids_of.map(|process| launcher::pid_namespace(process.pid)).transpose()?;
+            Launch::Container { id, spec: &spec, go: go_child, own_hostname, pids }
+        };
         let launched = launcher::launch(what, streams, &procs, reaper).await?;
+        if joins {
+            // a namespace of its own would end with its first process, and everything in it
+            tokio::spawn(kill_after(launched.exit.clone(), cgroup.killer()?));
+        }
         let stdio = with_terminal(stdio, launched.terminal)?;
         let init = Arc::new(Process::new(launched.pid, stdio, launched.exit));
-        Ok(Self { spec, cgroup, init, go: Mutex::new(Some(go)), execs: Mutex::default(), mounts })
+        Ok(Self { spec, cgroup, init, go: Mutex::new(Some(go)), execs: Mutex::default(), mounts, holder })
     }
 
     /// Lets the first process execute its program.
@@ -58,6 +79,11 @@ impl Container {
 
     /// Adds a process and waits until it has executed its program.
     pub(crate) async fn exec(&self, exec: &str, process: &oci::Process, reaper: &Reaper) -> Result<(), Error> {
+        if self.holder {
+            return Err(Error::State(
+                "cannot exec in a pod's sandbox: it has no files, name one of its containers".into(),
+            ));
+        }
         if self.go.lock().unwrap_or_else(PoisonError::into_inner).is_some() || self.init.has_ended() {
             return Err(Error::State("cannot exec in a stopped container".into()));
         }
@@ -91,6 +117,11 @@ impl Container {
         Ok(Process::new(launched.pid, with_terminal(stdio, launched.terminal)?, launched.exit))
     }
 
+    /// Its first process.
+    pub(crate) fn init(&self) -> Arc<Process> {
+        Arc::clone(&self.init)
+    }
+
     /// The first process for an empty name or the container's own, else an exec.
     pub(crate) fn process(&self, id: &str, exec: &str) -> Result<Arc<Process>, Error> {
         if exec.is_empty() || exec == id {
@@ -113,6 +144,12 @@ impl Container {
         self.init.wait().await;
         Ok(())
     }
+}
+
+async fn kill_after(mut exit: watch::Receiver<Option<i32>>, mut killer: std::fs::File) {
+    let _ = exit.wait_for(Option::is_some).await;
+    // gone already: then nothing is left to kill
+    let _ = killer.write_all(b"1");
 }
 
 fn streams(process: &oci::Process) -> Result<(Option<Stdio>, Option<launcher::Streams>), Error> {

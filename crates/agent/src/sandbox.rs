@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use agent_api::agent as api;
 use agent_api::limits;
 
-use crate::container::Container;
+use crate::container::{Container, Plan};
 use crate::error::Error;
 use crate::oom::OomWatch;
+use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::storage;
 
@@ -19,6 +20,8 @@ pub(crate) struct Sandbox {
     /// `None` while a container is being made.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
     hostname: Mutex<String>,
+    /// The first container's first process, whose PID namespace is the pod's.
+    first: Mutex<Option<Arc<Process>>>,
     /// Mount points of the sandbox that have caches to be written back.
     mounts: Mutex<Vec<String>>,
 }
@@ -40,7 +43,8 @@ pub(crate) fn check_id(kind: &str, id: &str) -> Result<(), Error> {
 
 impl Sandbox {
     pub(crate) fn new(reaper: Reaper, oom: OomWatch) -> Self {
-        Self { reaper, oom, containers: Mutex::default(), hostname: Mutex::default(), mounts: Mutex::default() }
+        let (containers, hostname, first, mounts) = Default::default();
+        Self { reaper, oom, containers, hostname, first, mounts }
     }
 
     fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
@@ -54,6 +58,9 @@ impl Sandbox {
         if !request.hostname.is_empty() {
             nix::unistd::sethostname(&request.hostname).map_err(Error::failed("hostname"))?;
             self.hostname.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&request.hostname);
+        }
+        if !request.dns.is_empty() {
+            write_resolver(&request.dns).map_err(Error::failed("/etc/resolv.conf of the guest"))?;
         }
         for storage in &request.storages {
             let point = storage::connect(storage)?;
@@ -87,16 +94,17 @@ impl Sandbox {
             request.OCI.into_option().ok_or_else(|| Error::Invalid("the container has no specification".into()))?;
         for (name, present) in [
             ("a container without process", spec.Process.is_none()),
-            ("a container without root", spec.Root.is_none()),
+            ("a container without root", spec.Root.is_none() && !request.namespace_holder),
             ("a container without linux", spec.Linux.is_none()),
             ("a hook other than startContainer", spec.Hooks.as_ref().is_some_and(has_other_hooks)),
             ("devices passed to the guest", !request.devices.is_empty()),
-            ("a process namespace shared by the pod's containers", request.sandbox_pidns),
+            ("a pod's sandbox with a terminal", request.namespace_holder && spec.Process.Terminal),
         ] {
             if present {
                 return Err(Error::Unsupported(name.into()));
             }
         }
+        let pids_of = self.pids_of(request.sandbox_pidns)?;
         {
             let mut containers = self.containers();
             if containers.contains_key(&id) {
@@ -104,10 +112,19 @@ impl Sandbox {
             }
             containers.insert(id.clone(), None);
         }
-        let made = self.make(&id, spec, &request.storages).await;
+        let plan = Plan {
+            own_hostname: !spec.Hostname.is_empty()
+                && *self.hostname.lock().unwrap_or_else(PoisonError::into_inner) != spec.Hostname,
+            spec,
+            mounts: Vec::new(),
+            holder: request.namespace_holder,
+            pids_of,
+        };
+        let made = self.make(&id, plan, &request.storages).await;
         let mut containers = self.containers();
         match made {
             Ok(container) => {
+                self.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| container.init());
                 containers.insert(id, Some(Arc::new(container)));
                 Ok(())
             }
@@ -118,15 +135,23 @@ impl Sandbox {
         }
     }
 
-    async fn make(&self, id: &str, spec: agent_api::oci::Spec, storages: &[api::Storage]) -> Result<Container, Error> {
-        let own_hostname =
-            !spec.Hostname.is_empty() && *self.hostname.lock().unwrap_or_else(PoisonError::into_inner) != spec.Hostname;
+    /// Whose processes a container sees beside its own.
+    fn pids_of(&self, shared: bool) -> Result<Option<Arc<Process>>, Error> {
+        if !shared {
+            return Ok(None);
+        }
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        first.map(Some).ok_or_else(|| Error::State("the pod has no process namespace yet that could be shared".into()))
+    }
+
+    async fn make(&self, id: &str, mut plan: Plan, storages: &[api::Storage]) -> Result<Container, Error> {
         let mut mounts = Vec::new();
         let outcome = async {
             for storage in storages {
                 mounts.push(storage::connect(storage)?);
             }
-            Container::create(id, spec, own_hostname, mounts.clone(), &self.reaper).await
+            plan.mounts.clone_from(&mounts);
+            Container::create(id, plan, &self.reaper).await
         }
         .await;
         if outcome.is_err() {
@@ -162,6 +187,12 @@ impl Sandbox {
     pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
         self.containers().get(id).cloned().flatten().ok_or_else(|| Error::NotFound(format!("container {id:.80}")))
     }
+}
+
+/// Names are resolved by whatever runs in the guest itself; containers bring their own file.
+fn write_resolver(lines: &[String]) -> std::io::Result<()> {
+    std::fs::create_dir_all("/etc")?;
+    std::fs::write("/etc/resolv.conf", lines.join("\n") + "\n")
 }
 
 /// Those are the host's.

@@ -10,6 +10,7 @@ mod error;
 pub mod hooks;
 mod id;
 mod network;
+pub mod pod;
 mod sandbox;
 mod sizing;
 mod storage;

@@ -1,34 +1,29 @@
 //! How many processors and how much memory a sandbox's VM boots with. Pure.
 
 use hypervisor::Size;
-use oci_spec::runtime::Spec;
+
+use crate::pod::Limits;
 
 const MIB: u64 = 1 << 20;
 /// A memory limit from here on is none: 2^60 bytes.
 const NO_LIMIT_MIB: u64 = 1 << 40;
 
-/// The configured size, plus what the container is limited to: a limit of 1 GiB means that the container may use 1 GiB,
-/// so the VM must have that beside what the guest itself needs. (Kata's rule for a container without a pod.)
-pub(crate) fn plan(config: &config::Hypervisor, spec: &Spec) -> Size {
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let limit = resources.and_then(|all| all.memory().as_ref()).and_then(oci_spec::runtime::LinuxMemory::limit);
-    let limit_mib = limit.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or_default().div_ceil(MIB);
+/// The configured size, plus what the pod is limited to: a limit of 1 GiB means that its containers may use 1 GiB, so the
+/// VM must have that beside what the guest itself needs. (Kata's rule.)
+pub(crate) fn plan(config: &config::Hypervisor, limits: Limits) -> Size {
+    let limit_mib = limits.memory.div_ceil(MIB);
     // "no limit" is written as a huge number by some clients (the largest multiple of a page, or of 64 bits)
     let limit_mib = if limit_mib >= NO_LIMIT_MIB { 0 } else { limit_mib };
     let memory_mib = (config.default_memory_mib + limit_mib).min(config.default_maxmemory_mib);
-
-    let cpu = resources.and_then(|all| all.cpu().as_ref());
-    let wanted = cpu.map_or(0, |cpu| match (cpu.quota(), cpu.period()) {
-        (Some(quota), Some(period)) if quota > 0 && period > 0 => (quota as u64).div_ceil(period),
-        _ => 0,
-    });
-    let vcpus = u64::from(config.default_vcpus).max(wanted).min(u64::from(config.default_maxvcpus.max(1)));
+    let most = u64::from(config.default_maxvcpus.max(1));
+    let vcpus = u64::from(config.default_vcpus).max(limits.vcpus).min(most);
     Size { vcpus: u32::try_from(vcpus).unwrap_or(1).max(1), memory_mib }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pod::Role;
 
     fn memory(limit: i64) -> u64 {
         let config = config::Hypervisor { default_memory_mib: 512, default_maxmemory_mib: 2048, ..Default::default() };
@@ -36,7 +31,8 @@ mod tests {
             "ociVersion": "1.0.2",
             "linux": { "resources": { "memory": { "limit": limit } } },
         });
-        plan(&config, &serde_json::from_value(spec).expect("a specification")).memory_mib
+        let spec = serde_json::from_value(spec).expect("a specification");
+        plan(&config, Limits::of(&spec, &Role::Alone)).memory_mib
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `start`: one server process a pod, listening before containerd is told where. `delete`: what a dead server left.
 #![allow(unsafe_code, reason = "the inherited socket is taken over by its number")]
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -13,6 +14,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::{Message, MessageField, well_known_types::timestamp::Timestamp};
+use runtime::pod::Role;
 use runtime::{ContainerId, cleanup};
 use sha2::{Digest, Sha256};
 
@@ -175,23 +177,21 @@ fn hex(bytes: &[u8]) -> String {
 
 /// The pod that the bundle's container belongs to, when it is not the pod's first (CRI annotations).
 fn sandbox_of(bundle: &Path) -> Result<Option<String>> {
-    const KINDS: [(&str, &str); 2] = [
-        ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
-        ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
-    ];
+    /// All of `config.json` that counts here.
+    #[derive(serde::Deserialize)]
+    struct Annotated {
+        #[serde(default)]
+        annotations: HashMap<String, String>,
+    }
     // a broken or overlong file gets its error from `Create`, which can tell the user
     let Ok(file) = fs::File::open(bundle.join("config.json")) else { return Ok(None) };
     let mut text = Vec::new();
     if file.take(runtime::CONFIG_LIMIT).read_to_end(&mut text).is_err() {
         return Ok(None);
     }
-    let Ok(spec) = serde_json::from_slice::<serde_json::Value>(&text) else { return Ok(None) };
-    let annotation = |key| spec.pointer("/annotations").and_then(|all| all.get(key)).and_then(|value| value.as_str());
-    for (kind, sandbox) in KINDS {
-        if annotation(kind) == Some("container") {
-            let id = annotation(sandbox).with_context(|| format!("annotation {sandbox} is missing"))?;
-            return Ok(Some(ContainerId::try_from(id)?.as_str().to_owned()));
-        }
-    }
-    Ok(None)
+    let Ok(spec) = serde_json::from_slice::<Annotated>(&text) else { return Ok(None) };
+    Ok(match Role::of(&spec.annotations)? {
+        Role::Member(sandbox) => Some(sandbox.as_str().to_owned()),
+        Role::Alone | Role::Sandbox => None,
+    })
 }

@@ -20,6 +20,9 @@ pub const FOR_APP: &str = "docker.io/library/kata-test:app";
 /// The same image with a user that its /etc/passwd does not have.
 pub const FOR_NOBODY: &str = "docker.io/library/kata-test:nobody";
 
+/// A pod's sandbox, for runtimes that run one.
+pub const PAUSE: &str = "docker.io/library/kata-test:pause";
+
 /// The image's tar, built on first use.
 pub fn archive() -> Result<&'static Path> {
     static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
@@ -65,10 +68,14 @@ fn build() -> Result<PathBuf> {
     tar(&root, &layer_path)?;
     let layer = blob(&blobs, &fs::read(&layer_path)?)?;
     let mut manifests = Vec::new();
-    for (name, user) in [(NAME, ""), (FOR_APP, "app"), (FOR_NOBODY, "no-such-user")] {
+    let (shell, pause) =
+        (["sh"].as_slice(), ["sh", "-c", "trap exit TERM INT; while :; do sleep 1000 & wait; done"].as_slice());
+    for (name, user, command) in
+        [(NAME, "", shell), (FOR_APP, "app", shell), (FOR_NOBODY, "no-such-user", shell), (PAUSE, "", pause)]
+    {
         let config = json!({
             "architecture": "amd64", "os": "linux",
-            "config": {"Env": ["PATH=/bin:/usr/bin"], "Cmd": ["sh"], "User": user},
+            "config": {"Env": ["PATH=/bin:/usr/bin"], "Cmd": command, "User": user},
             "rootfs": {"type": "layers", "diff_ids": [layer.0]},
         });
         let config = blob(&blobs, config.to_string().as_bytes())?;

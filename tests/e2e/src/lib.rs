@@ -5,6 +5,7 @@
 
 pub mod compile;
 pub mod containers;
+pub mod cri;
 pub mod ctr;
 pub mod events;
 pub mod image;

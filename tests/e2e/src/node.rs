@@ -26,6 +26,9 @@ use std::{
 /// The namespace in containerd that all test containers live in.
 pub const NAMESPACE: &str = "kata-e2e";
 
+/// The namespace in containerd that CRI uses.
+const CRI_NAMESPACE: &str = "k8s.io";
+
 /// Where runc keeps what it knows of containers of our namespace.
 const RUNC_STATE: &str = "/run/containerd/runc/kata-e2e";
 
@@ -40,6 +43,8 @@ const SETTLE: Duration = Duration::from_secs(5);
 pub struct NodeSetup {
     /// The text of configuration.toml instead of the installed one.
     pub config: Option<String>,
+    /// Serve CRI too.
+    pub cri: bool,
 }
 
 /// The private containerd and what belongs to it.
@@ -117,9 +122,12 @@ impl Node {
             }
         };
         let at = |name: &str| dir.path().join(name).display().to_string();
+        let (disabled, more) = match setup.cri {
+            true => ("", crate::cri::settings(dir.path())),
+            false => ("disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n", String::new()),
+        };
         let text = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
-             [grpc]\naddress = {:?}\n[debug]\nlevel = \"debug\"\n",
+            "version = 2\nroot = {:?}\nstate = {:?}\n{disabled}[grpc]\naddress = {:?}\n[debug]\nlevel = \"debug\"\n{more}",
             at("root"),
             at("state"),
             at("c.sock"),
@@ -128,7 +136,12 @@ impl Node {
         let log = Journal::default();
         let daemon = Mutex::new(launch(&install, dir.path(), &tag, &config, &log)?);
         let node = Self { install, dir, tag, config, daemon, log };
-        node.ctr(["image", "import", &image::archive()?.display().to_string()]).output()?.ok()?;
+        let archive = image::archive()?.display().to_string();
+        node.ctr(["image", "import", &archive]).output()?.ok()?;
+        if setup.cri {
+            let args = ["-a", &node.address(), "-n", CRI_NAMESPACE, "image", "import", &archive];
+            Invocation::new("ctr", args).output()?.ok()?;
+        }
         Ok(node)
     }
 

@@ -15,7 +15,7 @@ const SOON: Duration = Duration::from_secs(3);
 
 /// Starts a container with this text as configuration, and wants an error with all these words.
 fn refused(text: String, words: &[&str]) -> Result<()> {
-    with_node_setup(NodeSetup { config: Some(text) }, |node| {
+    with_node_setup(NodeSetup { config: Some(text), ..NodeSetup::default() }, |node| {
         let done = node.run(Runtime::Kata, "c1", &[], &["true"]).output()?;
         ensure!(done.code != 0, "a container started");
         ensure!(done.took < SOON, "the error took {:?}: {}", done.took, done.stderr);
@@ -61,7 +61,7 @@ fn no_virtiofsd() -> Result<()> {
 #[test]
 fn no_memory() -> Result<()> {
     let text = Install::locate()?.config_with(&[("default_memory", Value::Integer(0))])?;
-    with_node_setup(NodeSetup { config: Some(text) }, |node| {
+    with_node_setup(NodeSetup { config: Some(text), ..NodeSetup::default() }, |node| {
         let done = node.run(Runtime::Kata, "c1", &[], &["grep", "MemTotal", "/proc/meminfo"]).output()?;
         match done.code {
             0 => ensure!(done.text().contains("MemTotal"), "{}", done.text()),

@@ -13,7 +13,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::error::words;
 
-use super::{Launch, Streams, credentials, hooks, lookup, rootfs, seccomp};
+use super::{Launch, Streams, credentials, holder, hooks, lookup, rootfs, seccomp};
 
 /// Words for the one who asked. The prefix is the launcher's.
 pub(super) type Outcome<T> = Result<T, String>;
@@ -50,7 +50,7 @@ fn set_up(what: &Launch<'_>, streams: Option<Streams>, cgroup: &File, report: Ow
     let duplicate = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(named("descriptor"));
     keep.push(duplicate(cgroup.as_fd())?);
     match what {
-        Launch::Container { go, .. } => keep.push(duplicate(go.as_fd())?),
+        Launch::Container { go, .. } | Launch::Holder { go } => keep.push(duplicate(go.as_fd())?),
         Launch::Exec { namespaces, .. } => {
             for namespace in &namespaces.others {
                 keep.push(duplicate(namespace.as_fd())?);
@@ -70,6 +70,11 @@ fn set_up(what: &Launch<'_>, streams: Option<Streams>, cgroup: &File, report: Ow
         Launch::Container { id, spec, own_hostname, .. } => {
             let go = kept.remove(0);
             container(id, spec, *own_hostname, &report, File::from(go))
+        }
+        Launch::Holder { .. } => {
+            let go = kept.remove(0);
+            tell(report.as_fd(), b'R', "", None).map_err(named("report"))?;
+            holder::hold(File::from(go))
         }
         Launch::Exec { spec, process, .. } => exec(spec, process, &report, kept),
     }

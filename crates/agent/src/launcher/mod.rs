@@ -7,6 +7,7 @@
 mod caps;
 mod child;
 mod credentials;
+mod holder;
 mod hooks;
 mod lookup;
 pub(crate) mod options;
@@ -39,8 +40,10 @@ pub(crate) struct Streams {
 
 /// What to launch.
 pub(crate) enum Launch<'a> {
-    /// A container's first process. It waits for a byte on `go`.
-    Container { id: &'a str, spec: &'a oci::Spec, go: OwnedFd, own_hostname: bool },
+    /// A container's first process. It waits for a byte on `go`. `pids` is the PID namespace that it joins.
+    Container { id: &'a str, spec: &'a oci::Spec, go: OwnedFd, own_hostname: bool, pids: Option<File> },
+    /// A copy of this process that does nothing but be there, as the first of a PID namespace.
+    Holder { go: OwnedFd },
     /// A further process, beside a running one of which `namespaces` were opened.
     Exec { spec: &'a oci::Spec, process: &'a oci::Process, namespaces: Namespaces },
 }
@@ -92,9 +95,15 @@ pub(crate) async fn launch(
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(Error::failed("report socket"))?;
     let is_exec = matches!(what, Launch::Exec { .. });
     let clone_flags = clone_flags(&what)?;
-    if let Launch::Exec { namespaces, .. } = &what {
+    let joined = match &what {
+        Launch::Exec { namespaces, .. } => Some(&namespaces.pid),
+        Launch::Container { pids, .. } => pids.as_ref(),
+        Launch::Holder { .. } => None,
+    };
+    let joins = joined.is_some();
+    if let Some(namespace) = joined {
         // affects children only (setns(2)); taken back below
-        set_pid_namespace(&namespaces.pid)?;
+        set_pid_namespace(namespace)?;
     }
     // SAFETY: one thread (main.rs), so the child's copy of the process is whole; it never returns from `child::run`.
     let pid = unsafe { libc::syscall(libc::SYS_clone, clone_flags | libc::SIGCHLD, 0, 0, 0, 0) };
@@ -102,7 +111,7 @@ pub(crate) async fn launch(
         child::run(&what, streams, cgroup, report_child);
     }
     let failed = io::Error::last_os_error();
-    if is_exec {
+    if joins {
         let own = File::open("/proc/self/ns/pid").map_err(Error::failed("own pid namespace"))?;
         set_pid_namespace(&own)?;
     }
@@ -135,10 +144,15 @@ pub(crate) async fn launch(
 }
 
 fn clone_flags(what: &Launch<'_>) -> Result<libc::c_int, Error> {
-    let Launch::Container { spec, own_hostname, .. } = what else { return Ok(0) };
+    let (spec, own_hostname, joins) = match what {
+        Launch::Exec { .. } => return Ok(0),
+        Launch::Holder { .. } => return Ok(libc::CLONE_NEWPID),
+        Launch::Container { spec, own_hostname, pids, .. } => (spec, own_hostname, pids.is_some()),
+    };
     let mut flags = libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP;
     for namespace in &spec.Linux.Namespaces {
         match namespace.Type.as_str() {
+            "pid" if joins => {}
             "pid" => flags |= libc::CLONE_NEWPID,
             "uts" if *own_hostname => flags |= libc::CLONE_NEWUTS,
             // mount and cgroup are always made; the VM is the pod: what its containers share is the VM's own
@@ -148,6 +162,12 @@ fn clone_flags(what: &Launch<'_>) -> Result<libc::c_int, Error> {
     }
     // the child enters its cgroup first and its cgroup namespace after, so that the cgroup is its root
     Ok(flags & !libc::CLONE_NEWCGROUP)
+}
+
+/// The PID namespace of a running process.
+pub(crate) fn pid_namespace(pid: i32) -> Result<File, Error> {
+    File::open(format!("/proc/{pid}/ns/pid"))
+        .map_err(|_| Error::State("the pod's process namespace is gone: its sandbox has ended".into()))
 }
 
 fn set_pid_namespace(namespace: &File) -> Result<(), Error> {

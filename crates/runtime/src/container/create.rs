@@ -11,7 +11,9 @@ use crate::Error;
 use crate::agent_client::AgentClient;
 use crate::cleanup;
 use crate::hooks::Hooks;
+use crate::pod::Role;
 use crate::storage::share::{Share, guest_path};
+use crate::storage::shm::Shm;
 use crate::storage::{rootfs, volume};
 
 /// What has been prepared on the host.
@@ -22,8 +24,20 @@ pub(crate) struct Prepared {
     hooks: Hooks,
 }
 
+/// What a pod gives to each of its containers.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Given<'a> {
+    pub(crate) share: &'a Share,
+    pub(crate) shm: Option<&'a Shm>,
+    pub(crate) keep_seccomp: bool,
+}
+
 /// The host's part; needs no guest, so it is done while the guest boots.
-pub(crate) fn prepare(share: &Share, from: &ContainerSpec, oci: &Spec, keep_seccomp: bool) -> Result<Prepared, Error> {
+pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec) -> Result<Prepared, Error> {
+    let Given { share, shm, keep_seccomp } = given;
+    if Role::of_spec(oci)? == Role::Sandbox {
+        return holder(from, oci);
+    }
     let mut shared = vec![from.id.as_str().to_owned()];
     let outcome = (|| {
         let root_name = format!("{}/rootfs", from.id);
@@ -34,7 +48,7 @@ pub(crate) fn prepare(share: &Share, from: &ContainerSpec, oci: &Spec, keep_secc
             None => return Err(Error::Invalid("the specification has no root".into())),
         };
         rootfs::connect(&from.rootfs, &bundle_root, &share.host_path(&root_name))?;
-        shared.extend(volume::connect(share, &from.id, &mut guest)?);
+        shared.extend(volume::connect(share, &from.id, &mut guest, shm)?);
         if let Some(process) = guest.Process.as_mut() {
             process.Terminal = from.stdio.terminal;
         }
@@ -53,6 +67,21 @@ pub(crate) fn prepare(share: &Share, from: &ContainerSpec, oci: &Spec, keep_secc
             Err(error)
         }
     }
+}
+
+/// A pod's sandbox: a process of the agent's that holds the namespaces. Nothing of its image is needed, so nothing of it
+/// reaches the guest.
+fn holder(from: &ContainerSpec, oci: &Spec) -> Result<Prepared, Error> {
+    let (mut guest, _) = spec::for_guest(oci, &from.id, String::new(), false)?;
+    guest.Mounts.clear();
+    let request = CreateContainerRequest {
+        container_id: from.id.as_str().into(),
+        exec_id: from.id.as_str().into(),
+        OCI: Some(guest).into(),
+        namespace_holder: true,
+        ..Default::default()
+    };
+    Ok(Prepared { request, shared: Vec::new(), hooks: Hooks::of(&from.id, &from.bundle, oci) })
 }
 
 /// The guest's part, after the hooks that come before it; `pid` is the VMM's.

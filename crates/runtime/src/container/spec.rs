@@ -56,6 +56,13 @@ pub(crate) fn for_guest(
             "the host's processes cannot be shown in a virtual machine: give the container a PID namespace".into(),
         ));
     }
+    if namespace(LinuxNamespaceType::Ipc).is_none() {
+        return Err(Error::Unsupported(
+            "the host's IPC objects cannot be reached from a virtual machine: give the container an IPC namespace (no \
+             hostIPC, no --ipc=host)"
+                .into(),
+        ));
+    }
     if let Some(hooks) = spec.hooks()
         && hooks.create_container().as_ref().is_some_and(|list| !list.is_empty())
     {
@@ -157,11 +164,11 @@ mod tests {
 
     #[test]
     fn the_hosts_part_is_taken_out() {
-        let spec = spec(&serde_json::json!([{"type": "pid"}, {"type": "network", "path": "/n"}, {"type": "mount"}]));
+        let spec = spec(&serde_json::json!([{"type": "pid"}, {"type": "network", "path": "/n"}, {"type": "ipc"}]));
         let (guest, shared_pids) = for_guest(&spec, &id(), "/r".into(), true).expect("converted");
         assert!(!shared_pids);
         let types: Vec<_> = guest.Linux.Namespaces.iter().map(|namespace| namespace.Type.as_str()).collect();
-        assert_eq!(types, ["pid", "mount"]);
+        assert_eq!(types, ["pid", "ipc"]);
         assert_eq!((guest.Root.Path.as_str(), guest.Linux.CgroupsPath.as_str()), ("/r", "/c1"));
         assert_eq!(guest.Process.ApparmorProfile, "");
         assert!(guest.Linux.Resources.CPU.Cpus.is_empty() && guest.Linux.Resources.CPU.Shares == 5);
@@ -178,6 +185,9 @@ mod tests {
         let error =
             for_guest(&spec(&serde_json::json!([{"type": "network"}])), &id(), "/r".into(), true).expect_err("host");
         assert!(error.to_string().contains("PID"), "{error}");
+        let without_ipc = serde_json::json!([{"type": "network"}, {"type": "pid"}]);
+        let error = for_guest(&spec(&without_ipc), &id(), "/r".into(), true).expect_err("host");
+        assert!(error.to_string().contains("IPC"), "{error}");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The pod: one VM, its containers, and every question that the shim asks about them.
 
+mod resolver;
 mod start;
 mod stop;
 mod watch;
@@ -17,6 +18,7 @@ use crate::agent_client::AgentClient;
 use crate::cleanup::RunDir;
 use crate::container::{Container, Process, create, io, spec};
 use crate::storage::share::Share;
+use crate::storage::shm::Shm;
 use crate::{ContainerId, ContainerSpec, Error, ExecSpec, Exit, ProcessRef, ProcessView, Status};
 
 /// What a sandbox needs from outside.
@@ -55,6 +57,8 @@ struct Inner {
     pid: u32,
     containers: Mutex<HashMap<ContainerId, Slot>>,
     events: mpsc::UnboundedSender<Event>,
+    /// What its containers share as `/dev/shm`.
+    shm: Option<Shm>,
     /// What must be given back; taken by the stop.
     host: tokio::sync::Mutex<Option<Host>>,
 }
@@ -105,7 +109,8 @@ impl Sandbox {
         let prepared = {
             let host = self.0.host.lock().await;
             let host = host.as_ref().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
-            create::prepare(&host.share, from, &oci, keep_seccomp)?
+            let given = create::Given { share: &host.share, shm: self.0.shm.as_ref(), keep_seccomp };
+            create::prepare(given, from, &oci)?
         };
         let shared = prepared.shared.clone();
         let limit = self.0.env.config.runtime.create_container_timeout;

@@ -11,11 +11,13 @@ use hypervisor::{Boot, Channel, NetDevice, SharedDir, VmSpec};
 use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, mpsc};
 
-use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, watch};
+use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, resolver, watch};
 use crate::agent_client::{AgentClient, VmWatch};
 use crate::cleanup::RunDir;
 use crate::container::{ContainerSpec, create, spec};
+use crate::pod::{Limits, Role};
 use crate::storage::share::Share;
+use crate::storage::shm::Shm;
 use crate::trace::Trace;
 use crate::{Error, network, sizing};
 
@@ -34,10 +36,15 @@ impl Sandbox {
     ) -> Result<Self, Error> {
         // everything that can be refused is refused before anything is made
         let oci = spec::read(&first.bundle)?;
+        let role = Role::of_spec(&oci)?;
+        if let Role::Member(id) = role {
+            return Err(Error::NotFound(format!("sandbox {id} of container {}", first.id)));
+        }
+        let shm = Shm::of(&oci);
         let mut run = RunDir::create(&sandbox.run_dir, &first.bundle)
             .map_err(Error::host(format!("run folder {}", sandbox.run_dir.display())))?;
         let booted = tokio::select! {
-            booted = boot(&env, &sandbox, &first, &oci, &mut run, trace) => booted,
+            booted = boot(&env, &sandbox, (&first, &oci), shm.as_ref(), &mut run, trace) => booted,
             () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
         };
         match booted {
@@ -50,6 +57,7 @@ impl Sandbox {
                     pid,
                     containers: Mutex::new(containers),
                     events,
+                    shm,
                     host: tokio::sync::Mutex::new(Some(Host { vm, share, run })),
                 });
                 watch::virtiofsd(&inner).await;
@@ -72,8 +80,8 @@ type Booted = (Box<dyn hypervisor::Vm>, Share, AgentClient, crate::container::Co
 async fn boot(
     env: &Env,
     sandbox: &SandboxSpec,
-    first: &ContainerSpec,
-    oci: &Spec,
+    (first, oci): (&ContainerSpec, &Spec),
+    shm: Option<&Shm>,
     run: &mut RunDir,
     trace: &Trace,
 ) -> Result<Booted, Error> {
@@ -84,13 +92,14 @@ async fn boot(
     }
     let (share, socket) = Share::start(config, run)?;
     trace.step("virtiofsd-started");
-    let mut vm = env.hypervisor.launch(vm_spec(env, sandbox, oci, socket, network.devices)).await?;
+    let limits = Limits::of(oci, &Role::of_spec(oci)?);
+    let mut vm = env.hypervisor.launch(vm_spec(env, sandbox, limits, socket, network.devices)).await?;
     run.push(crate::cleanup::Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
     trace.step("vmm-started");
 
     // while the guest boots
-    let keep_seccomp = !env.config.runtime.disable_guest_seccomp;
-    let prepared = create::prepare(&share, first, oci, keep_seccomp)?;
+    let given = create::Given { share: &share, shm, keep_seccomp: !env.config.runtime.disable_guest_seccomp };
+    let prepared = create::prepare(given, first, oci)?;
     trace.step("rootfs-ready");
 
     let pid = vm.pid();
@@ -106,7 +115,7 @@ async fn boot(
         .await?;
         trace.step("agent-ready");
         vm.booted();
-        tokio::try_join!(create_sandbox(&agent, sandbox, oci), set_clock(&agent))?;
+        tokio::try_join!(create_sandbox(&agent, sandbox, oci, shm), set_clock(&agent))?;
         trace.step("sandbox-created");
         if !network.found.is_empty() {
             network::configure(&agent, &network.found).await?;
@@ -129,7 +138,7 @@ async fn boot(
     Ok((vm, share, agent, container))
 }
 
-fn vm_spec(env: &Env, sandbox: &SandboxSpec, oci: &Spec, socket: OwnedFd, network: Vec<NetDevice>) -> VmSpec {
+fn vm_spec(env: &Env, sandbox: &SandboxSpec, limits: Limits, socket: OwnedFd, network: Vec<NetDevice>) -> VmSpec {
     let config = &env.config.hypervisor;
     let log = if env.config.agent.enable_debug { "debug" } else { "info" };
     let kernel_params = format!(
@@ -144,7 +153,7 @@ fn vm_spec(env: &Env, sandbox: &SandboxSpec, oci: &Spec, socket: OwnedFd, networ
             initrd: config.initrd.clone().unwrap_or_default(),
             kernel_params: kernel_params.trim_end().into(),
         },
-        size: sizing::plan(config, oci),
+        size: sizing::plan(config, limits),
         channel: Channel::Serial { port: ports::AGENT_SERIAL },
         shared_dirs: vec![SharedDir { tag: paths::SHARE_TAG, socket, queue_size: config.virtio_fs_queue_size }],
         network,
@@ -153,7 +162,12 @@ fn vm_spec(env: &Env, sandbox: &SandboxSpec, oci: &Spec, socket: OwnedFd, networ
     }
 }
 
-async fn create_sandbox(agent: &AgentClient, sandbox: &SandboxSpec, oci: &Spec) -> Result<(), Error> {
+async fn create_sandbox(
+    agent: &AgentClient,
+    sandbox: &SandboxSpec,
+    oci: &Spec,
+    shm: Option<&Shm>,
+) -> Result<(), Error> {
     let share = api::Storage {
         driver: "virtio-fs".into(),
         source: paths::SHARE_TAG.into(),
@@ -168,7 +182,8 @@ async fn create_sandbox(agent: &AgentClient, sandbox: &SandboxSpec, oci: &Spec) 
             _ => nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default(),
         },
         sandbox_id: sandbox.id.as_str().into(),
-        storages: vec![share],
+        dns: resolver::lines(oci),
+        storages: std::iter::once(share).chain(shm.map(Shm::storage)).collect(),
         ..Default::default()
     };
     agent

@@ -2,4 +2,5 @@
 
 pub(crate) mod rootfs;
 pub(crate) mod share;
+pub(crate) mod shm;
 pub(crate) mod volume;

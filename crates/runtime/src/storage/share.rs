@@ -4,8 +4,9 @@
 //! guest cannot make anything between the mount points, where the shim works by path, and what is mounted later appears
 //! by propagation (mount_namespaces(7)).
 
-use std::fs;
-use std::os::fd::OwnedFd;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -42,11 +43,7 @@ impl Share {
         flags(&shared, MsFlags::MS_SLAVE)?;
         flags(&shared, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY)?;
 
-        let socket = run.path().join("virtiofsd.sock");
-        // it listens before the daemon exists, so nobody waits for a path to appear
-        let listener = UnixListener::bind(&socket).map_err(Error::host(socket.display().to_string()))?;
-        let connection = UnixStream::connect(&socket).map_err(Error::host(socket.display().to_string()))?;
-        fs::remove_file(&socket).map_err(Error::host(socket.display().to_string()))?;
+        let (listener, connection) = socket(run.path()).map_err(Error::host("virtiofsd's socket"))?;
 
         let program = daemon_path(config)?;
         let listener = OwnedFd::from(listener);
@@ -67,6 +64,18 @@ pub(crate) fn guest_path(name: &str) -> String {
     format!("{}/{name}", agent_api::paths::SHARED)
 }
 
+/// A listening socket and a connection to it, nameless by the time it returns. It listens before the daemon exists, so
+/// nobody waits for a path to appear.
+fn socket(folder: &Path) -> io::Result<(UnixListener, UnixStream)> {
+    // a socket's path has room for 107 bytes (unix(7)), and a pod's folder alone may need more
+    let folder = File::open(folder)?;
+    let path = format!("/proc/self/fd/{}/virtiofsd.sock", folder.as_raw_fd());
+    let listener = UnixListener::bind(&path)?;
+    let connection = UnixStream::connect(&path);
+    fs::remove_file(&path)?;
+    Ok((listener, connection?))
+}
+
 fn daemon_path(config: &config::Hypervisor) -> Result<PathBuf, Error> {
     const USUAL: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd"];
     if let Some(path) = &config.virtio_fs_daemon {
@@ -83,7 +92,6 @@ fn daemon_path(config: &config::Hypervisor) -> Result<PathBuf, Error> {
 
 /// QEMU's own C daemon takes `-o` lists, the Rust one long options; they are told apart by where they come from.
 fn arguments(program: &Path, config: &config::Hypervisor, shared: &Path, listener: &OwnedFd) -> Vec<String> {
-    use std::os::fd::AsRawFd;
     let cache = config.virtio_fs_cache.as_str();
     let fd = listener.as_raw_fd();
     // where Kata's default path is only a link to it
@@ -122,4 +130,19 @@ fn bind(from: &Path, to: &Path) -> Result<(), Error> {
 fn flags(at: &Path, flags: MsFlags) -> Result<(), Error> {
     mount(None::<&str>, at, None::<&str>, flags, None::<&str>)
         .map_err(Error::host(format!("mount flags {flags:?} of {}", at.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_may_have_a_long_name() {
+        let root = tempfile::tempdir().expect("a folder");
+        let folder = root.path().join("k8s.io@".to_owned() + &"a".repeat(128));
+        fs::create_dir(&folder).expect("made");
+        let (listener, _connection) = socket(&folder).expect("made");
+        listener.accept().expect("connected");
+        assert_eq!(fs::read_dir(&folder).expect("listed").count(), 0);
+    }
 }

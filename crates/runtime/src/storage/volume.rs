@@ -3,15 +3,21 @@
 use std::fs::{self, File};
 use std::path::Path;
 
-use agent_api::oci;
+use agent_api::{oci, paths};
 
 use super::share::{Share, guest_path};
+use super::shm::{self, Shm};
 use crate::{ContainerId, Error};
 
 /// Shares every host bind mount of `spec` and rewrites its source to the guest's path.
 ///
 /// Returns the names in the share, for taking them away with the container.
-pub(crate) fn connect(share: &Share, id: &ContainerId, spec: &mut oci::Spec) -> Result<Vec<String>, Error> {
+pub(crate) fn connect(
+    share: &Share,
+    id: &ContainerId,
+    spec: &mut oci::Spec,
+    shm: Option<&Shm>,
+) -> Result<Vec<String>, Error> {
     let mut names = Vec::new();
     for (index, mount) in spec.Mounts.iter_mut().enumerate() {
         let bound = mount.type_ == "bind" || mount.options.iter().any(|option| option == "bind" || option == "rbind");
@@ -19,6 +25,10 @@ pub(crate) fn connect(share: &Share, id: &ContainerId, spec: &mut oci::Spec) -> 
             continue;
         }
         let source = Path::new(&mount.source);
+        if mount.destination == shm::DESTINATION && shm.is_some_and(|shm| shm.is(source)) {
+            mount.source = paths::SANDBOX_SHM.into();
+            continue;
+        }
         // the guest's own devices and kernel files, never the host's
         if ["/dev", "/proc", "/sys"].iter().any(|own| source.starts_with(own)) {
             continue;

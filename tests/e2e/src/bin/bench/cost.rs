@@ -75,7 +75,7 @@ pub(crate) fn agent(install: &Install, rounds: usize, report: &mut Report) -> Re
     std::fs::write(&path, initrd)?;
     let changes = [("initrd", path.display().to_string().into()), ("kernel_params", "rdinit=/probe".to_owned().into())];
     let config = Some(install.config_with(&changes)?);
-    with_node_setup(NodeSetup { config }, |node| {
+    with_node_setup(NodeSetup { config, ..NodeSetup::default() }, |node| {
         let mut sample = Sample::new();
         for round in 0..rounds {
             let script = "sleep 3; dmesg";

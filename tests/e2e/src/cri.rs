@@ -1,0 +1,270 @@
+//! Pods as Kubernetes makes them: `crictl` against the node's containerd, with CNI's own plugins for the network.
+
+use crate::{Node, NodeSetup, Runtime, ctr::Invocation, image, install::program_path, with_node_setup};
+use anyhow::{Context as _, Result, bail};
+use serde_json::{Value, json};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+/// The bridge that CNI makes for the pods of a test.
+pub const BRIDGE: &str = "kecri0";
+
+/// The bridge's own addresses: the host as pods see it.
+pub const HOST: (&str, &str) = ("10.88.77.1", "fd88:77::1");
+
+/// Where Debian has CNI's plugins.
+const PLUGINS: &str = "/usr/lib/cni";
+
+/// Talks to one node.
+#[derive(Debug)]
+pub struct Cri<'a> {
+    /// The node.
+    pub node: &'a Node,
+    crictl: PathBuf,
+    count: AtomicU32,
+}
+
+/// One pod.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    /// Its sandbox's id.
+    pub id: String,
+    config: PathBuf,
+}
+
+/// What a pod's network is to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Network {
+    /// Of bridge and interfaces.
+    pub mtu: u32,
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self { mtu: 1500 }
+    }
+}
+
+/// Runs `test` on a node with CRI, and fails also when anything is left behind.
+pub fn with_cri(setup: NodeSetup, network: Network, test: impl FnOnce(&Cri<'_>) -> Result<()>) -> Result<()> {
+    with_node_setup(NodeSetup { cri: true, ..setup }, |node| {
+        let crictl = client("crictl")?;
+        if !Path::new(PLUGINS).join("bridge").is_file() {
+            bail!("{PLUGINS}/bridge: not found: run `apt-get install containernetworking-plugins`");
+        }
+        write_cni(node, network)?;
+        let cri = Cri { node, crictl, count: AtomicU32::new(0) };
+        let tested = test(&cri);
+        let ended = cri.crictl(["rmp", "--all", "--force"]).output().and_then(crate::Outcome::ok);
+        let _ = Invocation::new("ip", ["link", "del", BRIDGE]).output();
+        tested.and(ended.map(drop))
+    })
+}
+
+/// A client that Debian does not have: from PATH, or as `make test` has built it.
+pub fn client(name: &str) -> Result<PathBuf> {
+    if let Some(path) = program_path(name) {
+        return Ok(path);
+    }
+    let cache = std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache/kata-clients")).context("HOME")?;
+    let kept = fs::read_dir(&cache).into_iter().flatten().flatten().map(|kept| kept.path().join("bin").join(name));
+    kept.filter(|path| path.is_file()).max().with_context(|| {
+        format!("{name}: neither in PATH nor in {}: run `make test`, which builds it", cache.display())
+    })
+}
+
+/// The text that makes containerd serve CRI with both runtimes.
+pub(crate) fn settings(dir: &Path) -> String {
+    let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
+    let mut text = format!(
+        "[{cri}]\nsandbox_image = {:?}\ndisable_apparmor = true\n\
+         restrict_oom_score_adj = true\n\
+         [{cri}.cni]\nbin_dir = {PLUGINS:?}\nconf_dir = {:?}\n\
+         [{cri}.containerd]\ndefault_runtime_name = \"runc\"\n",
+        image::PAUSE,
+        dir.join("cni").display().to_string(),
+    );
+    for runtime in crate::BOTH {
+        text += &format!(
+            "[{cri}.containerd.runtimes.{}]\nruntime_type = {:?}\nprivileged_without_host_devices = {}\n",
+            runtime.tag(),
+            runtime.name(),
+            runtime == Runtime::Kata
+        );
+    }
+    text
+}
+
+fn write_cni(node: &Node, network: Network) -> Result<()> {
+    let dir = node.dir().join("cni");
+    fs::create_dir_all(&dir)?;
+    let range = |subnet: &str, gateway: &str| json!([{"subnet": subnet, "gateway": gateway}]);
+    let list = json!({
+        "cniVersion": "0.4.0", "name": "kata-e2e",
+        "plugins": [
+            {
+                "type": "bridge", "bridge": BRIDGE, "isGateway": true, "ipMasq": false, "mtu": network.mtu,
+                "ipam": {
+                    "type": "host-local", "dataDir": node.dir().join("cni-leases"),
+                    "ranges": [range("10.88.77.0/24", HOST.0), range("fd88:77::/64", HOST.1)],
+                    "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+                },
+            },
+            {"type": "portmap", "capabilities": {"portMappings": true}},
+        ],
+    });
+    // a draft first: containerd watches the folder
+    fs::write(dir.join("draft"), list.to_string())?;
+    fs::rename(dir.join("draft"), dir.join("10-kata.conflist"))?;
+    Ok(())
+}
+
+impl Cri<'_> {
+    /// `crictl` with these arguments.
+    pub fn crictl<S: AsRef<str>>(&self, args: impl IntoIterator<Item = S>) -> Invocation {
+        let mut all = self.arguments();
+        all.extend(args.into_iter().map(|a| a.as_ref().to_owned()));
+        Invocation::new(&self.crictl.display().to_string(), all)
+    }
+
+    /// The program, for those that give it a terminal.
+    pub fn program(&self) -> String {
+        self.crictl.display().to_string()
+    }
+
+    /// What `crictl` needs before its command.
+    pub fn arguments(&self) -> Vec<String> {
+        let address = format!("unix://{}", self.node.address());
+        vec!["-r".into(), address.clone(), "-i".into(), address, "--timeout".into(), "60s".into()]
+    }
+
+    /// What `crictl` prints, which must succeed.
+    pub fn say<S: AsRef<str>>(&self, args: impl IntoIterator<Item = S>) -> Result<String> {
+        Ok(self.crictl(args).output()?.ok()?.text())
+    }
+
+    fn file(&self, name: &str, content: &Value) -> Result<PathBuf> {
+        let count = self.count.fetch_add(1, Ordering::Relaxed);
+        let path = self.node.dir().join(format!("{name}-{count}.json"));
+        fs::write(&path, content.to_string())?;
+        Ok(path)
+    }
+
+    /// The configuration of a pod, with `more` put over it.
+    pub fn pod_config(&self, name: &str, more: &Value) -> Result<PathBuf> {
+        let mut config = json!({
+            "metadata": {"name": name, "uid": format!("uid-{name}"), "namespace": "e2e", "attempt": 1},
+            "hostname": name,
+            "log_directory": self.node.dir().join("logs").join(name),
+            "linux": {},
+        });
+        merge(&mut config, more);
+        self.file("pod", &config)
+    }
+
+    /// Runs a pod's sandbox.
+    pub fn run_pod(&self, runtime: Runtime, name: &str, more: &Value) -> Result<Pod> {
+        let config = self.pod_config(name, more)?;
+        let path = config.display().to_string();
+        let id = self.say(["runp", "--runtime", runtime.tag(), &path])?;
+        Ok(Pod { id, config })
+    }
+
+    /// Makes a container of the test image in a pod.
+    pub fn create(&self, pod: &Pod, name: &str, command: &[&str], more: &Value) -> Result<String> {
+        self.try_create(pod, name, command, more)?.ok().map(|done| done.text())
+    }
+
+    /// As `create`, with whatever comes of it.
+    pub fn try_create(&self, pod: &Pod, name: &str, command: &[&str], more: &Value) -> Result<crate::Outcome> {
+        let mut config = json!({
+            "metadata": {"name": name, "attempt": 0},
+            "image": {"image": image::NAME},
+            "command": command,
+            "log_path": format!("{name}.log"),
+            "linux": {},
+        });
+        merge(&mut config, more);
+        let config = self.file("container", &config)?.display().to_string();
+        self.crictl(["create", &pod.id, &config, &pod.config.display().to_string()]).output()
+    }
+
+    /// Makes and starts one.
+    pub fn run(&self, pod: &Pod, name: &str, command: &[&str], more: &Value) -> Result<String> {
+        let id = self.create(pod, name, command, more)?;
+        self.say(["start", &id])?;
+        Ok(id)
+    }
+
+    /// What a shell script in a running container prints, by `crictl exec --sync`.
+    pub fn sh(&self, container: &str, script: &str) -> Result<String> {
+        let args = ["exec", "--sync", container, "sh", "-c", script];
+        Ok(self.crictl(args).limit(Duration::from_secs(120)).output()?.ok()?.text())
+    }
+
+    /// The container's log once it has `text`.
+    pub fn logs_with(&self, container: &str, text: &str) -> Result<String> {
+        self.until(|| {
+            let logs = self.crictl(["logs", container]).output()?.ok()?;
+            let all = format!("{}\n{}", logs.text(), logs.stderr);
+            Ok((all.contains(text), all))
+        })
+    }
+
+    /// What `inspect` shows once the container has ended.
+    pub fn wait_exited(&self, container: &str) -> Result<String> {
+        self.until(|| {
+            let shown = self.say(["inspect", container])?;
+            Ok((shown.contains("CONTAINER_EXITED"), shown))
+        })
+    }
+
+    /// CRI tells such things only to those who ask.
+    fn until(&self, ask: impl Fn() -> Result<(bool, String)>) -> Result<String> {
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            match ask()? {
+                (true, answer) => return Ok(answer),
+                (false, answer) if Instant::now() > end => bail!("not within 20 s: {answer}"),
+                _ => std::thread::sleep(Duration::from_millis(100)),
+            }
+        }
+    }
+
+    /// Takes a pod away with all that is in it.
+    pub fn remove(&self, pod: &Pod) -> Result<()> {
+        self.say(["stopp", &pod.id])?;
+        self.say(["rmp", &pod.id])?;
+        Ok(())
+    }
+
+    /// `crictl inspect` or `inspectp`, parsed.
+    pub fn inspect(&self, what: &str, id: &str) -> Result<Value> {
+        Ok(serde_json::from_str(&self.say([what, id])?)?)
+    }
+
+    /// The pod's addresses, IPv4 first.
+    pub fn addresses(&self, pod: &Pod) -> Result<(String, String)> {
+        let shown = self.inspect("inspectp", &pod.id)?;
+        let text = |at: &str| shown.pointer(at).and_then(Value::as_str).map(str::to_owned);
+        let first = text("/status/network/ip").filter(|ip| !ip.is_empty());
+        let more = text("/status/network/additionalIps/0/ip");
+        first.zip(more).with_context(|| format!("two addresses of the pod in {shown}"))
+    }
+}
+
+/// Puts `more` over `base`, object by object.
+fn merge(base: &mut Value, more: &Value) {
+    match (base, more) {
+        (Value::Object(base), Value::Object(more)) => {
+            for (key, value) in more {
+                merge(base.entry(key.clone()).or_insert(Value::Null), value);
+            }
+        }
+        (base, more) => *base = more.clone(),
+    }
+}

@@ -1,0 +1,372 @@
+//! Pods through CRI: several containers in one VM, what they share and what not, and `crictl` as a person uses it.
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::{
+    BOTH, NodeSetup, Runtime,
+    cri::{Cri, HOST, Network, with_cri},
+    processes,
+    pty::Terminal,
+};
+use serde_json::{Value, json};
+use std::{
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream},
+    time::Duration,
+};
+
+const FOREVER: [&str; 2] = ["sleep", "100000"];
+
+fn with_pods(test: impl FnOnce(&Cri<'_>) -> Result<()>) -> Result<()> {
+    with_cri(NodeSetup::default(), Network::default(), test)
+}
+
+fn none() -> Value {
+    json!({})
+}
+
+#[test]
+fn containers_of_a_pod_share_what_they_should() -> Result<()> {
+    with_pods(|cri| {
+        let mut seen = Vec::new();
+        for runtime in BOTH {
+            let pod = cri.run_pod(runtime, &format!("shares-{}", runtime.tag()), &none())?;
+            let server = ["sh", "-c", "while :; do echo hello | nc -l -p 7777; done"];
+            let one = cri.run(&pod, "one", &server, &none())?;
+            let two = cri.run(&pod, "two", &FOREVER, &none())?;
+            let vms = processes::of_node(cri.node.tag()).iter().filter(|p| p.name.starts_with("qemu")).count();
+            ensure!(vms == usize::from(runtime == Runtime::Kata), "{vms} virtual machines");
+            // the network, by localhost
+            let heard = cri.sh(&two, "for i in 1 2 3 4 5 6 7 8 9; do nc 127.0.0.1 7777 && break; sleep 0.1; done")?;
+            ensure!(heard == "hello", "{heard:?}");
+            // memory and the host name
+            cri.sh(&one, "echo shared > /dev/shm/word; echo own > /tmp/word")?;
+            ensure!(cri.sh(&two, "cat /dev/shm/word; ls /tmp")? == "shared", "/dev/shm or /tmp");
+            let names = (cri.sh(&one, "hostname; cat /etc/hostname")?, cri.sh(&two, "hostname; cat /etc/hostname")?);
+            ensure!(names.0 == names.1 && names.0.starts_with("shares-"), "{names:?}");
+            // processes are each container's own
+            let processes =
+                cri.sh(&two, "ps -o pid,comm | grep -c nc").or_else(|_| Ok::<_, anyhow::Error>("0".into()))?;
+            ensure!(processes == "0", "two sees {processes} processes of one");
+            ensure!(
+                cri.sh(&two, "readlink /proc/1/exe; tr '\\0' ' ' < /proc/1/cmdline")?.contains("sleep"),
+                "process 1"
+            );
+            seen.push(cri.sh(&two, "df /dev/shm | tail -n 1 | awk '{print $2}'; stat -c %a /dev/shm")?);
+            cri.remove(&pod)?;
+        }
+        ensure!(seen[0] == seen[1], "/dev/shm: runc {} kata {}", seen[0], seen[1]);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_process_namespace_is_shared_when_asked() -> Result<()> {
+    with_pods(|cri| {
+        for runtime in BOTH {
+            let share = json!({"linux": {"security_context": {"namespace_options": {"pid": 0}}}});
+            let pod = cri.run_pod(runtime, &format!("pids-{}", runtime.tag()), &share)?;
+            let one = cri.run(&pod, "one", &["sh", "-c", "sleep 54321 & sleep 12345"], &share)?;
+            let two = cri.run(&pod, "two", &FOREVER, &share)?;
+            let shown = cri.sh(&two, "ps -o args")?;
+            ensure!(shown.contains("sleep 12345") && shown.contains("sleep 54321"), "{shown}");
+            ensure!(!shown.contains("kata-agent"), "{shown}");
+            ensure!(!cri.sh(&two, "tr '\\0' ' ' < /proc/1/cmdline")?.contains("100000"), "process 1 is the sandbox's");
+            // with a container its processes end, and nobody else's
+            cri.say(["stop", "--timeout", "0", &one])?;
+            let shown = cri.sh(&two, "ps -o args")?;
+            ensure!(!shown.contains("sleep 12345") && !shown.contains("sleep 54321"), "after the stop: {shown}");
+            cri.remove(&pod)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn crictl_works_as_with_runc() -> Result<()> {
+    with_pods(|cri| {
+        let mut seen = Vec::new();
+        for runtime in BOTH {
+            let pod = cri.run_pod(runtime, &format!("tools-{}", runtime.tag()), &none())?;
+            let echo = ["sh", "-c", "echo out; echo err >&2; while read line; do echo got $line; done; sleep 1000"];
+            let one = cri.run(&pod, "one", &echo, &json!({"stdin": true}))?;
+            let logs = cri.logs_with(&one, "out")?;
+            ensure!(logs.contains("out\n") && logs.contains("err"), "{logs:?}");
+            // exec: a code, both outputs, a time limit
+            let code = cri.crictl(["exec", "--sync", &one, "sh", "-c", "exit 42"]).output()?;
+            ensure!(code.code != 0 && code.stderr.contains("42"), "{}", code.stderr);
+            let late = cri.crictl(["exec", "--sync", "--timeout", "1", &one, "sleep", "1000"]).output()?;
+            ensure!(late.code != 0, "an exec with a time limit of 1 s ended well");
+            let missing = cri.crictl(["exec", "--sync", &one, "no-such-program"]).output()?;
+            ensure!(missing.code != 0 && missing.stderr.contains("no-such-program"), "{}", missing.stderr);
+            let streamed = cri.crictl(["exec", "-i", &one, "cat"]).output_with(b"through\n")?.ok()?;
+            ensure!(streamed.text() == "through", "{}", streamed.text());
+            // exec with a terminal
+            let mut args = cri.arguments();
+            args.extend(["exec", "-it", &one, "sh"].map(String::from));
+            let mut terminal = Terminal::start(&cri.program(), &args, 30, 100)?;
+            terminal.send("stty size; tty; exit 3\n")?;
+            terminal.expect("30 100", Duration::from_secs(20))?;
+            terminal.expect("/dev/pts/", Duration::from_secs(20))?;
+            let (status, shown) = terminal.finish(Duration::from_secs(20))?;
+            ensure!(status != 0, "a shell that ended with 3: {shown}");
+            // attach
+            let attached = cri.crictl(["attach", "-i", &one]).output_with(b"word\n")?;
+            ensure!(cri.logs_with(&one, "got word")?.contains("got word"), "{}", attached.stderr);
+            // what is shown of it
+            let status = cri.inspect("inspect", &one)?;
+            let state = status.pointer("/status/state").and_then(Value::as_str).context("a state")?.to_owned();
+            let pod_state = cri.inspect("inspectp", &pod.id)?;
+            let pod_state = pod_state.pointer("/status/state").and_then(Value::as_str).context("a state")?.to_owned();
+            let stats: Value = serde_json::from_str(&cri.say(["stats", "-o", "json", "--id", &one])?)?;
+            let number = |at: &str| -> Result<u64> {
+                let text = stats.pointer(at).and_then(|v| v.as_str().map(str::to_owned).or(Some(v.to_string())));
+                text.with_context(|| format!("{at} in {stats}"))?.parse().with_context(|| format!("{at} in {stats}"))
+            };
+            ensure!(number("/stats/0/cpu/usageCoreNanoSeconds/value")? > 0, "{stats}");
+            let memory = number("/stats/0/memory/workingSetBytes/value")?;
+            ensure!((10_000..100_000_000).contains(&memory), "{stats}");
+            // limits change while it runs
+            cri.say(["update", "--memory", "134217728", "--cpu-share", "512", &one])?;
+            seen.push((state, pod_state));
+            // a container dies and is made again; the pod's stop is idempotent
+            cri.say(["stop", "--timeout", "0", &one])?;
+            cri.say(["stop", "--timeout", "0", &one])?;
+            cri.say(["rm", &one])?;
+            let again = cri.run(&pod, "one", &FOREVER, &json!({"metadata": {"attempt": 1}}))?;
+            ensure!(cri.sh(&again, "echo back")? == "back", "the container made again");
+            cri.say(["stopp", &pod.id])?;
+            cri.say(["stopp", &pod.id])?;
+            cri.say(["rmp", &pod.id])?;
+        }
+        ensure!(seen[0] == seen[1], "runc {:?}, kata {:?}", seen[0], seen[1]);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_limit_of_memory_is_kept_and_told() -> Result<()> {
+    with_pods(|cri| {
+        let pod = cri.run_pod(Runtime::Kata, "oom", &none())?;
+        let limit = json!({"linux": {"resources": {"memory_limit_in_bytes": 20 << 20}}});
+        let hungry = cri.run(&pod, "hungry", &["sh", "-c", "sleep 1; tail /dev/zero"], &limit)?;
+        let state = cri.wait_exited(&hungry)?;
+        ensure!(state.contains("OOMKilled"), "{state}");
+        cri.remove(&pod)
+    })
+}
+
+#[test]
+fn pods_reach_each_other_and_the_host() -> Result<()> {
+    with_pods(|cri| {
+        let dns = json!({
+            "dns_config": {"servers": ["10.88.77.1"], "searches": ["e2e.example"], "options": ["ndots:5"]},
+            "port_mappings": [{"protocol": 0, "container_port": 8080, "host_port": 28080}],
+        });
+        let first = cri.run_pod(Runtime::Kata, "net1", &dns)?;
+        let second = cri.run_pod(Runtime::Kata, "net2", &none())?;
+        let server = ["sh", "-c", "nc -ll -p 8080 -e cat & nc -u -ll -p 8081 -e cat & wait"];
+        let one = cri.run(&first, "server", &server, &none())?;
+        let two = cri.run(&second, "client", &FOREVER, &none())?;
+        let resolver = cri.sh(&one, "cat /etc/resolv.conf")?;
+        ensure!(resolver.contains("nameserver 10.88.77.1") && resolver.contains("ndots:5"), "{resolver}");
+        let (v4, v6) = cri.addresses(&first)?;
+        for (from, target) in [(&two, v4.as_str()), (&two, HOST.0), (&one, HOST.0)] {
+            let shown = cri.sh(from, &format!("ping -c 2 -W 3 {target}"))?;
+            ensure!(shown.contains(" 0% packet loss"), "{shown}");
+        }
+        for (from, target) in [(&two, v6.as_str()), (&one, HOST.1)] {
+            let shown = cri.sh(from, &format!("ping -6 -c 2 -W 3 {target}"))?;
+            ensure!(shown.contains(" 0% packet loss"), "{shown}");
+        }
+        // TCP, both families, and UDP between the pods
+        for target in [v4.as_str(), v6.as_str()] {
+            let heard = cri.sh(&two, &format!("echo over-tcp | nc -w 3 {target} 8080"))?;
+            ensure!(heard == "over-tcp", "{heard:?}");
+        }
+        let heard = cri.sh(&two, &format!("(echo over-udp; sleep 1) | nc -u -w 2 {v4} 8081"))?;
+        ensure!(heard == "over-udp", "{heard:?}");
+        // the host reaches a published port; by the bridge's address, as others would
+        let mut there = TcpStream::connect((HOST.0, 28080))?;
+        there.set_read_timeout(Some(Duration::from_secs(10)))?;
+        there.write_all(b"published\n")?;
+        let mut heard = [0; 10];
+        there.read_exact(&mut heard)?;
+        ensure!(&heard == b"published\n", "{heard:?}");
+        // many connections at once, each with its own answer
+        let script = format!(
+            "for i in $(seq 200); do (echo line-$i | nc -w 20 {v4} 8080 > /tmp/$i) & done; wait; \
+             for i in $(seq 200); do test \"$(cat /tmp/$i)\" = line-$i || echo lost $i; done"
+        );
+        let lost = cri.sh(&two, &script)?;
+        ensure!(lost.is_empty(), "{lost}");
+        // a name server on the bridge is asked
+        let asked = std::net::UdpSocket::bind((HOST.0, 53))?;
+        asked.set_read_timeout(Some(Duration::from_secs(20)))?;
+        let question = std::thread::spawn(move || -> Result<Vec<u8>> {
+            let mut packet = vec![0; 512];
+            let length = asked.recv(&mut packet)?;
+            packet.truncate(length);
+            Ok(packet)
+        });
+        let _ = cri.sh(&one, "timeout 5 nslookup some-service.e2e.example || true");
+        let question = question.join().ok().context("the name server")??;
+        ensure!(question.windows(12).any(|part| part == b"some-service"), "{question:?}");
+        cri.remove(&second)?;
+        cri.remove(&first)
+    })
+}
+
+#[test]
+fn frames_of_every_size_pass() -> Result<()> {
+    for mtu in [1400, 9000] {
+        with_cri(NodeSetup::default(), Network { mtu }, |cri| {
+            let pod = cri.run_pod(Runtime::Kata, &format!("mtu{mtu}"), &none())?;
+            let one = cri.run(&pod, "one", &FOREVER, &none())?;
+            ensure!(cri.sh(&one, "cat /sys/class/net/eth0/mtu")? == mtu.to_string(), "MTU in the pod");
+            // 20 bytes of IPv4 and 8 of ICMP; busybox's ping sets "do not fragment" by no option, so the host asks
+            let (v4, _) = cri.addresses(&pod)?;
+            let ping = |size: u32| {
+                let size = size.to_string();
+                e2e::ctr::Invocation::new("ping", ["-c", "1", "-W", "3", "-M", "do", "-s", &size, &v4]).output()
+            };
+            ping(mtu - 28)?.ok()?;
+            ensure!(ping(mtu - 27)?.code != 0, "a frame larger than the MTU of {mtu} passed");
+            cri.remove(&pod)
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_gibibyte_through_one_stream_is_intact() -> Result<()> {
+    const SIZE: u64 = 1 << 30;
+    with_pods(|cri| {
+        let pod = cri.run_pod(Runtime::Kata, "stream", &none())?;
+        let one = cri.run(&pod, "one", &FOREVER, &none())?;
+        let listener = TcpListener::bind((HOST.0, 0))?;
+        let port = listener.local_addr()?.port();
+        let receiver = std::thread::spawn(move || -> Result<(u64, u64)> {
+            let (mut there, _) = listener.accept()?;
+            there.set_read_timeout(Some(Duration::from_secs(60)))?;
+            let (mut chunk, mut size, mut wrong) = (vec![0; 1 << 20], 0_u64, 0_u64);
+            loop {
+                let count = there.read(&mut chunk)?;
+                if count == 0 {
+                    return Ok((size, wrong));
+                }
+                for byte in &chunk[..count] {
+                    // the text is "kata\n" over and over
+                    let expected = b"kata\n"[(size % 5) as usize];
+                    wrong += u64::from(*byte != expected);
+                    size += 1;
+                }
+            }
+        });
+        let script = format!("yes kata | head -c {SIZE} | nc {} {port}", HOST.0);
+        cri.crictl(["exec", "--sync", &one, "sh", "-c", &script]).limit(Duration::from_secs(300)).output()?.ok()?;
+        let (size, wrong) = receiver.join().ok().context("the receiver")??;
+        ensure!(size == SIZE && wrong == 0, "{size} bytes of {SIZE}, {wrong} of them wrong");
+        cri.remove(&pod)
+    })
+}
+
+#[test]
+fn a_port_is_forwarded() -> Result<()> {
+    with_pods(|cri| {
+        for runtime in BOTH {
+            let pod = cri.run_pod(runtime, &format!("forward-{}", runtime.tag()), &none())?;
+            // on the pod's loopback only, where nobody else could reach it
+            let server = ["sh", "-c", "nc -ll -s 127.0.0.1 -p 8080 -e cat"];
+            cri.run(&pod, "server", &server, &none())?;
+            let mut forward = cri.crictl(["port-forward", &pod.id, "28081:8080"]).spawn()?;
+            let mut shown = String::new();
+            let mut out = std::io::BufReader::new(forward.stdout.take().context("stdout")?);
+            std::io::BufRead::read_line(&mut out, &mut shown)?;
+            let answer = (|| -> Result<Vec<u8>> {
+                let mut heard = Vec::new();
+                for round in 0..3 {
+                    let mut there = TcpStream::connect("127.0.0.1:28081")?;
+                    there.set_read_timeout(Some(Duration::from_secs(10)))?;
+                    writeln!(there, "forwarded {round}")?;
+                    there.shutdown(std::net::Shutdown::Write)?;
+                    there.read_to_end(&mut heard)?;
+                }
+                Ok(heard)
+            })();
+            nix::sys::signal::kill(forward.pid(), nix::sys::signal::Signal::SIGKILL)?;
+            let ended = forward.finish()?;
+            let answer = answer.with_context(|| format!("{runtime:?}: {shown} {}", ended.stderr))?;
+            ensure!(
+                answer == b"forwarded 0\nforwarded 1\nforwarded 2\n",
+                "{runtime:?}: {:?} {shown} {}",
+                String::from_utf8_lossy(&answer),
+                ended.stderr
+            );
+            cri.remove(&pod)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn what_a_pod_cannot_have_is_refused_and_others_go_on() -> Result<()> {
+    with_pods(|cri| {
+        let host = |kind: &str| json!({"linux": {"security_context": {"namespace_options": {kind: 2}}}});
+        for (kind, word) in [("network", "host network"), ("pid", "PID"), ("ipc", "IPC")] {
+            let config = cri.pod_config(&format!("host-{kind}"), &host(kind))?.display().to_string();
+            let refused = cri.crictl(["runp", "--runtime", "kata", &config]).output()?;
+            ensure!(refused.code != 0 && refused.stderr.contains(word), "{kind}: {}", refused.stderr);
+        }
+        let pod = cri.run_pod(Runtime::Kata, "goes-on", &none())?;
+        let one = cri.run(&pod, "one", &FOREVER, &none())?;
+        let bad =
+            cri.create(&pod, "bad", &["no-such-program"], &none()).and_then(|id| cri.crictl(["start", &id]).output());
+        match bad {
+            Ok(started) => ensure!(started.code != 0 && started.stderr.contains("no-such-program"), "{started:?}"),
+            Err(error) => ensure!(format!("{error:#}").contains("no-such-program"), "{error:#}"),
+        }
+        let nowhere = json!({"mounts": [{"container_path": "/data", "host_path": "/proc/no/such/folder"}]});
+        let refused = cri.try_create(&pod, "mount", &FOREVER, &nowhere)?;
+        ensure!(refused.code != 0 && refused.stderr.contains("/proc/no/such/folder"), "{}", refused.stderr);
+        ensure!(cri.sh(&one, "echo still here")? == "still here", "the pod's first container");
+        cri.remove(&pod)
+    })
+}
+
+#[test]
+fn a_pod_that_crashes_is_taken_away() -> Result<()> {
+    with_pods(|cri| {
+        for (name, victim) in [("shim", "containerd-shim-kata"), ("vmm", "qemu-system")] {
+            let pod = cri.run_pod(Runtime::Kata, &format!("crash-{name}"), &none())?;
+            let one = cri.run(&pod, "one", &FOREVER, &none())?;
+            cri.run(&pod, "two", &FOREVER, &none())?;
+            processes::wait_for(cri.node.tag(), victim, Duration::from_secs(5))?.kill()?;
+            cri.wait_exited(&one)?;
+            cri.remove(&pod)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn pods_come_and_go_four_at_a_time() -> Result<()> {
+    let rounds: u32 = std::env::var("KATA_POD_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
+    with_pods(|cri| {
+        for round in 0..rounds {
+            std::thread::scope(|scope| {
+                let one = |slot: u32| -> Result<()> {
+                    let name = format!("many-{round}-{slot}");
+                    let pod = cri.run_pod(Runtime::Kata, &name, &none())?;
+                    let id = cri.run(&pod, "one", &FOREVER, &none())?;
+                    ensure!(cri.sh(&id, "hostname")? == name, "the host name of {name}");
+                    cri.remove(&pod)
+                };
+                let all: Vec<_> = (0..4).map(|slot| scope.spawn(move || one(slot))).collect();
+                all.into_iter().try_for_each(|thread| thread.join().ok().context("a thread")?)
+            })?;
+        }
+        let left = processes::of_node(cri.node.tag());
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+}
