@@ -15,6 +15,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use sha2::{Digest as _, Sha256};
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
@@ -32,8 +33,8 @@ const CRI_NAMESPACE: &str = "k8s.io";
 /// Where runc keeps what it knows of containers of our namespace.
 const RUNC_STATE: &str = "/run/containerd/runc/kata-e2e";
 
-/// How the product's run folders of sandboxes of our namespace begin.
-const OUR_SANDBOXES: &str = "/run/kata-containers/sandboxes/kata-e2e@";
+/// Where the product has the run folders of sandboxes.
+const SANDBOXES: &str = "/run/kata-containers/sandboxes";
 
 /// How long things may take to go before they count as left behind.
 const SETTLE: Duration = Duration::from_secs(5);
@@ -258,30 +259,34 @@ impl Node {
                 .stderr(Stdio::null())
                 .status();
         }
+        let sandboxes = self.sandboxes();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let mut below: Vec<_> = mounts
             .lines()
             .filter_map(|l| l.split(' ').nth(4))
-            .filter(|m| Path::new(m).starts_with(self.dir.path()) || m.starts_with(OUR_SANDBOXES))
+            .filter(|m| {
+                Path::new(m).starts_with(self.dir.path()) || sandboxes.iter().any(|s| Path::new(m).starts_with(s))
+            })
             .collect();
         below.reverse();
         for mount in below {
             let _ = nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH);
         }
-        remove_sandboxes();
-    }
-}
-
-/// Removes the run folders of sandboxes that a failed test left, unless something is still mounted there.
-fn remove_sandboxes() {
-    if fs::read_to_string("/proc/self/mountinfo").is_ok_and(|mounts| mounts.contains(OUR_SANDBOXES)) {
-        return;
-    }
-    let Some((place, prefix)) = OUR_SANDBOXES.rsplit_once('/') else { return };
-    for left in fs::read_dir(place).into_iter().flatten().flatten() {
-        if left.file_name().to_string_lossy().starts_with(prefix) {
-            let _ = fs::remove_dir_all(left.path());
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        for left in sandboxes {
+            // never through a mount that could not be taken off
+            if !mounts.contains(&left.display().to_string()) {
+                let _ = fs::remove_dir_all(left);
+            }
         }
+    }
+
+    /// Run folders of this node's sandboxes: their names end with a hash of containerd's address.
+    fn sandboxes(&self) -> Vec<PathBuf> {
+        let digest = Sha256::digest(self.address());
+        let end = digest.iter().take(4).fold("@".to_owned(), |text, byte| text + &format!("{byte:02x}"));
+        let all = fs::read_dir(SANDBOXES).into_iter().flatten().flatten().map(|entry| entry.path());
+        all.filter(|path| path.to_string_lossy().ends_with(&end)).collect()
     }
 }
 

@@ -54,8 +54,8 @@ pub enum Wanted {
 /// The kept answer of a probe.
 #[derive(Debug, Clone)]
 pub(super) struct Memory {
+    /// Named by everything that the answer depends on, so that two guests of one host do not take turns.
     file: PathBuf,
-    key: String,
 }
 
 impl Memory {
@@ -71,16 +71,13 @@ impl Memory {
         }
         let digest = hash.finalize();
         let key = digest.iter().take(12).fold(String::new(), |text, byte| text + &format!("{byte:02x}"));
-        Self { file: dir.join("accelerator"), key }
+        Self { file: dir.join("kvm-probe").join(key) }
     }
 
     /// The answer, when there is one for this host and guest, with the reason that was found.
     pub(super) fn recall(&self) -> Option<(Accelerator, String)> {
         let text = fs::read_to_string(&self.file).ok()?;
-        let mut parts = text.trim_end().splitn(3, ' ');
-        if parts.next()? != self.key {
-            return None;
-        }
+        let mut parts = text.trim_end().splitn(2, ' ');
         let accelerator = match parts.next()? {
             "kvm" => Accelerator::Kvm,
             "tcg" => Accelerator::Tcg,
@@ -92,7 +89,7 @@ impl Memory {
     /// Keeps the answer; a host that cannot keep it probes again next time.
     pub(super) fn store(&self, accelerator: Accelerator, reason: &str) {
         let reason = reason.lines().next().unwrap_or_default();
-        let text = format!("{} {} {reason}\n", self.key, accelerator.name());
+        let text = format!("{} {reason}\n", accelerator.name());
         let written = self.file.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| {
             // written whole beside it and renamed: another start never reads a half line
             let draft = self.file.with_extension(std::process::id().to_string());
@@ -118,6 +115,7 @@ mod tests {
         memory.store(Accelerator::Tcg, "QEMU ended\nmore");
         assert_eq!(memory.recall(), Some((Accelerator::Tcg, "QEMU ended".into())));
         assert_eq!(Memory::new(dir.path(), Path::new("/q"), &boot("/other")).recall(), None);
-        assert_eq!(fs::read_dir(dir.path()).expect("listed").count(), 1, "no draft is left");
+        let kept = fs::read_dir(dir.path().join("kvm-probe")).expect("listed");
+        assert_eq!(kept.count(), 1, "no draft is left");
     }
 }

@@ -279,12 +279,18 @@ impl Sandbox {
             self.stop().await?;
         } else {
             let request = api::RemoveContainerRequest { container_id: id.as_str().into(), ..Default::default() };
-            self.0
+            let removed = self
+                .0
                 .agent
                 .call("removing the container", |client, context| async {
                     client.remove_container(context, &request).await
                 })
-                .await?;
+                .await;
+            match removed {
+                // with its VM everything of it in the guest is gone
+                Ok(_) | Err(Error::VmGone { .. }) => {}
+                Err(error) => return Err(error),
+            }
             self.release(&container.shared).await;
         }
         self.containers().remove(id);

@@ -65,9 +65,10 @@ pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> 
 
 /// The accelerator that the product found to work, so that both are measured with the same.
 fn accelerator() -> &'static str {
-    let probed = fs::read_to_string("/run/kata-containers/accelerator").unwrap_or_default();
-    // a hash of what was probed, the answer, and why
-    if probed.split_whitespace().nth(1) == Some("kvm") { "kvm" } else { "tcg" }
+    let answers = fs::read_dir("/run/kata-containers/kvm-probe").into_iter().flatten().flatten();
+    // the answer and why, a file for each guest that was tried
+    let is_kvm = |answer: fs::DirEntry| fs::read_to_string(answer.path()).is_ok_and(|text| text.starts_with("kvm "));
+    if answers.into_iter().any(is_kvm) { "kvm" } else { "tcg" }
 }
 
 fn boot(kernel: &Path, initrd: &Path, firmware: Option<&Path>) -> Result<Duration> {
