@@ -40,12 +40,18 @@ mod generated {
     pub mod oci {
         include!(concat!(env!("OUT_DIR"), "/oci.rs"));
     }
+    pub mod port {
+        include!(concat!(env!("OUT_DIR"), "/port.rs"));
+    }
+    pub mod port_ttrpc {
+        include!(concat!(env!("OUT_DIR"), "/port_ttrpc.rs"));
+    }
     pub mod types {
         include!(concat!(env!("OUT_DIR"), "/types.rs"));
     }
 }
 
-pub use generated::{agent, agent_ttrpc, csi, health, health_ttrpc, oci, types};
+pub use generated::{agent, agent_ttrpc, csi, health, health_ttrpc, oci, port, port_ttrpc, types};
 
 pub use protobuf;
 pub use ttrpc;

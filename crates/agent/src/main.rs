@@ -15,6 +15,7 @@ mod log;
 mod network;
 mod oom;
 mod params;
+mod port;
 mod process;
 mod reaper;
 mod sandbox;

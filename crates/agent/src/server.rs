@@ -10,6 +10,7 @@ use agent_api::health::{
 };
 use agent_api::health_ttrpc::{Health, create_health};
 use agent_api::limits::STREAM_CHUNK;
+use agent_api::port_ttrpc::create_port;
 use agent_api::protobuf::well_known_types::empty::Empty;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::{Server, TtrpcContext};
@@ -22,6 +23,7 @@ use crate::io::Output;
 use crate::network::Network;
 use crate::oom::OomWatch;
 use crate::params::Params;
+use crate::port::Ports;
 use crate::reaper::Reaper;
 use crate::sandbox::Sandbox;
 use crate::transport;
@@ -39,7 +41,8 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(create_agent_service(service))
-        .register_service(create_health(Arc::new(Liveness)));
+        .register_service(create_health(Arc::new(Liveness)))
+        .register_service(create_port(Arc::new(Ports::default())));
     server.start().await.map_err(Error::failed("serving"))?;
     transport::serve_log(params);
     transport::tell_ready(params);

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use agent_api::agent_ttrpc::AgentServiceClient;
+use agent_api::port_ttrpc::PortClient;
 use agent_api::ports;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::{Client, transport::Socket};
@@ -64,6 +65,7 @@ impl VmWatch {
 #[derive(Clone)]
 pub(crate) struct AgentClient {
     client: AgentServiceClient,
+    ports: PortClient,
     vm: VmWatch,
     deadline: Duration,
 }
@@ -97,8 +99,11 @@ impl AgentClient {
             limit: dial,
             console: vm.console_tail(),
         })??;
-        let client = AgentServiceClient::new(Client::new(Socket::new(stream)));
-        Ok(Self { client, vm, deadline })
+        Ok(Self::on(Client::new(Socket::new(stream)), vm, deadline))
+    }
+
+    fn on(client: Client, vm: VmWatch, deadline: Duration) -> Self {
+        Self { client: AgentServiceClient::new(client.clone()), ports: PortClient::new(client), vm, deadline }
     }
 
     /// One call with the usual deadline. `what` is for errors.
@@ -123,9 +128,29 @@ impl AgentClient {
     where
         F: Future<Output = ttrpc::Result<T>>,
     {
-        // the limit is kept here, by the host's clock: the guest's may run differently, and its agent would drop a call
-        // half done
-        let answer = call(&self.client, Context::default());
+        self.within(what, limit, call(&self.client, Context::default())).await
+    }
+
+    /// One call about a connection to a port of the guest. Such a call may take for as long as its other end likes.
+    pub(crate) async fn port_call<'a, T, F>(
+        &'a self,
+        what: &str,
+        call: impl FnOnce(&'a PortClient, Context) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        self.within(what, None, call(&self.ports, Context::default())).await
+    }
+
+    /// The limit is kept here, by the host's clock: the guest's may run differently, and its agent would drop a call half
+    /// done.
+    async fn within<T>(
+        &self,
+        what: &str,
+        limit: Option<Duration>,
+        answer: impl Future<Output = ttrpc::Result<T>>,
+    ) -> Result<T, Error> {
         let expired = async {
             match limit {
                 Some(limit) => tokio::time::sleep(limit).await,

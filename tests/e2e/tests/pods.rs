@@ -215,10 +215,13 @@ const ECHO: &str = r#"
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
-int main(void) {
+int main(int arguments, char **all_arguments) {
+    (void)all_arguments;
     struct pollfd all[1024];
     int count = 1;
     struct sockaddr_in at = {.sin_family = AF_INET, .sin_port = htons(9090)};
+    /* with any argument on the loopback interface only */
+    if (arguments > 1) at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     all[0].fd = socket(AF_INET, SOCK_STREAM, 0);
     all[0].events = POLLIN;
     if (bind(all[0].fd, (struct sockaddr *)&at, sizeof at) || listen(all[0].fd, 1024)) return 1;
@@ -244,16 +247,20 @@ int main(void) {
 }
 "#;
 
+/// What brings the program into a container.
+fn echo_mount(cri: &Cri<'_>) -> Result<Value> {
+    let program = compile(cri.node.dir(), "echo-server", ECHO)?;
+    let path = cri.node.dir().join("echo");
+    std::fs::write(&path, program)?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    Ok(json!({"mounts": [{"container_path": "/echo", "host_path": path, "readonly": true}]}))
+}
+
 #[test]
 fn two_hundred_connections_pass_at_once() -> Result<()> {
     with_pods(|cri| {
-        let program = compile(cri.node.dir(), "echo-server", ECHO)?;
-        let path = cri.node.dir().join("echo");
-        std::fs::write(&path, program)?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
-        let mounts = json!({"mounts": [{"container_path": "/echo", "host_path": path, "readonly": true}]});
         let pod = cri.run_pod(Runtime::Kata, "many", &none())?;
-        let one = cri.run(&pod, "one", &["/echo"], &mounts)?;
+        let one = cri.run(&pod, "one", &["/echo"], &echo_mount(cri)?)?;
         cri.logs_with(&one, "up")?;
         let (v4, _) = cri.addresses(&pod)?;
         let mut all = Vec::new();
@@ -377,9 +384,9 @@ fn a_port_is_forwarded() -> Result<()> {
         for runtime in BOTH {
             let pod = cri.run_pod(runtime, &format!("forward-{}", runtime.tag()), &none())?;
             // on the pod's loopback only, where nobody else could reach it
-            let server = ["sh", "-c", "nc -ll -s 127.0.0.1 -p 8080 -e cat"];
-            cri.run(&pod, "server", &server, &none())?;
-            let mut forward = cri.crictl(["port-forward", &pod.id, "28081:8080"]).spawn()?;
+            let server = cri.run(&pod, "server", &["/echo", "local"], &echo_mount(cri)?)?;
+            cri.logs_with(&server, "up")?;
+            let mut forward = cri.crictl(["port-forward", &pod.id, "28081:9090"]).spawn()?;
             let mut shown = String::new();
             let mut out = std::io::BufReader::new(forward.stdout.take().context("stdout")?);
             std::io::BufRead::read_line(&mut out, &mut shown)?;

@@ -3,9 +3,11 @@
 //! `scan` reads, `tcfilter` joins a link with a tap, `guest` tells the agent. Everything is netlink; no program is run.
 //! A namespace without an interface costs one look, a container without a namespace path not even that.
 
+mod forward;
 mod guest;
 mod netns;
 mod scan;
+mod steer;
 mod tap;
 mod tcfilter;
 
@@ -16,11 +18,13 @@ use config::Internetworking;
 use hypervisor::NetDevice;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
+pub(crate) use forward::Forwarding;
 pub(crate) use guest::configure;
 use netns::{Identity, NetworkNamespace};
 use scan::{Found, Kind, Link};
 
 use crate::Error;
+use crate::agent_client::AgentClient;
 use crate::cleanup::{RunDir, Step};
 
 /// What the VM gets, and what the guest is told.
@@ -107,6 +111,11 @@ async fn join(
 /// As Kata names them; far below the kernel's 15 characters.
 fn tap_name(number: usize) -> String {
     format!("tap{number}_kata")
+}
+
+/// Lets ports of the pod be reached from inside its namespace; `None` for a pod without one.
+pub(crate) fn forward(spec: &Spec, agent: &AgentClient) -> Option<Forwarding> {
+    Some(forward::start(namespace_path(spec)?, agent.clone()))
 }
 
 fn namespace_path(spec: &Spec) -> Option<PathBuf> {

@@ -82,6 +82,15 @@ impl NetworkNamespace {
         answer.try_recv().unwrap_or_else(|_| Err(lost()))
     }
 
+    /// Runs `work` inside; it gets the namespace's file.
+    pub(crate) async fn within_plainly<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&File) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        let own = self.file.try_clone().map_err(Error::host(self.path.display().to_string()))?;
+        self.within(|_| async move { Ok(work(&own)) }).await
+    }
+
     fn spawn<T, W, F>(&self, work: W) -> Result<(JoinHandle<()>, Answer<T>), Error>
     where
         T: Send + 'static,

@@ -74,6 +74,8 @@ struct Host {
     vm: Box<dyn Vm>,
     share: Share,
     run: RunDir,
+    /// Ends with the sandbox.
+    forwarding: Option<crate::network::Forwarding>,
 }
 
 impl Sandbox {

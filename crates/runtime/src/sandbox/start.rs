@@ -50,6 +50,7 @@ impl Sandbox {
         match booted {
             Ok((vm, share, agent, container)) => {
                 let pid = vm.pid();
+                let forwarding = if role == Role::Sandbox { network::forward(&oci, &agent) } else { None };
                 let containers = HashMap::from([(first.id.clone(), Slot::Made(Arc::new(container)))]);
                 let inner = Arc::new(Inner {
                     env,
@@ -58,7 +59,7 @@ impl Sandbox {
                     containers: Mutex::new(containers),
                     events,
                     shm,
-                    host: tokio::sync::Mutex::new(Some(Host { vm, share, run })),
+                    host: tokio::sync::Mutex::new(Some(Host { vm, share, run, forwarding })),
                 });
                 watch::virtiofsd(&inner).await;
                 watch::memory(&inner);

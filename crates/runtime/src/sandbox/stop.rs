@@ -11,6 +11,9 @@ use crate::Error;
 /// The guest writes its caches back, the VM ends, the journal is undone.
 pub(super) async fn stop(inner: &Arc<Inner>) -> Result<(), Error> {
     let Some(mut host) = inner.host.lock().await.take() else { return Ok(()) };
+    if let Some(forwarding) = host.forwarding.take() {
+        forwarding.stop().await;
+    }
     let alive = host.vm.exit().borrow().is_none();
     if alive {
         let goodbye = inner
