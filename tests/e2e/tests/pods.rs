@@ -247,20 +247,19 @@ int main(int arguments, char **all_arguments) {
 }
 "#;
 
-/// What brings the program into a container.
-fn echo_mount(cri: &Cri<'_>) -> Result<Value> {
-    let program = compile(cri.node.dir(), "echo-server", ECHO)?;
-    let path = cri.node.dir().join("echo");
-    std::fs::write(&path, program)?;
+/// What brings a program into a container, at the top of its root.
+fn program_mount(cri: &Cri<'_>, name: &str, text: &str) -> Result<Value> {
+    let path = cri.node.dir().join(name);
+    std::fs::write(&path, compile(cri.node.dir(), &format!("{name}-program"), text)?)?;
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
-    Ok(json!({"mounts": [{"container_path": "/echo", "host_path": path, "readonly": true}]}))
+    Ok(json!({"mounts": [{"container_path": format!("/{name}"), "host_path": path, "readonly": true}]}))
 }
 
 #[test]
 fn two_hundred_connections_pass_at_once() -> Result<()> {
     with_pods(|cri| {
         let pod = cri.run_pod(Runtime::Kata, "many", &none())?;
-        let one = cri.run(&pod, "one", &["/echo"], &echo_mount(cri)?)?;
+        let one = cri.run(&pod, "one", &["/echo"], &program_mount(cri, "echo", ECHO)?)?;
         cri.logs_with(&one, "up")?;
         let (v4, _) = cri.addresses(&pod)?;
         let mut all = Vec::new();
@@ -345,12 +344,37 @@ fn frames_of_every_size_pass() -> Result<()> {
     Ok(())
 }
 
+/// Sends "kata\n" over and over, in large pieces: what busybox has would measure its own small ones.
+const SOURCE: &str = r#"
+#include <arpa/inet.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <unistd.h>
+int main(int count, char **arguments) {
+    static char text[5 * 65536];
+    if (count != 4) return 1;
+    for (size_t i = 0; i < sizeof text; i++) text[i] = "kata\n"[i % 5];
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(atoi(arguments[2]))};
+    int there = socket(AF_INET, SOCK_STREAM, 0);
+    if (inet_pton(AF_INET, arguments[1], &to.sin_addr) != 1) return 2;
+    if (connect(there, (struct sockaddr *)&to, sizeof to)) return 3;
+    size_t at = 0, left = strtoull(arguments[3], 0, 10);
+    while (left > 0) {
+        size_t most = sizeof text - at % sizeof text;
+        ssize_t sent = write(there, text + at % sizeof text, most < left ? most : left);
+        if (sent <= 0) return 4;
+        at += sent;
+        left -= sent;
+    }
+}
+"#;
+
 #[test]
 fn a_gibibyte_through_one_stream_is_intact() -> Result<()> {
     const SIZE: u64 = 1 << 30;
     with_pods(|cri| {
         let pod = cri.run_pod(Runtime::Kata, "stream", &none())?;
-        let one = cri.run(&pod, "one", &FOREVER, &none())?;
+        let one = cri.run(&pod, "one", &FOREVER, &program_mount(cri, "source", SOURCE)?)?;
         let listener = TcpListener::bind((HOST.0, 0))?;
         let port = listener.local_addr()?.port();
         let receiver = std::thread::spawn(move || -> Result<(u64, u64)> {
@@ -370,8 +394,8 @@ fn a_gibibyte_through_one_stream_is_intact() -> Result<()> {
                 }
             }
         });
-        let script = format!("yes kata | head -c {SIZE} | nc {} {port}", HOST.0);
-        cri.crictl(["exec", "--sync", &one, "sh", "-c", &script]).limit(Duration::from_secs(300)).output()?.ok()?;
+        let arguments = ["exec", "--sync", &one, "/source", HOST.0, &port.to_string(), &SIZE.to_string()];
+        cri.crictl(arguments).limit(Duration::from_secs(300)).output()?.ok()?;
         let (size, wrong) = receiver.join().ok().context("the receiver")??;
         ensure!(size == SIZE && wrong == 0, "{size} bytes of {SIZE}, {wrong} of them wrong");
         cri.remove(&pod)
@@ -384,7 +408,7 @@ fn a_port_is_forwarded() -> Result<()> {
         for runtime in BOTH {
             let pod = cri.run_pod(runtime, &format!("forward-{}", runtime.tag()), &none())?;
             // on the pod's loopback only, where nobody else could reach it
-            let server = cri.run(&pod, "server", &["/echo", "local"], &echo_mount(cri)?)?;
+            let server = cri.run(&pod, "server", &["/echo", "local"], &program_mount(cri, "echo", ECHO)?)?;
             cri.logs_with(&server, "up")?;
             let mut forward = cri.crictl(["port-forward", &pod.id, "28081:9090"]).spawn()?;
             let mut shown = String::new();
