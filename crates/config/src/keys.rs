@@ -151,6 +151,7 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
             runtime.create_container_timeout = Duration::from_secs(number(entry, 1, 86_400)?);
         }
         "runtime.enable_debug" => runtime.enable_debug = truth(entry)?,
+        "runtime.sandbox_cgroup_only" => runtime.sandbox_cgroup_only = truth(entry)?,
         "runtime.internetworking_model" => {
             if text(entry)? == "macvtap" {
                 return Err(refuse(entry, "is not supported yet: remove it or set it to \"tcfilter\" or \"none\""));
@@ -317,6 +318,7 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "runtime.enable_debug",
     "runtime.disable_guest_seccomp",
     "runtime.internetworking_model",
+    "runtime.sandbox_cgroup_only",
 ];
 
 #[cfg(test)]

@@ -144,7 +144,6 @@ const ROWS: &[Row] = &[
     ("runtime.jaeger_user", &["*"]),
     ("runtime.jaeger_password", &["*"]),
     ("runtime.disable_new_netns", &["false"]),
-    ("runtime.sandbox_cgroup_only", &["false", "true"]),
     ("runtime.static_sandbox_resource_mgmt", &["true", "false"]),
     ("runtime.sandbox_bind_mounts", &["[]"]),
     ("runtime.vfio_mode", &["*"]),

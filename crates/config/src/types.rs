@@ -137,6 +137,9 @@ pub struct Runtime {
     pub disable_guest_seccomp: bool,
     /// How the pod's interfaces get into the VM.
     pub internetworking: Internetworking,
+    /// `true`: the whole VM counts for the pod's cgroup on the host; `false`: its processors only. Kata's Go runtime has
+    /// `false`, its Rust runtime `true`, which is what a pod's overhead in Kubernetes is for.
+    pub sandbox_cgroup_only: bool,
     /// How long making a container may take.
     pub create_container_timeout: Duration,
 }
@@ -181,6 +184,7 @@ impl Default for Runtime {
             enable_debug: false,
             disable_guest_seccomp: false,
             internetworking: Internetworking::default(),
+            sandbox_cgroup_only: true,
             create_container_timeout: Duration::from_secs(60),
         }
     }

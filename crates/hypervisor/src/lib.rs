@@ -45,6 +45,12 @@ pub trait Vm: Send + Sync {
     /// The VMM's process.
     fn pid(&self) -> u32;
 
+    /// The threads that run the guest's processors, by their ids on the host.
+    ///
+    /// # Errors
+    /// As [`Vm::pause`].
+    async fn vcpu_threads(&self) -> Result<Vec<u32>, Error>;
+
     /// How the guest's instructions run, for messages: `kvm` or `tcg`.
     fn accelerator(&self) -> &'static str;
 

@@ -33,6 +33,10 @@ pub enum Step {
     Mounts(PathBuf),
     /// A folder of mount points: only empty folders and empty files in it are removed, never anybody's data.
     Staging(PathBuf),
+    /// A cgroup of the host: what is in it is killed, then it is removed.
+    Cgroup(PathBuf),
+    /// A folder above one, for as long as there are others in it.
+    CgroupParent(PathBuf),
     /// An interface of the pod whose traffic goes to the VM.
     Redirection {
         /// The network namespace's file.
@@ -55,6 +59,15 @@ impl Step {
             Self::Process { pid, started } => kill(*pid, *started),
             Self::Mounts(path) => unmount_tree(path),
             Self::Staging(path) => remove_mount_points(path),
+            Self::Cgroup(path) => remove_cgroup(path),
+            Self::CgroupParent(path) => match fs::remove_dir(path) {
+                Err(error)
+                    if ![libc::ENOTEMPTY, libc::EBUSY, libc::ENOENT].contains(&error.raw_os_error().unwrap_or(0)) =>
+                {
+                    Err(error)
+                }
+                _ => Ok(()),
+            },
             Self::Redirection { namespace, identity, interface } => {
                 crate::network::disconnect(namespace, *identity, interface)
             }
@@ -239,6 +252,19 @@ fn kill(pid: u32, started: u64) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::TimedOut, format!("process {pid} does not end")));
     }
     Ok(())
+}
+
+/// The helpers of a helper have no step of their own.
+fn remove_cgroup(path: &Path) -> io::Result<()> {
+    for pid in fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default().lines().flat_map(str::parse) {
+        if let Some(started) = start_time(pid) {
+            kill(pid, started)?;
+        }
+    }
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Unmounts everything at or below `path`, the newest first.

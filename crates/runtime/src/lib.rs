@@ -4,6 +4,7 @@
 //! talks to the guest through the agent's protocol and to VMMs through the `hypervisor` crate.
 
 mod agent_client;
+mod cgroup;
 pub mod cleanup;
 mod container;
 mod error;

@@ -89,12 +89,11 @@ pub(crate) fn settings(dir: &Path) -> String {
         dir.join("cni").display().to_string(),
     );
     for runtime in crate::BOTH {
-        text += &format!(
-            "[{cri}.containerd.runtimes.{}]\nruntime_type = {:?}\nprivileged_without_host_devices = {}\n",
-            runtime.tag(),
-            runtime.name(),
-            runtime == Runtime::Kata
-        );
+        let (tag, name, guest_only) = (runtime.tag(), runtime.name(), runtime == Runtime::Kata);
+        let table = format!("[{cri}.containerd.runtimes.{tag}]");
+        text +=
+            &[table, format!("runtime_type = {name:?}"), format!("privileged_without_host_devices = {guest_only}\n")]
+                .join("\n");
     }
     text
 }
@@ -208,7 +207,7 @@ impl Cri<'_> {
 
     /// The container's log once it has `text`.
     pub fn logs_with(&self, container: &str, text: &str) -> Result<String> {
-        self.until(|| {
+        Self::until(|| {
             let logs = self.crictl(["logs", container]).output()?.ok()?;
             let all = format!("{}\n{}", logs.text(), logs.stderr);
             Ok((all.contains(text), all))
@@ -217,14 +216,14 @@ impl Cri<'_> {
 
     /// What `inspect` shows once the container has ended.
     pub fn wait_exited(&self, container: &str) -> Result<String> {
-        self.until(|| {
+        Self::until(|| {
             let shown = self.say(["inspect", container])?;
             Ok((shown.contains("CONTAINER_EXITED"), shown))
         })
     }
 
     /// CRI tells such things only to those who ask.
-    fn until(&self, ask: impl Fn() -> Result<(bool, String)>) -> Result<String> {
+    fn until(ask: impl Fn() -> Result<(bool, String)>) -> Result<String> {
         let end = Instant::now() + Duration::from_secs(20);
         loop {
             match ask()? {

@@ -82,14 +82,19 @@ impl Install {
 
     /// The installed configuration with keys of `[hypervisor.qemu]` set to other values, as text.
     pub fn config_with(&self, changes: &[(&str, toml::Value)]) -> Result<String> {
+        self.config_table_with("hypervisor.qemu", changes)
+    }
+
+    /// As `config_with`, of another table.
+    pub fn config_table_with(&self, name: &str, changes: &[(&str, toml::Value)]) -> Result<String> {
         let mut table = self.config_table()?;
-        let qemu = table
-            .get_mut("hypervisor")
-            .and_then(|t| t.get_mut("qemu"))
-            .and_then(toml::Value::as_table_mut)
-            .context("the installed configuration has no [hypervisor.qemu]")?;
+        let mut at = &mut table;
+        for part in name.split('.') {
+            let inner = at.get_mut(part).and_then(toml::Value::as_table_mut);
+            at = inner.with_context(|| format!("the installed configuration has no [{name}]"))?;
+        }
         for (key, value) in changes {
-            qemu.insert((*key).to_owned(), value.clone());
+            at.insert((*key).to_owned(), value.clone());
         }
         Ok(table.to_string())
     }

@@ -123,9 +123,10 @@ impl Node {
             }
         };
         let at = |name: &str| dir.path().join(name).display().to_string();
-        let (disabled, more) = match setup.cri {
-            true => ("", crate::cri::settings(dir.path())),
-            false => ("disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n", String::new()),
+        let (disabled, more) = if setup.cri {
+            ("", crate::cri::settings(dir.path()))
+        } else {
+            ("disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n", String::new())
         };
         let text = format!(
             "version = 2\nroot = {:?}\nstate = {:?}\n{disabled}[grpc]\naddress = {:?}\n[debug]\nlevel = \"debug\"\n{more}",

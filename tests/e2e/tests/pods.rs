@@ -7,6 +7,7 @@ use e2e::{
     BOTH, NodeSetup, Runtime,
     compile::compile,
     cri::{Cri, HOST, Network, with_cri},
+    install::Install,
     processes,
     pty::Terminal,
 };
@@ -16,6 +17,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
     os::{fd::AsRawFd as _, unix::fs::PermissionsExt as _},
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -146,6 +148,57 @@ fn crictl_works_as_with_runc() -> Result<()> {
         ensure!(seen[0] == seen[1], "runc {:?}, kata {:?}", seen[0], seen[1]);
         Ok(())
     })
+}
+
+/// Where a tree of cgroup version 1, or the one tree of version 2, has its folders.
+fn cgroup_tree(controller: &str) -> PathBuf {
+    let old = Path::new("/sys/fs/cgroup").join(controller);
+    if old.is_dir() { old } else { "/sys/fs/cgroup".into() }
+}
+
+/// Commands of what runs in a cgroup.
+fn commands_in(folder: &Path) -> Result<String> {
+    let processes =
+        std::fs::read_to_string(folder.join("cgroup.procs")).with_context(|| folder.display().to_string())?;
+    let command = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    Ok(processes.lines().map(command).collect())
+}
+
+#[test]
+fn a_pod_counts_for_its_cgroup() -> Result<()> {
+    const PARENT: &str = "/kata-e2e-parent";
+    let everything = |cri: &Cri<'_>| -> Result<()> {
+        let placed = json!({"linux": {"cgroup_parent": PARENT}});
+        let pod = cri.run_pod(Runtime::Kata, "counts", &placed)?;
+        let one = cri.run(&pod, "one", &FOREVER, &none())?;
+        let folder = cgroup_tree("memory").join(&PARENT[1..]).join(&pod.id);
+        let commands = commands_in(&folder)?;
+        ensure!(commands.contains("qemu-system") && commands.contains("virtiofsd"), "{commands}");
+        let stats: Value = serde_json::from_str(&cri.say(["statsp", "-o", "json", "--id", &pod.id])?)?;
+        let memory = stats.pointer("/stats/0/linux/memory/workingSetBytes/value").map(ToString::to_string);
+        let memory: u64 = memory.with_context(|| stats.to_string())?.trim_matches('"').parse()?;
+        ensure!(memory > 20 << 20, "the whole VM takes {memory} bytes: {stats}");
+        ensure!(stats.to_string().contains(&one), "{one} is not in {stats}");
+        cri.remove(&pod)?;
+        ensure!(!folder.exists() && !cgroup_tree("memory").join(&PARENT[1..]).exists(), "{folder:?} is left");
+        Ok(())
+    };
+    with_pods(everything)?;
+    let processors = |cri: &Cri<'_>| -> Result<()> {
+        let pod = cri.run_pod(Runtime::Kata, "apart", &json!({"linux": {"cgroup_parent": PARENT}}))?;
+        let overhead = cgroup_tree("memory").join("kata_overhead").join(&pod.id);
+        let commands = commands_in(&overhead)?;
+        ensure!(commands.contains("qemu-system") && commands.contains("virtiofsd"), "{commands}");
+        let threads = std::fs::read_to_string(cgroup_tree("cpu").join(&PARENT[1..]).join(&pod.id).join("tasks"))?;
+        ensure!(threads.lines().count() == 1, "threads of the pod's one processor: {threads:?}");
+        cri.remove(&pod)
+    };
+    if !cgroup_tree("cpu").join("tasks").exists() {
+        println!("skipped: threads of a VM apart: this host has no cgroup version 1");
+        return Ok(());
+    }
+    let config = Install::locate()?.config_table_with("runtime", &[("sandbox_cgroup_only", false.into())])?;
+    with_cri(NodeSetup { config: Some(config), ..NodeSetup::default() }, Network::default(), processors)
 }
 
 #[test]

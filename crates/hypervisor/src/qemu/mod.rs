@@ -246,6 +246,12 @@ impl Vm for QemuVm {
         }
     }
 
+    async fn vcpu_threads(&self) -> Result<Vec<u32>, Error> {
+        let answer = self.qmp.execute("query-cpus-fast", json!({})).await?;
+        let id = |cpu: &serde_json::Value| u32::try_from(cpu.get("thread-id")?.as_u64()?).ok();
+        Ok(answer.as_array().into_iter().flatten().filter_map(id).collect())
+    }
+
     async fn pause(&self) -> Result<(), Error> {
         self.qmp.execute("stop", json!({})).await.map(drop)
     }

@@ -13,6 +13,7 @@ use tokio::sync::{Notify, mpsc};
 
 use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, resolver, watch};
 use crate::agent_client::{AgentClient, VmWatch};
+use crate::cgroup::{HostCgroup, Members};
 use crate::cleanup::RunDir;
 use crate::container::{ContainerSpec, create, spec};
 use crate::pod::{Limits, Role};
@@ -44,7 +45,8 @@ impl Sandbox {
         let mut run = RunDir::create(&sandbox.run_dir, &first.bundle)
             .map_err(Error::host(format!("run folder {}", sandbox.run_dir.display())))?;
         let booted = tokio::select! {
-            booted = boot(&env, &sandbox, (&first, &oci), shm.as_ref(), &mut run, trace) => booted,
+            // large, and waited for once
+            booted = Box::pin(boot(&env, &sandbox, (&first, &oci), shm.as_ref(), &mut run, trace)) => booted,
             () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
         };
         match booted {
@@ -91,6 +93,7 @@ async fn boot(
     if !network.found.is_empty() {
         trace.step("network-connected");
     }
+    let cgroup = host_cgroup(&env.config, sandbox, oci, run)?;
     let (share, socket) = Share::start(config, run)?;
     trace.step("virtiofsd-started");
     let limits = Limits::of(oci, &Role::of_spec(oci)?);
@@ -106,6 +109,15 @@ async fn boot(
     let pid = vm.pid();
     let vm_watch = VmWatch::new(vm.as_ref());
     let channel = vm.take_channel().ok_or_else(|| Error::Unsupported("the VM has no serial channel".into()))?;
+    let processes = vec![pid, share.daemon.pid()];
+    // the kernel takes its time, and the guest needs none of it
+    let counted = async {
+        let Some(cgroup) = cgroup else { return Ok(()) };
+        let vcpus = if cgroup.parts_vcpus() { vm.vcpu_threads().await? } else { Vec::new() };
+        tokio::task::spawn_blocking(move || cgroup.attach(&Members { processes, vcpus }))
+            .await
+            .unwrap_or_else(|error| Err(Error::host("the pod's cgroup")(std::io::Error::other(error))))
+    };
     let guest = async {
         let agent = AgentClient::over_serial(
             channel,
@@ -128,15 +140,29 @@ async fn boot(
         Ok::<_, Error>((agent, container))
     };
     let mut daemon = share.daemon.exit();
-    let (agent, container) = tokio::select! {
+    let ((agent, container), ()) = tokio::select! {
         biased;
-        made = guest => made?,
+        made = async { tokio::try_join!(guest, counted) } => made?,
         end = daemon.wait_for(Option::is_some) => {
             let reason = end.ok().and_then(|end| end.as_ref().map(ToString::to_string)).unwrap_or_default();
             return Err(Error::VmGone { what: "starting the guest".into(), reason, console: String::new() });
         }
     };
     Ok((vm, share, agent, container))
+}
+
+/// Where the pod counts on the host; `None` for one that names no place.
+fn host_cgroup(
+    config: &config::Config,
+    sandbox: &SandboxSpec,
+    oci: &Spec,
+    run: &mut RunDir,
+) -> Result<Option<HostCgroup>, Error> {
+    let path = oci.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
+    match path.and_then(|path| path.to_str()).filter(|path| !path.is_empty()) {
+        Some(path) => HostCgroup::create(path, sandbox.id.as_str(), config.runtime.sandbox_cgroup_only, run),
+        None => Ok(None),
+    }
 }
 
 fn vm_spec(env: &Env, sandbox: &SandboxSpec, limits: Limits, socket: OwnedFd, network: Vec<NetDevice>) -> VmSpec {
