@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, umount2};
@@ -18,6 +19,9 @@ use serde::{Deserialize, Serialize};
 
 /// Largest journal that is read, bytes.
 const JOURNAL_LIMIT: u64 = 1 << 20;
+
+/// How long an ended process may stay in its cgroup: the kernel's own time for freeing it, on a machine with no time left.
+const CGROUP_LIMIT: Duration = Duration::from_secs(5);
 
 /// One thing on the host, and thereby how it goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,19 +153,29 @@ impl RunDir {
 /// # Errors
 /// `ResourceBusy` when a living shim holds the folder; else the first step that failed, after all were tried.
 pub fn clean(path: &Path) -> io::Result<()> {
-    let lock = match File::options().read(true).open(path.join("owner")) {
-        Ok(lock) => Some(lock),
+    clean_when_free(path, FlockArg::LockExclusiveNonblock)
+}
+
+fn clean_when_free(path: &Path, how: FlockArg) -> io::Result<()> {
+    let at = path.join("owner");
+    let _lock = match File::options().read(true).open(&at) {
+        Ok(file) => match Flock::lock(file, how) {
+            Ok(lock) => {
+                // while this waited, another may have cleaned it and a third made it anew
+                let same = fs::metadata(&at).is_ok_and(|now| lock.metadata().is_ok_and(|own| own.ino() == now.ino()));
+                if !same && at.exists() {
+                    return Ok(());
+                }
+                Some(lock)
+            }
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+                let by = owner(path).map(|owner| format!(" by shim process {}", owner.pid)).unwrap_or_default();
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, format!("{} is in use{by}", path.display())));
+            }
+            Err((_, errno)) => return Err(errno.into()),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(error),
-    };
-    let _lock = match lock.map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock)) {
-        Some(Err((_, nix::errno::Errno::EWOULDBLOCK))) => {
-            let by = owner(path).map(|owner| format!(" by shim process {}", owner.pid)).unwrap_or_default();
-            return Err(io::Error::new(io::ErrorKind::ResourceBusy, format!("{} is in use{by}", path.display())));
-        }
-        Some(Err((_, errno))) => return Err(errno.into()),
-        Some(Ok(lock)) => Some(lock),
-        None => None,
     };
     let steps = match File::open(path.join("journal")) {
         Ok(file) => io::read_to_string(io::Read::take(file, JOURNAL_LIMIT))?
@@ -180,7 +194,8 @@ pub fn owner(path: &Path) -> Option<Owner> {
     serde_json::from_slice(&fs::read(path.join("owner")).ok()?).ok()
 }
 
-/// Kills the owner and waits until it is gone, then cleans.
+/// Kills the owner and waits until it is gone, then cleans; another who does that at the same time is waited for
+/// (containerd calls `delete` twice when it finds a shim that ends while it is being loaded).
 ///
 /// # Errors
 /// As [`clean`].
@@ -188,7 +203,7 @@ pub fn evict(path: &Path) -> io::Result<()> {
     if let Some(owner) = owner(path) {
         kill(owner.pid, owner.started)?;
     }
-    clean(path)
+    clean_when_free(path, FlockArg::LockExclusive)
 }
 
 fn run(path: &Path, steps: &[Step]) -> io::Result<()> {
@@ -254,16 +269,23 @@ fn kill(pid: u32, started: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// The helpers of a helper have no step of their own.
+/// The helpers of a helper have no step of their own, so whatever is in it is killed.
 fn remove_cgroup(path: &Path) -> io::Result<()> {
-    for pid in fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default().lines().flat_map(str::parse) {
-        if let Some(started) = start_time(pid) {
-            kill(pid, started)?;
+    let end = Instant::now() + CGROUP_LIMIT;
+    loop {
+        for pid in fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default().lines().flat_map(str::parse) {
+            if let Some(started) = start_time(pid) {
+                kill(pid, started)?;
+            }
         }
-    }
-    match fs::remove_dir(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
+        match fs::remove_dir(path) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < end => {
+                // a process that has ended leaves its cgroup a moment later, of which version 1 tells nobody
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => return Ok(()),
+        }
     }
 }
 
@@ -359,6 +381,35 @@ mod tests {
         clean(&path).expect("cleaned");
         assert!(!path.exists() && root.path().exists());
         clean(&path).expect("again");
+    }
+
+    #[test]
+    fn one_who_cleans_already_is_waited_for() {
+        let root = tempfile::tempdir().expect("a folder");
+        let path = run_dir(root.path()).path().to_owned();
+        // a shim that is dead, and another `delete` that works on its folder
+        let mut owner = owner(&path).expect("written");
+        owner.pid = u32::MAX / 2;
+        fs::write(path.join("owner"), serde_json::to_vec(&owner).expect("text")).expect("written");
+        let other = File::open(path.join("owner")).expect("opened");
+        let other = Flock::lock(other, FlockArg::LockExclusive).map_err(|(_, errno)| errno).expect("locked");
+        let waiting = std::thread::spawn({
+            let path = path.clone();
+            move || evict(&path)
+        });
+        // a line of those who wait begins with an arrow (proc_locks(5))
+        let inode = format!(":{} ", other.metadata().expect("told").ino());
+        let waits = |locks: String| locks.lines().any(|line| line.contains("-> FLOCK") && line.contains(&inode));
+        let end = Instant::now() + Duration::from_secs(10);
+        while !waits(fs::read_to_string("/proc/locks").expect("read")) {
+            assert!(Instant::now() < end && !waiting.is_finished(), "it does not wait");
+            std::thread::yield_now();
+        }
+        fs::remove_dir_all(&path).expect("cleaned");
+        let fresh = run_dir(root.path());
+        drop(other);
+        waiting.join().expect("ended").expect("nothing is left to do");
+        assert!(fresh.path().join("owner").exists(), "a new sandbox's folder");
     }
 
     #[test]
