@@ -1,7 +1,12 @@
 //! The life of a container as `ctr` sees it, with the product and with runc: the same commands, the same answers.
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::{BOTH, Node, Runtime, events::Events, with_every_containerd};
+use e2e::{
+    BOTH, Node, Runtime,
+    events::Events,
+    task_api::{Bundle, Shim},
+    with_every_containerd, with_node,
+};
 use std::time::Duration;
 
 /// A container that does what it is told by signals, and says when it is ready for them.
@@ -121,6 +126,24 @@ fn an_exec_dies_of_term_with_143() -> Result<()> {
             node.remove(id)?;
         }
         Ok(())
+    })
+}
+
+/// Between create and start, where a client that dies leaves it; another then ends and deletes it.
+#[test]
+fn a_container_that_was_not_started_can_be_ended() -> Result<()> {
+    with_node(|node| {
+        let bundle = Bundle::make(node, "unborn", &["sleep", "1000"])?;
+        let shim = Shim::start(node, "unborn", &bundle)?;
+        let ended = (|| {
+            shim.create("unborn")?;
+            shim.kill("unborn", 9)?;
+            let (status, deleted) = (shim.wait("unborn")?, shim.delete("unborn")?);
+            ensure!((status, deleted) == (137, 137), "wait says {status}, delete says {deleted}");
+            Ok(())
+        })();
+        shim.shut_down()?;
+        ended
     })
 }
 
