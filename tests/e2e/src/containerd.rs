@@ -73,10 +73,9 @@ impl Containerd {
     pub(crate) fn settings(self, dir: &Path, cri: bool) -> String {
         let (version, names) = match self {
             Containerd::Debian | Containerd::V1_7 => (2, &["io.containerd.grpc.v1.cri"][..]),
-            Containerd::V2 => (
-                3,
-                &["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images"][..],
-            ),
+            Containerd::V2 => {
+                (3, &["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images"][..])
+            }
         };
         // its socket is the machine's; only 2.x opens it unasked
         let mut disabled = vec!["io.containerd.nri.v1.nri"];

@@ -1,8 +1,6 @@
 //! Pods as Kubernetes makes them: `crictl` against the node's containerd, with CNI's own plugins for the network.
 
-use crate::{
-    Containerd, Node, NodeSetup, Runtime, containerd::client, ctr::Invocation, image, with_node_setup,
-};
+use crate::{Containerd, Node, NodeSetup, Runtime, containerd::client, ctr::Invocation, image, with_node_setup};
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 use std::{
