@@ -21,4 +21,4 @@ pub mod task_api;
 pub use containerd::Containerd;
 pub use containers::{BOTH, Runtime};
 pub use ctr::Outcome;
-pub use node::{Node, NodeSetup, with_every_containerd, with_node, with_node_setup};
+pub use node::{Node, NodeSetup, every_containerd, with_every_containerd, with_node, with_node_setup};

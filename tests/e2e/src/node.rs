@@ -74,10 +74,14 @@ pub fn with_node(test: impl FnOnce(&Node) -> Result<()>) -> Result<()> {
 
 /// Runs `test` on a fresh node of each containerd there is, one after the other, and tells of all that failed.
 pub fn with_every_containerd(test: impl Fn(&Node) -> Result<()>) -> Result<()> {
+    every_containerd(|setup| with_node_setup(setup, &test))
+}
+
+/// Does something for each containerd there is, one after the other, and tells of all that failed.
+pub fn every_containerd(work: impl Fn(NodeSetup) -> Result<()>) -> Result<()> {
     let mut failed = Vec::new();
     for containerd in Containerd::chosen()? {
-        let setup = NodeSetup { containerd, ..NodeSetup::default() };
-        if let Err(error) = with_node_setup(setup, &test) {
+        if let Err(error) = work(NodeSetup { containerd, ..NodeSetup::default() }) {
             failed.push(format!("with containerd {}: {error:#}", containerd.name()));
         }
     }
