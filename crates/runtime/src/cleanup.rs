@@ -14,8 +14,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
-use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
+
+mod mounts;
+
+pub(crate) use mounts::{remove_mount_points, unmount_tree};
 
 /// Largest journal that is read, bytes.
 const JOURNAL_LIMIT: u64 = 1 << 20;
@@ -109,14 +112,7 @@ impl RunDir {
             clean(path)?;
         }
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-        // whose name is in it is known only with the lock
-        let lock = File::options().create(true).truncate(false).write(true).open(path.join("owner"))?;
-        let mut lock =
-            Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| io::Error::from(errno))?;
-        lock.set_len(0)?;
-        let pid = std::process::id();
-        let owner = Owner { pid, started: start_time(pid).unwrap_or_default(), bundle: bundle.to_owned() };
-        lock.write_all(&serde_json::to_vec(&owner)?)?;
+        let lock = claim(path, bundle)?;
         let journal = File::options().create(true).append(true).open(path.join("journal"))?;
         Ok(Self { path: path.to_owned(), journal, _lock: lock, steps: Vec::new() })
     }
@@ -148,35 +144,36 @@ impl RunDir {
     }
 }
 
+/// Writes down and locks whose folder it is, in one step for everybody else: who finds the file knows whom to end.
+fn claim(path: &Path, bundle: &Path) -> io::Result<Flock<File>> {
+    let pid = std::process::id();
+    let owner = Owner { pid, started: start_time(pid).unwrap_or_default(), bundle: bundle.to_owned() };
+    let draft = path.join(format!("owner.{pid}"));
+    let file = File::create(&draft)?;
+    let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| io::Error::from(errno))?;
+    lock.write_all(&serde_json::to_vec(&owner)?)?;
+    // not a rename, which would take another's place
+    let claimed = fs::hard_link(&draft, path.join("owner"));
+    fs::remove_file(&draft)?;
+    claimed.map(|()| lock)
+}
+
 /// Undoes what a dead shim left in `path`; nothing there is success.
 ///
 /// # Errors
 /// `ResourceBusy` when a living shim holds the folder; else the first step that failed, after all were tried.
 pub fn clean(path: &Path) -> io::Result<()> {
-    clean_when_free(path, FlockArg::LockExclusiveNonblock)
+    clean_after(path, None)
 }
 
-fn clean_when_free(path: &Path, how: FlockArg) -> io::Result<()> {
-    let at = path.join("owner");
-    let _lock = match File::options().read(true).open(&at) {
-        Ok(file) => match Flock::lock(file, how) {
-            Ok(lock) => {
-                // while this waited, another may have cleaned it and a third made it anew
-                let same = fs::metadata(&at).is_ok_and(|now| lock.metadata().is_ok_and(|own| own.ino() == now.ino()));
-                if !same && at.exists() {
-                    return Ok(());
-                }
-                Some(lock)
-            }
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-                let by = owner(path).map(|owner| format!(" by shim process {}", owner.pid)).unwrap_or_default();
-                return Err(io::Error::new(io::ErrorKind::ResourceBusy, format!("{} is in use{by}", path.display())));
-            }
-            Err((_, errno)) => return Err(errno.into()),
-        },
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(error),
-    };
+fn clean_after(path: &Path, dead: Option<&Owner>) -> io::Result<()> {
+    let lock = hold(path, dead)?;
+    // between the opening and the lock, another one may have cleaned, and a new shim have come: that is not ours
+    if let Some(lock) = &lock
+        && fs::metadata(path.join("owner")).ok().map(identity) != Some(identity(lock.metadata()?))
+    {
+        return Ok(());
+    }
     let steps = match File::open(path.join("journal")) {
         Ok(file) => io::read_to_string(io::Read::take(file, JOURNAL_LIMIT))?
             .lines()
@@ -189,21 +186,47 @@ fn clean_when_free(path: &Path, how: FlockArg) -> io::Result<()> {
     run(path, &steps)
 }
 
+/// The lock of a folder, if there is one. `dead` is an owner that is known to be gone: who holds the lock in its stead
+/// is cleaning up after it, and is waited for. containerd 1.6 calls `delete` twice at once when it is restarted in a
+/// start, and forgets the next container of that name when the second call fails before the first is through.
+fn hold(path: &Path, dead: Option<&Owner>) -> io::Result<Option<Flock<File>>> {
+    let file = match File::options().read(true).open(path.join("owner")) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => return Ok(Some(lock)),
+        Err((file, nix::errno::Errno::EWOULDBLOCK)) => file,
+        Err((_, errno)) => return Err(errno.into()),
+    };
+    let holder: Option<Owner> = serde_json::from_reader(io::Read::take(&file, JOURNAL_LIMIT)).ok();
+    if dead.is_some() && dead == holder.as_ref() {
+        return Flock::lock(file, FlockArg::LockExclusive).map(Some).map_err(|(_, errno)| errno.into());
+    }
+    let by = holder.map(|owner| format!(" by shim process {}", owner.pid)).unwrap_or_default();
+    Err(io::Error::new(io::ErrorKind::ResourceBusy, format!("{} is in use{by}", path.display())))
+}
+
+/// What tells two files of the same name apart.
+#[allow(clippy::needless_pass_by_value, reason = "the shape that map wants")]
+fn identity(meta: fs::Metadata) -> (u64, u64) {
+    (meta.dev(), meta.ino())
+}
+
 /// Who holds, or held, the folder.
 pub fn owner(path: &Path) -> Option<Owner> {
     serde_json::from_slice(&fs::read(path.join("owner")).ok()?).ok()
 }
 
-/// Kills the owner and waits until it is gone, then cleans; another who does that at the same time is waited for
-/// (containerd calls `delete` twice when it finds a shim that ends while it is being loaded).
+/// Kills the owner and waits until it is gone, then cleans.
 ///
 /// # Errors
 /// As [`clean`].
 pub fn evict(path: &Path) -> io::Result<()> {
-    if let Some(owner) = owner(path) {
-        kill(owner.pid, owner.started)?;
-    }
-    clean_when_free(path, FlockArg::LockExclusive)
+    let Some(owner) = owner(path) else { return clean(path) };
+    kill(owner.pid, owner.started)?;
+    clean_after(path, Some(&owner))
 }
 
 fn run(path: &Path, steps: &[Step]) -> io::Result<()> {
@@ -289,74 +312,6 @@ fn remove_cgroup(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Unmounts everything at or below `path`, the newest first.
-pub(crate) fn unmount_tree(path: &Path) -> io::Result<()> {
-    for point in mount_points(path)?.into_iter().rev() {
-        match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-            // gone already: propagation may have taken it with another
-            Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(())
-}
-
-/// Mount points at or below `path`, in the order in which they were mounted (proc_pid_mountinfo(5)).
-fn mount_points(path: &Path) -> io::Result<Vec<PathBuf>> {
-    let table = fs::read_to_string("/proc/self/mountinfo")?;
-    Ok(table
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|point| PathBuf::from(unescape(point)))
-        .filter(|point| point.starts_with(path))
-        .collect())
-}
-
-/// mountinfo writes space, tab, newline and backslash as three octal digits.
-fn unescape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(at) = rest.find('\\') {
-        out.push_str(&rest[..at]);
-        let code = rest.get(at + 1..at + 4).and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        if let Some(code) = code {
-            out.push(char::from(code));
-            rest = &rest[at + 4..];
-        } else {
-            out.push('\\');
-            rest = &rest[at + 1..];
-        }
-    }
-    out + rest
-}
-
-/// Removes empty folders and empty files on one file system; anything else stays and is an error.
-pub(crate) fn remove_mount_points(path: &Path) -> io::Result<()> {
-    let meta = match fs::symlink_metadata(path) {
-        Ok(meta) => meta,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    remove_empty(path, &meta, meta.dev())
-}
-
-fn remove_empty(path: &Path, meta: &fs::Metadata, device: u64) -> io::Result<()> {
-    if meta.dev() != device {
-        return Err(io::Error::other(format!("{} is still mounted", path.display())));
-    }
-    if meta.is_dir() {
-        for entry in fs::read_dir(path)? {
-            let entry = entry?;
-            remove_empty(&entry.path(), &entry.metadata()?, device)?;
-        }
-        return fs::remove_dir(path);
-    }
-    if meta.is_file() && meta.len() == 0 {
-        return fs::remove_file(path);
-    }
-    Err(io::Error::other(format!("{} is not a mount point of ours", path.display())))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -383,33 +338,37 @@ mod tests {
         clean(&path).expect("again");
     }
 
+    /// Two cleaners at once; while the second waits, the first is through and a new shim has taken the place.
     #[test]
-    fn one_who_cleans_already_is_waited_for() {
+    fn the_second_cleaner_waits_and_leaves_a_new_owner_alone() {
         let root = tempfile::tempdir().expect("a folder");
-        let path = run_dir(root.path()).path().to_owned();
-        // a shim that is dead, and another `delete` that works on its folder
-        let mut owner = owner(&path).expect("written");
-        owner.pid = u32::MAX / 2;
-        fs::write(path.join("owner"), serde_json::to_vec(&owner).expect("text")).expect("written");
-        let other = File::open(path.join("owner")).expect("opened");
-        let other = Flock::lock(other, FlockArg::LockExclusive).map_err(|(_, errno)| errno).expect("locked");
-        let waiting = std::thread::spawn({
+        let path = root.path().join("ns@c1");
+        fs::create_dir(&path).expect("made");
+        // no process has such an id
+        let dead = Owner { pid: u32::try_from(i32::MAX).expect("fits"), started: 1, bundle: "/bundle".into() };
+        fs::write(path.join("owner"), serde_json::to_vec(&dead).expect("written")).expect("written");
+        let first = File::open(path.join("owner")).expect("opened");
+        let inode = first.metadata().expect("seen").ino();
+        let first = Flock::lock(first, FlockArg::LockExclusiveNonblock).expect("locked");
+        clean(&path).expect_err("who does not know that the owner is dead is told");
+        let second = std::thread::spawn({
             let path = path.clone();
             move || evict(&path)
         });
-        // a line of those who wait begins with an arrow (proc_locks(5))
-        let inode = format!(":{} ", other.metadata().expect("told").ino());
-        let waits = |locks: String| locks.lines().any(|line| line.contains("-> FLOCK") && line.contains(&inode));
-        let end = Instant::now() + Duration::from_secs(10);
-        while !waits(fs::read_to_string("/proc/locks").expect("read")) {
-            assert!(Instant::now() < end && !waiting.is_finished(), "it does not wait");
+        // the kernel shows who waits here and nowhere else
+        let waits = |line: &str| line.contains("->") && line.contains(&format!(":{inode} "));
+        while !fs::read_to_string("/proc/locks").expect("read").lines().any(waits) {
+            assert!(!second.is_finished(), "{:?}", second.join());
             std::thread::yield_now();
         }
         fs::remove_dir_all(&path).expect("cleaned");
-        let fresh = run_dir(root.path());
-        drop(other);
-        waiting.join().expect("ended").expect("nothing is left to do");
-        assert!(fresh.path().join("owner").exists(), "a new sandbox's folder");
+        let mut new = run_dir(root.path());
+        let staging = new.path().join("mounts");
+        fs::create_dir(&staging).expect("made");
+        new.push(Step::Staging(staging.clone())).expect("written");
+        drop(first);
+        second.join().expect("joined").expect("nothing left to do");
+        assert!(staging.exists(), "the new shim's");
     }
 
     #[test]
@@ -449,10 +408,5 @@ mod tests {
         drop(dir);
         clean(&path).expect("cleaned");
         assert!(!path.exists());
-    }
-
-    #[test]
-    fn octal_escapes_are_read() {
-        assert_eq!(unescape(r"/a\040b\134c\9"), r"/a b\c\9");
     }
 }

@@ -24,7 +24,7 @@ use crate::handshake;
 /// Sandboxes' run folders: `<namespace>@<id>@<hash of containerd's address>`, by a sign that
 /// neither may have.
 pub(crate) const RUN_ROOT: &str = "/run/kata-containers/sandboxes";
-/// Where containerd's shims have their sockets.
+/// Where containerd's shims have their sockets, unless containerd says otherwise.
 const SOCKET_DIR: &str = "/run/containerd/s";
 /// The server inherits its listening socket under this number.
 const SOCKET_FD: i32 = 3;
@@ -45,25 +45,26 @@ pub(crate) fn start(args: &Args) -> Result<()> {
     let bundle = std::env::current_dir().context("the bundle")?;
     let handshake = handshake::read(&args.id, &args.namespace)?;
     let group = sandbox_of(&bundle)?.unwrap_or_else(|| id.as_str().to_owned());
-    let path = socket_path(args, &group);
-    let address = format!("unix://{}", path.display());
-
+    let place = handshake.socket_dir.as_deref().unwrap_or(Path::new(SOCKET_DIR));
+    let mut path = place.join(socket_name(args, &group));
     if group == id.as_str() {
         make_room(&run_dir, &bundle)?;
+        // before the socket is there, because `delete` finds it by this
+        write_address(&path)?;
         let listener = listen(&path)?;
-        let outcome = spawn_server(args, &listener, &handshake.ttrpc_address).and_then(|pid| {
-            fs::write("shim.pid", pid.to_string()).context("shim.pid")?;
-            fs::write("address", &address).context("address")
-        });
+        let outcome = spawn_server(args, &listener, &handshake.ttrpc_address)
+            .and_then(|pid| fs::write("shim.pid", pid.to_string()).context("shim.pid"));
         if let Err(error) = outcome {
             let _ = fs::remove_file(&path);
             return Err(error);
         }
     } else {
-        // a container of a pod that runs: its server is the pod's
+        // a container of a pod that runs: its server is the pod's, wherever sockets were wanted when that started
+        path = bundle.parent().and_then(|all| read_address(&all.join(&group))).unwrap_or(path);
         UnixStream::connect(&path).with_context(|| format!("the shim of sandbox {group} does not answer"))?;
-        fs::write("address", &address).context("address")?;
+        write_address(&path)?;
     }
+    let address = format!("unix://{}", path.display());
     let mut stdout = std::io::stdout();
     stdout.write_all(&handshake.answer(&address)?)?;
     stdout.flush().context("answering containerd")
@@ -77,7 +78,10 @@ pub(crate) fn delete(args: &Args) -> Result<()> {
     if group == id.as_str() {
         // containerd deletes only what it has given up; a server that still runs is stuck, or was never connected to
         cleanup::evict(&run_dir).with_context(|| format!("cleaning {}", run_dir.display()))?;
-        let _ = fs::remove_file(socket_path(args, &group));
+        // by its name it is ours and no other pod's
+        let name = socket_name(args, &group);
+        let written = read_address(&bundle).filter(|path| path.file_name() == Some(name.as_ref()));
+        let _ = fs::remove_file(written.unwrap_or_else(|| Path::new(SOCKET_DIR).join(name)));
     }
     after_a_crash(&id, &bundle);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
@@ -134,7 +138,9 @@ fn listen(path: &Path) -> Result<UnixListener> {
         }
         _ => {}
     }
-    fs::create_dir_all(SOCKET_DIR).context(SOCKET_DIR)?;
+    if let Some(place) = path.parent() {
+        fs::create_dir_all(place).with_context(|| format!("{} (the folder for shims' sockets)", place.display()))?;
+    }
     let listener = UnixListener::bind(path).with_context(|| path.display().to_string())?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).with_context(|| path.display().to_string())?;
     Ok(listener)
@@ -166,9 +172,21 @@ fn spawn_server(args: &Args, listener: &UnixListener, ttrpc_address: &str) -> Re
 }
 
 /// As containerd's own shims name theirs: a hash of everything that tells two pods apart.
-pub(crate) fn socket_path(args: &Args, group: &str) -> PathBuf {
-    let digest = Sha256::digest(format!("{}/{}/{group}", args.address, args.namespace));
-    Path::new(SOCKET_DIR).join(hex(&digest))
+fn socket_name(args: &Args, group: &str) -> String {
+    hex(&Sha256::digest(format!("{}/{}/{group}", args.address, args.namespace)))
+}
+
+/// Into the bundle, which is our working folder, where containerd finds it after its restart.
+fn write_address(path: &Path) -> Result<()> {
+    fs::write("address", format!("unix://{}", path.display())).context("writing the address into the bundle")
+}
+
+/// The socket of a bundle's shim, where its `start` came as far as that.
+fn read_address(bundle: &Path) -> Option<PathBuf> {
+    const LIMIT: u64 = 4096;
+    let mut text = String::new();
+    fs::File::open(bundle.join("address")).ok()?.take(LIMIT).read_to_string(&mut text).ok()?;
+    text.strip_prefix("unix://").map(PathBuf::from)
 }
 
 fn hex(bytes: &[u8]) -> String {

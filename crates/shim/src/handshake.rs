@@ -5,6 +5,7 @@
 //! for them (containerd issue 13763 is what happens when a shim answers in a form that was not asked for).
 
 use std::io::{IsTerminal, Read};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
@@ -18,6 +19,8 @@ const LIMIT: u64 = 4 << 20;
 pub(crate) struct Handshake {
     /// containerd's ttRPC socket, for events.
     pub(crate) ttrpc_address: String,
+    /// Where containerd wants the shims' sockets; only 2.3 and later say.
+    pub(crate) socket_dir: Option<PathBuf>,
     protobuf: bool,
 }
 
@@ -40,9 +43,13 @@ fn understand(input: &[u8], id: &str, namespace: &str, fallback: String) -> Hand
     match params {
         Some(params) => {
             let told = params.containerd_ttrpc_address;
-            Handshake { ttrpc_address: if told.is_empty() { fallback } else { told }, protobuf: true }
+            Handshake {
+                ttrpc_address: if told.is_empty() { fallback } else { told },
+                socket_dir: params.socket_dir.filter(|dir| !dir.is_empty()).map(PathBuf::from),
+                protobuf: true,
+            }
         }
-        None => Handshake { ttrpc_address: fallback, protobuf: false },
+        None => Handshake { ttrpc_address: fallback, socket_dir: None, protobuf: false },
     }
 }
 
@@ -69,16 +76,19 @@ mod tests {
         for old in [Vec::new(), options.write_to_bytes().expect("encoded"), b"{\"json\": 1}".to_vec()] {
             let handshake = understand(&old, "c1", "default", "/ttrpc".into());
             assert_eq!(handshake.ttrpc_address, "/ttrpc");
+            assert_eq!(handshake.socket_dir, None);
             assert_eq!(handshake.answer("unix:///a").expect("answered"), b"unix:///a");
         }
         let params = BootstrapParams {
             instance_id: "c1".into(),
             namespace: "default".into(),
             containerd_ttrpc_address: "/new".into(),
+            socket_dir: Some("/run/user/s".into()),
             ..Default::default()
         };
         let handshake = understand(&params.write_to_bytes().expect("encoded"), "c1", "default", String::new());
         assert_eq!(handshake.ttrpc_address, "/new");
+        assert_eq!(handshake.socket_dir, Some("/run/user/s".into()));
         let answer =
             BootstrapResult::parse_from_bytes(&handshake.answer("unix:///a").expect("answered")).expect("decoded");
         assert_eq!((answer.version, answer.address.as_str(), answer.protocol.as_str()), (3, "unix:///a", "ttrpc"));

@@ -1,5 +1,6 @@
 //! The server process: serves the Task API on the socket that `start` made, until containerd says that it is done.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +33,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 async fn serve(args: &Args, listener: std::os::unix::net::UnixListener) -> Result<()> {
     let (id, run_dir) = bootstrap::run_dir(args)?;
+    let socket = listener.local_addr().ok().and_then(|address| address.as_pathname().map(Path::to_owned));
     let publisher = Publisher::start(std::env::var("TTRPC_ADDRESS").unwrap_or_default(), args.namespace.clone());
     let service = TaskService::new(id, run_dir, publisher);
     let done = Arc::clone(&service.done);
@@ -56,6 +58,8 @@ async fn serve(args: &Args, listener: std::os::unix::net::UnixListener) -> Resul
     }
     // the answer to `Shutdown` is on its way
     let _ = tokio::time::timeout(Duration::from_millis(200), server.shutdown()).await;
-    let _ = std::fs::remove_file(bootstrap::socket_path(args, &args.id));
+    if let Some(socket) = socket {
+        let _ = std::fs::remove_file(socket);
+    }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Pods as Kubernetes makes them: `crictl` against the node's containerd, with CNI's own plugins for the network.
 
-use crate::{Node, NodeSetup, Runtime, ctr::Invocation, image, install::program_path, with_node_setup};
+use crate::{Containerd, Node, NodeSetup, Runtime, containerd::client, ctr::Invocation, image, with_node_setup};
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 use std::{
@@ -52,7 +52,7 @@ impl Default for Network {
 /// Runs `test` on a node with CRI, and fails also when anything is left behind.
 pub fn with_cri(setup: NodeSetup, network: Network, test: impl FnOnce(&Cri<'_>) -> Result<()>) -> Result<()> {
     with_node_setup(NodeSetup { cri: true, ..setup }, |node| {
-        let crictl = client("crictl")?;
+        let crictl = client("cri-tools")?.join("crictl");
         if !Path::new(PLUGINS).join("bridge").is_file() {
             bail!("{PLUGINS}/bridge: not found: run `apt-get install containernetworking-plugins`");
         }
@@ -65,27 +65,25 @@ pub fn with_cri(setup: NodeSetup, network: Network, test: impl FnOnce(&Cri<'_>) 
     })
 }
 
-/// A client that Debian does not have: from PATH, or as `make test` has built it.
-pub fn client(name: &str) -> Result<PathBuf> {
-    if let Some(path) = program_path(name) {
-        return Ok(path);
-    }
-    let cache = std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache/kata-clients")).context("HOME")?;
-    let kept = fs::read_dir(&cache).into_iter().flatten().flatten().map(|kept| kept.path().join("bin").join(name));
-    kept.filter(|path| path.is_file()).max().with_context(|| {
-        format!("{name}: neither in PATH nor in {}: run `make test`, which builds it", cache.display())
-    })
-}
-
 /// The text that makes containerd serve CRI with both runtimes.
-pub(crate) fn settings(dir: &Path) -> String {
-    let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
+pub(crate) fn settings(containerd: Containerd, dir: &Path) -> String {
+    let (cri, pause, plugins) = match containerd {
+        Containerd::Debian | Containerd::V1_7 => {
+            let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
+            (cri, format!("[{cri}]\nsandbox_image = {:?}\n", image::PAUSE), format!("bin_dir = {PLUGINS:?}"))
+        }
+        Containerd::V2 => {
+            let cri = "plugins.\"io.containerd.cri.v1.runtime\"";
+            let images = "plugins.\"io.containerd.cri.v1.images\"";
+            let pause = format!("[{images}.pinned_images]\nsandbox = {:?}\n[{cri}]\n", image::PAUSE);
+            (cri, pause, format!("bin_dirs = [{PLUGINS:?}]"))
+        }
+    };
     let mut text = format!(
-        "[{cri}]\nsandbox_image = {:?}\ndisable_apparmor = true\n\
+        "{pause}disable_apparmor = true\n\
          restrict_oom_score_adj = true\n\
-         [{cri}.cni]\nbin_dir = {PLUGINS:?}\nconf_dir = {:?}\n\
+         [{cri}.cni]\n{plugins}\nconf_dir = {:?}\n\
          [{cri}.containerd]\ndefault_runtime_name = \"runc\"\n",
-        image::PAUSE,
         dir.join("cni").display().to_string(),
     );
     for runtime in crate::BOTH {

@@ -4,6 +4,7 @@
 //! Owns starting and ending all that; what is expected of the product stands in `tests/`, how fast it is in `bench`.
 
 pub mod compile;
+pub mod containerd;
 pub mod containers;
 pub mod cri;
 pub mod ctr;
@@ -17,6 +18,7 @@ pub mod processes;
 pub mod pty;
 pub mod task_api;
 
+pub use containerd::Containerd;
 pub use containers::{BOTH, Runtime};
 pub use ctr::Outcome;
-pub use node::{Node, NodeSetup, with_node, with_node_setup};
+pub use node::{Node, NodeSetup, every_containerd, with_every_containerd, with_node, with_node_setup};

@@ -2,6 +2,7 @@
 
 use crate::{
     Outcome, Runtime,
+    containerd::{Containerd, Programs},
     ctr::Invocation,
     image,
     install::Install,
@@ -46,6 +47,10 @@ pub struct NodeSetup {
     pub config: Option<String>,
     /// Serve CRI too.
     pub cri: bool,
+    /// Which containerd to run; Debian's unless told otherwise.
+    pub containerd: Containerd,
+    /// More lines for containerd's own configuration.
+    pub settings: String,
 }
 
 /// The private containerd and what belongs to it.
@@ -55,6 +60,8 @@ pub struct Node {
     dir: tempfile::TempDir,
     tag: String,
     config: PathBuf,
+    containerd: Containerd,
+    programs: Programs,
     daemon: Mutex<Child>,
     /// What containerd and the shims log.
     pub log: Journal,
@@ -63,6 +70,22 @@ pub struct Node {
 /// Runs `test` on a fresh node with the installed configuration; see `with_node_setup`.
 pub fn with_node(test: impl FnOnce(&Node) -> Result<()>) -> Result<()> {
     with_node_setup(NodeSetup::default(), test)
+}
+
+/// Runs `test` on a fresh node of each containerd there is, one after the other, and tells of all that failed.
+pub fn with_every_containerd(test: impl Fn(&Node) -> Result<()>) -> Result<()> {
+    every_containerd(|setup| with_node_setup(setup, &test))
+}
+
+/// Does something for each containerd there is, one after the other, and tells of all that failed.
+pub fn every_containerd(work: impl Fn(NodeSetup) -> Result<()>) -> Result<()> {
+    let mut failed = Vec::new();
+    for containerd in Containerd::chosen()? {
+        if let Err(error) = work(NodeSetup { containerd, ..NodeSetup::default() }) {
+            failed.push(format!("with containerd {}: {error:#}", containerd.name()));
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { bail!(failed.join("\n\n")) }
 }
 
 /// Runs `test` on a fresh node, ends it, and fails if the test failed or left anything behind.
@@ -122,27 +145,17 @@ impl Node {
                 path
             }
         };
-        let at = |name: &str| dir.path().join(name).display().to_string();
-        let (disabled, more) = if setup.cri {
-            ("", crate::cri::settings(dir.path()))
-        } else {
-            ("disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n", String::new())
-        };
-        let text = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\n{disabled}[grpc]\naddress = {:?}\n[debug]\nlevel = \"debug\"\n{more}",
-            at("root"),
-            at("state"),
-            at("c.sock"),
-        );
-        fs::write(dir.path().join("containerd.toml"), text)?;
+        let containerd = setup.containerd;
+        fs::write(dir.path().join("containerd.toml"), containerd.settings(dir.path(), setup.cri) + &setup.settings)?;
         let log = Journal::default();
-        let daemon = Mutex::new(launch(&install, dir.path(), &tag, &config, &log)?);
-        let node = Self { install, dir, tag, config, daemon, log };
+        let programs = containerd.programs(&install)?;
+        let daemon = Mutex::new(launch(&programs, dir.path(), &tag, &config, &log)?);
+        let node = Self { install, dir, tag, config, containerd, programs, daemon, log };
         let archive = image::archive()?.display().to_string();
         node.ctr(["image", "import", &archive]).output()?.ok()?;
         if setup.cri {
             let args = ["-a", &node.address(), "-n", CRI_NAMESPACE, "image", "import", &archive];
-            Invocation::new("ctr", args).output()?.ok()?;
+            Invocation::new(&node.programs.ctr, args).output()?.ok()?;
         }
         Ok(node)
     }
@@ -167,6 +180,16 @@ impl Node {
         self.dir.path().join("c.sock").display().to_string()
     }
 
+    /// Which containerd this is.
+    pub fn containerd(&self) -> Containerd {
+        self.containerd
+    }
+
+    /// Its programs.
+    pub fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
     /// The configuration that shims of this node read.
     pub fn config(&self) -> &Path {
         &self.config
@@ -176,7 +199,8 @@ impl Node {
     pub fn ctr<S: AsRef<str>>(&self, args: impl IntoIterator<Item = S>) -> Invocation {
         let mut all = vec!["-a".to_owned(), self.address(), "-n".to_owned(), NAMESPACE.to_owned()];
         all.extend(args.into_iter().map(|a| a.as_ref().to_owned()));
-        Invocation::new("ctr", all)
+        // of the host's cgroups v1, on the stderr that we compare; containerd 2's ctr alone knows the variable
+        Invocation::new(&self.programs.ctr, all).env("CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS", "1")
     }
 
     /// `ctr run --rm` of the test image.
@@ -224,7 +248,7 @@ impl Node {
 
     /// Starts containerd again after `kill_containerd`.
     pub fn restart_containerd(&self) -> Result<()> {
-        let fresh = launch(&self.install, self.dir.path(), &self.tag, &self.config, &self.log)?;
+        let fresh = launch(&self.programs, self.dir.path(), &self.tag, &self.config, &self.log)?;
         *self.daemon.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
         Ok(())
     }
@@ -298,13 +322,12 @@ impl Drop for Node {
 }
 
 /// Starts containerd and returns when it serves.
-fn launch(install: &Install, dir: &Path, tag: &str, config: &Path, log: &Journal) -> Result<Child> {
+fn launch(programs: &Programs, dir: &Path, tag: &str, config: &Path, log: &Journal) -> Result<Child> {
     let from = log.len();
-    let path = std::env::var("PATH").context("PATH")?;
-    let mut child = Command::new("containerd")
+    let mut child = Command::new(&programs.daemon)
         .arg("--config")
         .arg(dir.join("containerd.toml"))
-        .env("PATH", format!("{}:{path}", install.bin().display()))
+        .env("PATH", &programs.path)
         .env("KATA_CONF_FILE", config)
         .env(MARK, tag)
         .current_dir(dir)
@@ -312,7 +335,7 @@ fn launch(install: &Install, dir: &Path, tag: &str, config: &Path, log: &Journal
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .context("starting containerd")?;
+        .with_context(|| format!("starting {}", programs.daemon))?;
     log.follow(child.stderr.take().context("containerd's stderr")?);
     if log.wait_from(from, Duration::from_secs(20), |l| l.contains("containerd successfully booted")).is_none() {
         let _ = child.kill();

@@ -114,6 +114,13 @@ impl<'a> Shim<'a> {
         Ok(self.tasks.start(Self::context(), &request).map_err(|e| said(&e))?.pid)
     }
 
+    /// Sends a signal to its first process.
+    pub fn kill(&self, id: &str, signal: u32) -> Result<()> {
+        let request = api::KillRequest { id: id.to_owned(), signal, ..Default::default() };
+        self.tasks.kill(Self::context(), &request).map_err(|e| said(&e))?;
+        Ok(())
+    }
+
     /// Waits for its end and returns its exit status.
     pub fn wait(&self, id: &str) -> Result<u32> {
         let request = api::WaitRequest { id: id.to_owned(), ..Default::default() };

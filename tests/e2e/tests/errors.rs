@@ -1,7 +1,7 @@
 //! What cannot be started: the words and the codes are runc's, and nothing stays behind.
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::{BOTH, Node, Outcome, Runtime, image, with_node};
+use e2e::{BOTH, Node, Outcome, Runtime, image, with_every_containerd, with_node};
 
 /// What follows these words is meant for the user, whichever runtime says it.
 const UNABLE: &str = "unable to start container process: ";
@@ -38,7 +38,7 @@ fn every(cases: impl IntoIterator<Item = Result<()>>) -> Result<()> {
 
 #[test]
 fn a_run_that_cannot_start() -> Result<()> {
-    with_node(|node| {
+    with_every_containerd(|node| {
         every(CASES.map(|(name, options, command, wanted)| {
             let attempt = |runtime| node.run(runtime, name, options, command).output();
             compare(name, &[attempt(Runtime::Runc)?, attempt(Runtime::Kata)?], wanted)
@@ -78,7 +78,7 @@ fn a_directory_is_no_program() -> Result<()> {
 
 #[test]
 fn an_exec_that_cannot_start_leaves_the_container_alone() -> Result<()> {
-    with_node(|node| {
+    with_every_containerd(|node| {
         for runtime in BOTH {
             node.detached(runtime, runtime.tag(), &[], &["sleep", "1000"])?;
         }

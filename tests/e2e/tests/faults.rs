@@ -8,7 +8,7 @@ use e2e::{
     events::Events,
     image,
     processes::{self, Process},
-    with_node,
+    with_every_containerd, with_node,
 };
 use std::time::{Duration, Instant};
 
@@ -77,7 +77,7 @@ fn the_death_of_virtiofsd_before_the_agent_answers_ends_the_create() -> Result<(
 
 #[test]
 fn the_death_of_the_shim_is_cleaned_up() -> Result<()> {
-    with_node(|node| {
+    with_every_containerd(|node| {
         let events = Events::watch(node)?;
         node.detached(Runtime::Kata, "c1", &[], &["sleep", "1000"])?;
         process(node, "containerd-shim-kata")?.kill()?;
@@ -168,7 +168,7 @@ fn the_first_process_of_a_privileged_container_panics_the_guest() -> Result<()> 
 
 #[test]
 fn containerd_killed_in_a_create_can_try_again() -> Result<()> {
-    with_node(|node| {
+    with_every_containerd(|node| {
         for moment in [100, 600, 1100] {
             let began = Instant::now();
             let args = ["run", "-d", "--runtime", Runtime::Kata.name(), image::NAME, "retried", "sleep", "1000"];
@@ -196,7 +196,7 @@ fn containerd_killed_in_a_create_can_try_again() -> Result<()> {
 /// A running container outlives containerd, and the new one finds it.
 #[test]
 fn containerd_killed_at_rest_finds_its_container_again() -> Result<()> {
-    with_node(|node| {
+    with_every_containerd(|node| {
         node.detached(Runtime::Kata, "c1", &[], &["sleep", "1000"])?;
         node.kill_containerd()?;
         node.restart_containerd()?;

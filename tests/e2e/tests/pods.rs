@@ -7,6 +7,7 @@ use e2e::{
     BOTH, NodeSetup, Runtime,
     compile::compile,
     cri::{Cri, HOST, Network, with_cri},
+    every_containerd,
     install::Install,
     processes,
     pty::Terminal,
@@ -27,13 +28,17 @@ fn with_pods(test: impl FnOnce(&Cri<'_>) -> Result<()>) -> Result<()> {
     with_cri(NodeSetup::default(), Network::default(), test)
 }
 
+fn with_pods_everywhere(test: impl Fn(&Cri<'_>) -> Result<()>) -> Result<()> {
+    every_containerd(|setup| with_cri(setup, Network::default(), &test))
+}
+
 fn none() -> Value {
     json!({})
 }
 
 #[test]
 fn containers_of_a_pod_share_what_they_should() -> Result<()> {
-    with_pods(|cri| {
+    with_pods_everywhere(|cri| {
         let mut seen = Vec::new();
         for runtime in BOTH {
             let own = json!({"linux": {"security_context": {"namespace_options": {"pid": 1}}}});
@@ -90,7 +95,7 @@ fn a_process_namespace_is_shared_when_asked() -> Result<()> {
 
 #[test]
 fn crictl_works_as_with_runc() -> Result<()> {
-    with_pods(|cri| {
+    with_pods_everywhere(|cri| {
         let mut seen = Vec::new();
         for runtime in BOTH {
             let pod = cri.run_pod(runtime, &format!("tools-{}", runtime.tag()), &none())?;
@@ -520,7 +525,7 @@ fn what_a_pod_cannot_have_is_refused_and_others_go_on() -> Result<()> {
 
 #[test]
 fn a_pod_that_crashes_is_taken_away() -> Result<()> {
-    with_pods(|cri| {
+    with_pods_everywhere(|cri| {
         for (name, victim) in [("shim", "containerd-shim-kata"), ("vmm", "qemu-system")] {
             let pod = cri.run_pod(Runtime::Kata, &format!("crash-{name}"), &none())?;
             let one = cri.run(&pod, "one", &FOREVER, &none())?;

@@ -1,7 +1,7 @@
 //! A shell on a terminal, driven as a person would, with the product and with runc.
 
 use anyhow::{Result, ensure};
-use e2e::{BOTH, Node, Runtime, image, node::NAMESPACE, pty::Terminal, with_node};
+use e2e::{BOTH, Node, Runtime, image, node::NAMESPACE, pty::Terminal, with_every_containerd, with_node};
 use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(10);
@@ -9,7 +9,7 @@ const SOON: Duration = Duration::from_secs(10);
 fn terminal(node: &Node, args: &[&str]) -> Result<Terminal> {
     let all: Vec<String> =
         [&["-a", &node.address(), "-n", NAMESPACE], args].concat().into_iter().map(str::to_owned).collect();
-    Terminal::start("ctr", &all, 24, 80)
+    Terminal::start(&node.programs().ctr, &all, 24, 80)
 }
 
 fn shell(node: &Node, runtime: Runtime) -> Result<Terminal> {
@@ -23,7 +23,7 @@ fn shell(node: &Node, runtime: Runtime) -> Result<Terminal> {
 
 #[test]
 fn a_shell_on_a_terminal() -> Result<()> {
-    with_node(|node| {
+    with_every_containerd(|node| {
         for runtime in BOTH {
             let mut shell = shell(node, runtime)?;
             shell.send("test -t 0 && test -t 1 && test -t 2 && echo is-a-$((40 + 2))-tty\r")?;
@@ -109,7 +109,7 @@ fn resizes_are_seen() -> Result<()> {
 
 #[test]
 fn exec_with_a_terminal() -> Result<()> {
-    with_node(|node| {
+    with_every_containerd(|node| {
         for runtime in BOTH {
             let id = format!("{}-exec", runtime.tag());
             node.detached(runtime, &id, &[], &["sleep", "1000"])?;

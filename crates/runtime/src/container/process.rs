@@ -136,7 +136,12 @@ impl Process {
             }
             first
         });
-        *self.status.lock().unwrap_or_else(PoisonError::into_inner) = Status::Stopped;
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        // its output is read from the start on; nobody would ever say that there is no more
+        if *status == Status::Created {
+            self.output_is_done();
+        }
+        *status = Status::Stopped;
         first.then_some(exit)
     }
 
@@ -186,6 +191,22 @@ mod tests {
         assert_eq!(process.ended(4), None);
         assert_eq!(process.exit().map(|exit| exit.status), Some(3));
         process.advance(Status::Running).expect_err("ended");
+    }
+
+    #[test]
+    fn the_output_of_what_was_never_started_is_complete() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+        let delivered = |process: Process| {
+            let soon = std::time::Duration::from_millis(10);
+            runtime.block_on(async { tokio::time::timeout(soon, process.output_done()).await.is_ok() })
+        };
+        let unborn = process();
+        unborn.ended(137);
+        assert!(delivered(unborn));
+        let quick = process();
+        quick.advance(Status::Running).expect("started");
+        quick.ended(0);
+        assert!(!delivered(quick), "what it wrote may still be on its way");
     }
 
     proptest! {

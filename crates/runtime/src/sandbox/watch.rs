@@ -55,7 +55,6 @@ fn end_execs(inner: &Arc<Inner>, id: &ContainerId) {
     for process in container.all() {
         if process.status() == crate::Status::Created {
             process.ended(LOST);
-            process.output_is_done();
         }
     }
 }
