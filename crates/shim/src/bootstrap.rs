@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -28,6 +28,10 @@ pub(crate) const RUN_ROOT: &str = "/run/kata-containers/sandboxes";
 const SOCKET_DIR: &str = "/run/containerd/s";
 /// The server inherits its listening socket under this number.
 const SOCKET_FD: i32 = 3;
+/// And under this one a pipe to its `start`.
+const READY_FD: i32 = 4;
+/// Most that it tells of a failure, bytes.
+const WORD_LIMIT: u64 = 4096;
 
 /// The namespace and id as path-safe names, and the run folder that they make.
 pub(crate) fn run_dir(args: &Args) -> Result<(ContainerId, PathBuf)> {
@@ -105,14 +109,24 @@ fn after_a_crash(id: &ContainerId, bundle: &Path) {
     }
 }
 
-/// The listening socket that `start` made.
-pub(crate) fn inherited_listener() -> Result<UnixListener> {
-    // SAFETY: `start` put the socket there for this process alone, and this is called once, first of all.
-    let listener = unsafe { UnixListener::from_raw_fd(SOCKET_FD) };
+/// The listening socket that `start` made, and where it is told how the server's start went.
+pub(crate) fn inherited() -> Result<(UnixListener, fs::File)> {
+    // SAFETY: `start` put both there for this process alone, and this is called once, first of all.
+    let (listener, ready) = unsafe { (UnixListener::from_raw_fd(SOCKET_FD), fs::File::from_raw_fd(READY_FD)) };
     listener.local_addr().context("no socket was inherited: this program is started by containerd")?;
     listener.set_nonblocking(true)?;
-    nix::fcntl::fcntl(&listener, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
-    Ok(listener)
+    for fd in [listener.as_fd(), ready.as_fd()] {
+        nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+    }
+    Ok((listener, ready))
+}
+
+/// What the server says when it serves; anything else is why it does not.
+pub(crate) const READY: &str = "ready";
+
+/// Tells `start`, once.
+pub(crate) fn tell(mut ready: fs::File, word: &str) -> Result<()> {
+    ready.write_all(word.as_bytes()).context("telling the caller")
 }
 
 /// A start that follows a broken one finds a clean host; a sandbox that lives elsewhere is left alone.
@@ -147,7 +161,6 @@ fn listen(path: &Path) -> Result<UnixListener> {
 }
 
 fn spawn_server(args: &Args, listener: &UnixListener, ttrpc_address: &str) -> Result<u32> {
-    let socket = listener.as_raw_fd();
     let mut command = Command::new(std::env::current_exe().context("this program")?);
     command
         .args(["-namespace", &args.namespace, "-id", &args.id, "-address", &args.address])
@@ -159,16 +172,33 @@ fn spawn_server(args: &Args, listener: &UnixListener, ttrpc_address: &str) -> Re
     if args.debug {
         command.arg("-debug");
     }
-    // SAFETY: dup2 and fcntl are async-signal-safe; the descriptor is open until the spawn returns.
+    let (told, ready) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("a pipe to the server")?;
+    // out of the way of the numbers that they get
+    let high = |fd: BorrowedFd<'_>| nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(READY_FD + 1));
+    let (socket, pipe) = (high(listener.as_fd())?, high(ready.as_fd())?);
+    // SAFETY: both were just made and belong to nobody else.
+    let (socket, pipe) = unsafe { (OwnedFd::from_raw_fd(socket), OwnedFd::from_raw_fd(pipe)) };
+    let passed = [(socket.as_raw_fd(), SOCKET_FD), (pipe.as_raw_fd(), READY_FD)];
+    // SAFETY: dup2 is async-signal-safe; the descriptors are open until the spawn returns.
     unsafe {
         command.pre_exec(move || {
-            // dup2 onto itself would leave close-on-exec set
-            let result =
-                if socket == SOCKET_FD { libc::fcntl(socket, libc::F_SETFD, 0) } else { libc::dup2(socket, SOCKET_FD) };
-            if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+            for (from, to) in passed {
+                if libc::dup2(from, to) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
         });
     }
-    Ok(command.spawn().context("starting the shim's server")?.id())
+    let pid = command.spawn().context("starting the shim's server")?.id();
+    drop((socket, pipe, ready));
+    let mut word = String::new();
+    fs::File::from(told).take(WORD_LIMIT).read_to_string(&mut word).context("the server's start")?;
+    match word.as_str() {
+        READY => Ok(pid),
+        "" => bail!("the shim's server ended while it started: see containerd's log"),
+        why => bail!("the shim's server: {why}"),
+    }
 }
 
 /// As containerd's own shims name theirs: a hash of everything that tells two pods apart.

@@ -1,5 +1,6 @@
 //! The server process: serves the Task API on the socket that `start` made, until containerd says that it is done.
 
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use anyhow::{Context, Result};
 use containerd_shim_protos::shim_async::{Task, create_task};
 use containerd_shim_protos::ttrpc::r#async::Server;
 use containerd_shim_protos::ttrpc::r#async::transport::Listener;
+use runtime::cleanup::RunDir;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::Args;
@@ -20,7 +22,7 @@ const TASK_V2: &str = "containerd.task.v2.Task";
 const TASK_V3: &str = "containerd.task.v3.Task";
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let listener = bootstrap::inherited_listener()?;
+    let (listener, ready) = bootstrap::inherited()?;
     crate::logger::init(&args.id, args.debug);
     // one thread: a pod's traffic is small, and what blocks goes elsewhere
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -28,22 +30,38 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .thread_keep_alive(Duration::from_secs(1))
         .build()
         .context("the async runtime")?;
-    runtime.block_on(serve(args, listener))
+    runtime.block_on(serve(args, listener, ready))
 }
 
-async fn serve(args: &Args, listener: std::os::unix::net::UnixListener) -> Result<()> {
+async fn serve(args: &Args, listener: UnixListener, ready: std::fs::File) -> Result<()> {
     let (id, run_dir) = bootstrap::run_dir(args)?;
+    // from here on `delete` finds this process
+    let run = std::env::current_dir()
+        .and_then(|bundle| RunDir::create(&run_dir, &bundle))
+        .with_context(|| format!("run folder {}", run_dir.display()));
+    let run = match run {
+        Ok(run) => run,
+        Err(error) => {
+            bootstrap::tell(ready, &format!("{error:#}"))?;
+            return Err(error);
+        }
+    };
     let socket = listener.local_addr().ok().and_then(|address| address.as_pathname().map(Path::to_owned));
     let publisher = Publisher::start(std::env::var("TTRPC_ADDRESS").unwrap_or_default(), args.namespace.clone());
-    let service = TaskService::new(id, run_dir, publisher);
+    let service = TaskService::new(id, run, publisher);
     let done = Arc::clone(&service.done);
     let service = Arc::new(service);
     let mut services = create_task(Arc::clone(&service) as Arc<dyn Task + Send + Sync>);
-    let mut again = create_task(service as Arc<dyn Task + Send + Sync>);
+    let mut again = create_task(Arc::clone(&service) as Arc<dyn Task + Send + Sync>);
     services.extend(again.remove(TASK_V3).map(|v3| (TASK_V2.to_owned(), v3)));
     let listener = Listener::try_from(listener).context("the socket")?;
     let mut server = Server::new().add_listener(listener).register_service(services);
     server.start().await.context("serving")?;
+    // a `start` that was killed leaves nobody who could be asked for anything
+    if let Err(gone) = bootstrap::tell(ready, bootstrap::READY) {
+        service.give_up();
+        return Err(gone);
+    }
     log::debug!("serving");
 
     // a service manager's TERM is for containerd; a pod ends when containerd ends it

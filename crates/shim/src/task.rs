@@ -1,7 +1,7 @@
 //! containerd's Task API: every method converts, makes one call, converts back and tells the event.
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -18,6 +18,7 @@ use containerd_shim_protos::ttrpc::Code;
 use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
 use hypervisor::Hypervisor;
 use hypervisor::qemu::{Qemu, QemuSettings, Wanted, quick_firmware};
+use runtime::cleanup::RunDir;
 use runtime::trace::Trace;
 use runtime::{ContainerId, ContainerSpec, Env, Error, ExecSpec, RootfsMount, Sandbox, SandboxSpec, Stdio};
 use tokio::sync::{Notify, mpsc, watch};
@@ -28,7 +29,7 @@ use crate::events::Publisher;
 /// The pod behind the API.
 pub(crate) struct TaskService {
     id: ContainerId,
-    run_dir: PathBuf,
+    folder: Folder,
     pod: Arc<watch::Sender<Pod>>,
     publisher: Publisher,
     /// Told when the server shall end.
@@ -45,10 +46,47 @@ enum Pod {
     Ready(Sandbox),
 }
 
+/// The pod's run folder: the server's from its first moment, then the sandbox's.
+#[derive(Clone)]
+struct Folder {
+    path: PathBuf,
+    unused: Arc<Mutex<Option<RunDir>>>,
+}
+
+impl Folder {
+    fn unused(&self) -> Option<RunDir> {
+        self.unused.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// For a sandbox; made anew where a start before this failed, and left nothing.
+    fn take(&self, bundle: &Path) -> Result<RunDir, Error> {
+        self.unused().map_or_else(
+            || {
+                let what = format!("run folder {}", self.path.display());
+                RunDir::create(&self.path, bundle).map_err(|source| Error::Host { what, source })
+            },
+            Ok,
+        )
+    }
+
+    /// When there never was a sandbox.
+    fn remove(&self) {
+        if let Some(Err(error)) = self.unused().map(RunDir::undo) {
+            log::error!("run folder {}: {error}", self.path.display());
+        }
+    }
+}
+
 impl TaskService {
-    pub(crate) fn new(id: ContainerId, run_dir: PathBuf, publisher: Publisher) -> Self {
+    pub(crate) fn new(id: ContainerId, run: RunDir, publisher: Publisher) -> Self {
+        let folder = Folder { path: run.path().to_owned(), unused: Arc::new(Mutex::new(Some(run))) };
         let pod = Arc::new(watch::Sender::new(Pod::None));
-        Self { id, run_dir, pod, publisher, done: Arc::new(Notify::new()) }
+        Self { id, folder, pod, publisher, done: Arc::new(Notify::new()) }
+    }
+
+    /// The server ends before it was asked for anything.
+    pub(crate) fn give_up(&self) {
+        self.folder.remove();
     }
 
     fn sandbox(&self) -> Rpc<Sandbox> {
@@ -79,12 +117,12 @@ impl TaskService {
                 return Ok(sandbox.pid());
             }
         }
-        let sandbox = SandboxSpec { id: self.id.clone(), run_dir: self.run_dir.clone() };
+        let (id, folder) = (self.id.clone(), self.folder.clone());
         let path = convert::config_path(request.options.as_ref());
         let (pod, publisher) = (Arc::clone(&self.pod), self.publisher.clone());
         // a task of its own: a caller that goes away must not leave half a pod
         let start = tokio::spawn(async move {
-            let started = start_pod(sandbox, spec, path, publisher, &cancelled).await;
+            let started = start_pod(id, folder, spec, path, publisher, &cancelled).await;
             pod.send_replace(started.as_ref().map_or(Pod::None, |sandbox| Pod::Ready(sandbox.clone())));
             started
         });
@@ -93,7 +131,8 @@ impl TaskService {
 }
 
 async fn start_pod(
-    sandbox: SandboxSpec,
+    id: ContainerId,
+    folder: Folder,
     first: ContainerSpec,
     config: Option<String>,
     publisher: Publisher,
@@ -109,6 +148,7 @@ async fn start_pod(
     }
     trace.step("configuration");
     let hypervisor = driver(&config);
+    let sandbox = SandboxSpec { id, run: folder.take(&first.bundle)? };
     let (events_to, events) = mpsc::unbounded_channel();
     let sandbox = Sandbox::start(Env { config, hypervisor }, sandbox, first, events_to, &trace, cancelled).await?;
     trace.log();
@@ -384,6 +424,8 @@ impl Task for TaskService {
         {
             log::error!("{error}");
         }
+        // a pod that was never made
+        self.folder.remove();
         self.publisher.flush(Duration::from_secs(2)).await;
         self.done.notify_one();
         Ok(Empty::new())

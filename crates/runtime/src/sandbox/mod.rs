@@ -6,7 +6,6 @@ mod stop;
 mod watch;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -30,12 +29,12 @@ pub struct Env {
 }
 
 /// What is known before the first container.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct SandboxSpec {
     /// The pod's id: its first container's.
     pub id: ContainerId,
-    /// Where its run folder is to be.
-    pub run_dir: PathBuf,
+    /// Its run folder.
+    pub run: RunDir,
 }
 
 /// Something happened that containerd wants to know.

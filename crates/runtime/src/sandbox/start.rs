@@ -20,7 +20,7 @@ use crate::pod::{Limits, Role};
 use crate::storage::share::Share;
 use crate::storage::shm::Shm;
 use crate::trace::Trace;
-use crate::{Error, network, sizing};
+use crate::{ContainerId, Error, network, sizing};
 
 impl Sandbox {
     /// Starts the VM and makes the pod's first container in it, unless `cancelled` is told before that is done.
@@ -35,24 +35,15 @@ impl Sandbox {
         trace: &Trace,
         cancelled: &Notify,
     ) -> Result<Self, Error> {
-        // everything that can be refused is refused before anything is made
-        let oci = spec::read(&first.bundle)?;
-        let role = Role::of_spec(&oci)?;
-        if let Role::Member(id) = role {
-            return Err(Error::NotFound(format!("sandbox {id} of container {}", first.id)));
-        }
-        let shm = Shm::of(&oci);
-        let mut run = RunDir::create(&sandbox.run_dir, &first.bundle)
-            .map_err(Error::host(format!("run folder {}", sandbox.run_dir.display())))?;
+        let SandboxSpec { id, mut run } = sandbox;
         let booted = tokio::select! {
             // large, and waited for once
-            booted = Box::pin(boot(&env, &sandbox, (&first, &oci), shm.as_ref(), &mut run, trace)) => booted,
+            booted = Box::pin(boot(&env, &id, &first, &mut run, trace)) => booted,
             () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
         };
         match booted {
-            Ok((vm, share, agent, container)) => {
+            Ok(Booted { vm, share, agent, container, forwarding, shm }) => {
                 let pid = vm.pid();
-                let forwarding = if role == Role::Sandbox { network::forward(&oci, &agent) } else { None };
                 let containers = HashMap::from([(first.id.clone(), Slot::Made(Arc::new(container)))]);
                 let inner = Arc::new(Inner {
                     env,
@@ -78,31 +69,46 @@ impl Sandbox {
     }
 }
 
-type Booted = (Box<dyn hypervisor::Vm>, Share, AgentClient, crate::container::Container);
+/// A pod that runs, with its first container made.
+struct Booted {
+    vm: Box<dyn hypervisor::Vm>,
+    share: Share,
+    agent: AgentClient,
+    container: crate::container::Container,
+    forwarding: Option<network::Forwarding>,
+    shm: Option<Shm>,
+}
 
 async fn boot(
     env: &Env,
-    sandbox: &SandboxSpec,
-    (first, oci): (&ContainerSpec, &Spec),
-    shm: Option<&Shm>,
+    id: &ContainerId,
+    first: &ContainerSpec,
     run: &mut RunDir,
     trace: &Trace,
 ) -> Result<Booted, Error> {
+    // everything that can be refused is refused before anything is made
+    let oci = &spec::read(&first.bundle)?;
+    let role = Role::of_spec(oci)?;
+    if let Role::Member(pod) = role {
+        return Err(Error::NotFound(format!("sandbox {pod} of container {}", first.id)));
+    }
+    let shm = Shm::of(oci);
     let config = &env.config.hypervisor;
     let network = network::connect(&env.config, oci, run).await?;
     if !network.found.is_empty() {
         trace.step("network-connected");
     }
-    let cgroup = host_cgroup(&env.config, sandbox, oci, run)?;
+    let cgroup = host_cgroup(&env.config, id, oci, run)?;
     let (share, socket) = Share::start(config, run)?;
     trace.step("virtiofsd-started");
-    let limits = Limits::of(oci, &Role::of_spec(oci)?);
-    let mut vm = env.hypervisor.launch(vm_spec(env, sandbox, limits, socket, network.devices)).await?;
+    let limits = Limits::of(oci, &role);
+    let mut vm = env.hypervisor.launch(vm_spec(env, id, limits, socket, network.devices)).await?;
     run.push(crate::cleanup::Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
     trace.step("vmm-started");
 
     // while the guest boots
-    let given = create::Given { share: &share, shm, keep_seccomp: !env.config.runtime.disable_guest_seccomp };
+    let given =
+        create::Given { share: &share, shm: shm.as_ref(), keep_seccomp: !env.config.runtime.disable_guest_seccomp };
     let prepared = create::prepare(given, first, oci)?;
     trace.step("rootfs-ready");
 
@@ -128,7 +134,7 @@ async fn boot(
         .await?;
         trace.step("agent-ready");
         vm.booted();
-        tokio::try_join!(create_sandbox(&agent, sandbox, oci, shm), set_clock(&agent))?;
+        tokio::try_join!(create_sandbox(&agent, id, oci, shm.as_ref()), set_clock(&agent))?;
         trace.step("sandbox-created");
         if !network.found.is_empty() {
             network::configure(&agent, &network.found).await?;
@@ -148,24 +154,25 @@ async fn boot(
             return Err(Error::VmGone { what: "starting the guest".into(), reason, console: String::new() });
         }
     };
-    Ok((vm, share, agent, container))
+    let forwarding = if role == Role::Sandbox { network::forward(oci, &agent) } else { None };
+    Ok(Booted { vm, share, agent, container, forwarding, shm })
 }
 
 /// Where the pod counts on the host; `None` for one that names no place.
 fn host_cgroup(
     config: &config::Config,
-    sandbox: &SandboxSpec,
+    id: &ContainerId,
     oci: &Spec,
     run: &mut RunDir,
 ) -> Result<Option<HostCgroup>, Error> {
     let path = oci.linux().as_ref().and_then(|linux| linux.cgroups_path().as_ref());
     match path.and_then(|path| path.to_str()).filter(|path| !path.is_empty()) {
-        Some(path) => HostCgroup::create(path, sandbox.id.as_str(), config.runtime.sandbox_cgroup_only, run),
+        Some(path) => HostCgroup::create(path, id.as_str(), config.runtime.sandbox_cgroup_only, run),
         None => Ok(None),
     }
 }
 
-fn vm_spec(env: &Env, sandbox: &SandboxSpec, limits: Limits, socket: OwnedFd, network: Vec<NetDevice>) -> VmSpec {
+fn vm_spec(env: &Env, id: &ContainerId, limits: Limits, socket: OwnedFd, network: Vec<NetDevice>) -> VmSpec {
     let config = &env.config.hypervisor;
     let log = if env.config.agent.enable_debug { "debug" } else { "info" };
     let kernel_params = format!(
@@ -174,7 +181,7 @@ fn vm_spec(env: &Env, sandbox: &SandboxSpec, limits: Limits, socket: OwnedFd, ne
         config.kernel_params
     );
     VmSpec {
-        id: sandbox.id.as_str().into(),
+        id: id.as_str().into(),
         boot: Boot {
             kernel: config.kernel.clone(),
             initrd: config.initrd.clone().unwrap_or_default(),
@@ -189,12 +196,7 @@ fn vm_spec(env: &Env, sandbox: &SandboxSpec, limits: Limits, socket: OwnedFd, ne
     }
 }
 
-async fn create_sandbox(
-    agent: &AgentClient,
-    sandbox: &SandboxSpec,
-    oci: &Spec,
-    shm: Option<&Shm>,
-) -> Result<(), Error> {
+async fn create_sandbox(agent: &AgentClient, id: &ContainerId, oci: &Spec, shm: Option<&Shm>) -> Result<(), Error> {
     let share = api::Storage {
         driver: "virtio-fs".into(),
         source: paths::SHARE_TAG.into(),
@@ -208,7 +210,7 @@ async fn create_sandbox(
             Some(name) if !name.is_empty() => name.clone(),
             _ => nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default(),
         },
-        sandbox_id: sandbox.id.as_str().into(),
+        sandbox_id: id.as_str().into(),
         dns: resolver::lines(oci),
         storages: std::iter::once(share).chain(shm.map(Shm::storage)).collect(),
         ..Default::default()
