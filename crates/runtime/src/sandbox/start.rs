@@ -107,7 +107,7 @@ async fn boot(
 
     // while the guest boots
     let given = create::Given { share: &share, shm, keep_seccomp: !env.config.runtime.disable_guest_seccomp };
-    let prepared = create::prepare(given, first, oci)?;
+    let prepared = create::prepare(given, first, oci, run)?;
     trace.step("rootfs-ready");
 
     let pid = vm.pid();
