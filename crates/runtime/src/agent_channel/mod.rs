@@ -5,6 +5,7 @@
 mod serial;
 mod vsock;
 
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 
 use agent_api::ports;
@@ -16,6 +17,9 @@ use crate::agent_client::{AgentClient, VmWatch};
 
 /// What is being done while the agent is waited for, for errors.
 const STARTING: &str = "starting the guest";
+/// The same for a guest that may never answer.
+const STARTING_ON_SERIAL: &str =
+    "starting the guest (over a serial port, which our initrd alone knows: others need /dev/vhost-vsock on the host)";
 
 /// The host's end of a channel whose other end is in no guest yet.
 #[derive(Debug)]
@@ -42,7 +46,10 @@ impl AgentChannel {
                 Ok((Self::Vsock(vsock), Channel::Vsock { vhost, cid }))
             }
             Err(error) if wanted == config::AgentChannel::Auto => {
-                tracing::debug!(%error, "no vsock on this host: the agent is reached by a serial port");
+                // a host without the device is an ordinary one
+                if !matches!(&error, Error::Host { source, .. } if source.kind() == ErrorKind::NotFound) {
+                    tracing::warn!(%error, "vsock does not work here: the agent is reached by a serial port");
+                }
                 Ok(serial)
             }
             Err(error) => Err(Error::Unsupported(format!(
@@ -69,6 +76,7 @@ impl AgentChannel {
         config: &config::Agent,
     ) -> Result<AgentClient, Error> {
         let limit = config.dial_timeout;
+        let what = if matches!(self, Self::Serial) { STARTING_ON_SERIAL } else { STARTING };
         let socket = async {
             match self {
                 Self::Serial => {
@@ -80,7 +88,7 @@ impl AgentChannel {
         };
         let socket = tokio::time::timeout(limit, vm.unless_gone(STARTING, socket))
             .await
-            .map_err(|_| vm.silent(STARTING, limit))??;
+            .map_err(|_| vm.silent(what, limit))??;
         Ok(AgentClient::over(socket, vm, config.request_timeout))
     }
 }
