@@ -11,7 +11,7 @@ xtask = cargo run --quiet --package xtask --
 .DEFAULT_GOAL := help
 # the targets share cargo's lock and one terminal: side by side they would only wait for each other
 .NOTPARALLEL:
-.PHONY: help deps build guest install run test bench check fmt rust
+.PHONY: help deps build guest install run test nested bench check fmt rust
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ run: rust deps ## run a container in a VM through a private containerd; ARGS is 
 
 test: rust deps ## formatting, lints, unit tests, then end-to-end tests in VMs (no KVM needed)
 	@$(xtask) test
+
+nested: rust deps ## tests in a VM that has KVM (emulated) and vhost-vsock; ARGS names them, "vsock lifecycle" for example
+	@$(xtask) nested -- $(ARGS)
 
 bench: rust deps ## measure starts, exec and memory against runc
 	@$(xtask) bench

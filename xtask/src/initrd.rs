@@ -9,8 +9,10 @@ use anyhow::{Context, Result, bail};
 use crate::step;
 use crate::workspace::{INITRD, Workspace};
 
-const DIRECTORY: u32 = 0o040_000;
-const FILE: u32 = 0o100_000;
+/// A folder's mode bits, beside its permissions.
+pub(crate) const DIRECTORY: u32 = 0o040_000;
+/// A file's mode bits, beside its permissions.
+pub(crate) const FILE: u32 = 0o100_000;
 const CHARACTER_DEVICE: u32 = 0o020_000;
 
 /// dist/…/kata-containers-initrd.img from the compiled agent.
@@ -52,18 +54,18 @@ fn archive(init: &[u8]) -> Result<Vec<u8>> {
 
 /// The archive so far. Owners and times are always 0, inodes count from 1: nothing of the build machine gets in.
 #[derive(Default)]
-struct Cpio {
+pub(crate) struct Cpio {
     bytes: Vec<u8>,
     entries: u32,
 }
 
 impl Cpio {
-    fn add(&mut self, name: &str, mode: u32, device: (u32, u32), data: &[u8]) -> Result<()> {
+    pub(crate) fn add(&mut self, name: &str, mode: u32, device: (u32, u32), data: &[u8]) -> Result<()> {
         self.entries += 1;
         self.write(name, self.entries, mode, device, data)
     }
 
-    fn end(mut self) -> Result<Vec<u8>> {
+    pub(crate) fn end(mut self) -> Result<Vec<u8>> {
         self.write("TRAILER!!!", 0, 0, (0, 0), &[])?;
         Ok(self.bytes)
     }

@@ -10,6 +10,7 @@ mod image;
 mod initrd;
 mod install;
 mod kernel;
+mod nested;
 mod signals;
 mod step;
 mod tar;
@@ -23,8 +24,8 @@ use anyhow::{Result, bail};
 
 use crate::workspace::Workspace;
 
-const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | clients | bench | \
-                     check | image FILE   (see make help)";
+const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | clients | \
+                     nested [TEST…] | bench | check | image FILE   (see make help)";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -60,6 +61,10 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
             verify::end_to_end(&workspace)?;
         }
         ("clients", []) => clients::provide(&workspace)?,
+        ("nested", tests) => {
+            prepare(&workspace, &workspace.test_prefix())?;
+            nested::run(&workspace, tests.strip_prefix(&["--".to_owned()]).unwrap_or(tests))?;
+        }
         ("bench", []) => {
             prepare(&workspace, &workspace.test_prefix())?;
             verify::bench(&workspace)?;

@@ -65,6 +65,11 @@ impl Workspace {
         self.target.join("test-clients")
     }
 
+    /// What `make nested` boots.
+    pub(crate) fn nested_initrd(&self) -> PathBuf {
+        self.target.join("nested-initrd.img")
+    }
+
     /// Where `make run` installs.
     pub(crate) fn run_prefix(&self) -> PathBuf {
         self.target.join("run-prefix")

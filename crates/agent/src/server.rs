@@ -33,6 +33,7 @@ type Rpc<T> = ttrpc::Result<T>;
 /// Serves for as long as the machine runs. Whoever started the machine ends it: after `DestroySandbox` everything is on
 /// the host, and a machine that switched itself off could do so before its answer is out.
 pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Error> {
+    transport::serve_log(params);
     let reaper = Reaper::start().map_err(Error::failed("reaper"))?;
     let oom = OomWatch::start().map_err(Error::failed("memory watch"))?;
     let sandbox = Arc::new(Sandbox::new(reaper, oom));
@@ -44,7 +45,6 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
         .register_service(create_health(Arc::new(Liveness)))
         .register_service(create_port(Arc::new(Ports::default())));
     server.start().await.map_err(Error::failed("serving"))?;
-    transport::serve_log(params);
     transport::tell_ready(params);
     crate::log::debug("serving");
     std::future::pending().await

@@ -10,17 +10,19 @@ use std::task::{Context, Poll, ready};
 use agent_api::ports;
 use agent_api::ttrpc::r#async::transport::{Listener, Socket};
 use futures_core::Stream;
+use futures_util::StreamExt;
 use nix::sys::socket::{AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::sync::broadcast::error::RecvError;
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
 use crate::params::{Address, Params};
 
 /// Opens the listener that the command line asks for.
 pub(crate) fn listen(params: &Params) -> io::Result<Listener> {
     match &params.address {
-        Address::Vsock { port } => Listener::bind(format!("vsock://-1:{port}")),
+        Address::Vsock { port } => Ok(Listener::new(FromHost::listen(*port)?)),
         Address::Serial { port } => {
             let file = open_port(port)?;
             // the host is listening from the start; a blocking write waits until the device knows
@@ -37,27 +39,27 @@ pub(crate) fn tell_ready(params: &Params) {
     if params.ready_vport != 0 {
         let port = params.ready_vport;
         tokio::spawn(async move {
-            let address = tokio_vsock::VsockAddr::new(tokio_vsock::VMADDR_CID_HOST, port);
-            if let Err(error) = tokio_vsock::VsockStream::connect(address).await {
-                crate::log::warn(&format!("telling the host on port {port}: {error}"));
+            // a host that has found us already does not listen any more
+            if let Err(error) = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, port)).await {
+                crate::log::debug(&format!("telling the host on port {port}: {error}"));
             }
         });
     }
 }
 
-/// Gives the log to everyone who connects to the log port.
+/// Gives the log to every connection that the host makes to the log port; the first gets what was said before it too.
 pub(crate) fn serve_log(params: &Params) {
     if params.log_vport == 0 {
         return;
     }
-    let address = tokio_vsock::VsockAddr::new(tokio_vsock::VMADDR_CID_ANY, params.log_vport);
-    let listener = match tokio_vsock::VsockListener::bind(address) {
+    let mut listener = match FromHost::listen(params.log_vport) {
         Ok(listener) => listener,
         Err(error) => return crate::log::warn(&format!("log port {}: {error}", params.log_vport)),
     };
+    let mut early = Some(crate::log::follow());
     tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let mut lines = crate::log::follow();
+        while let Some(Ok(mut stream)) = listener.next().await {
+            let mut lines = early.take().unwrap_or_else(crate::log::follow);
             tokio::spawn(async move {
                 loop {
                     let line = match lines.recv().await {
@@ -72,6 +74,29 @@ pub(crate) fn serve_log(params: &Params) {
             });
         }
     });
+}
+
+/// The host's connections. A container must not speak to the agent, which kernels with vsock's loopback would let it.
+struct FromHost(VsockListener);
+
+impl FromHost {
+    fn listen(port: u32) -> io::Result<Self> {
+        VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)).map(Self)
+    }
+}
+
+impl Stream for FromHost {
+    type Item = io::Result<VsockStream>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        loop {
+            match ready!(self.0.poll_accept(context)) {
+                Ok((stream, from)) if from.cid() == VMADDR_CID_HOST => return Poll::Ready(Some(Ok(stream))),
+                Ok((_, from)) => crate::log::debug(&format!("a connection from {from}, which is not the host")),
+                Err(error) => return Poll::Ready(Some(Err(error))),
+            }
+        }
+    }
 }
 
 /// One connection, for ever.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::Error;
 use crate::file::{Entry, Value};
 use crate::known;
-use crate::types::{Accelerator, Agent, Config, FsCache, Hypervisor, Internetworking, Runtime};
+use crate::types::{Accelerator, Agent, AgentChannel, Config, FsCache, Hypervisor, Internetworking, Runtime};
 
 /// The entries that stand, by key: later files win.
 pub(crate) type Settings = BTreeMap<String, Entry>;
@@ -142,6 +142,10 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         }
         "hypervisor.qemu.enable_debug" => hypervisor.enable_debug = truth(entry)?,
         "agent.kata.enable_debug" => agent.enable_debug = truth(entry)?,
+        "agent.kata.agent_channel" => {
+            let all = [("auto", AgentChannel::Auto), ("serial", AgentChannel::Serial), ("vsock", AgentChannel::Vsock)];
+            agent.channel = one_of(entry, &all)?;
+        }
         "agent.kata.dial_timeout" => agent.dial_timeout = Duration::from_secs(number(entry, 1, 3600)?),
         // the Rust runtime's budget for all tries together is what the Go runtime calls dial_timeout
         "agent.kata.reconnect_timeout_ms" => agent.dial_timeout = Duration::from_millis(number(entry, 1, 3_600_000)?),
@@ -310,6 +314,7 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.seccomp_sandbox",
     "hypervisor.qemu.enable_debug",
     "agent.kata.enable_debug",
+    "agent.kata.agent_channel",
     "agent.kata.dial_timeout",
     "agent.kata.dial_timeout_ms",
     "agent.kata.reconnect_timeout_ms",

@@ -30,6 +30,18 @@ pub enum Accelerator {
     Tcg,
 }
 
+/// How the host speaks to the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AgentChannel {
+    /// vsock where the host has it, else the serial port.
+    #[default]
+    Auto,
+    /// A virtio-serial port, which only our own agent knows.
+    Serial,
+    /// The kernel's vsock or an error.
+    Vsock,
+}
+
 /// What virtiofsd lets the guest keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum FsCache {
@@ -121,6 +133,8 @@ pub struct Hypervisor {
 pub struct Agent {
     /// The agent logs more, and its log goes to the shim's.
     pub enable_debug: bool,
+    /// Own key.
+    pub channel: AgentChannel,
     /// How long a guest may take from its start to the agent's first word.
     pub dial_timeout: Duration,
     /// How long any one call may take.
@@ -174,7 +188,12 @@ impl Default for Hypervisor {
 
 impl Default for Agent {
     fn default() -> Self {
-        Self { enable_debug: false, dial_timeout: Duration::from_secs(45), request_timeout: Duration::from_secs(60) }
+        Self {
+            enable_debug: false,
+            channel: AgentChannel::default(),
+            dial_timeout: Duration::from_secs(45),
+            request_timeout: Duration::from_secs(60),
+        }
     }
 }
 

@@ -39,6 +39,7 @@ fn values_that_cannot_be() {
     value(qemu, "tcg_tb_size = -1", "must be a whole number from 0 to 1024");
     value(qemu, "enable_debug = \"yes\"", "must be true or false");
     value(qemu, "default_maxvcpus = -1", "must be a whole number from 0 to 4294967295");
+    value("agent.kata", "agent_channel = \"virtio\"", "must be \"auto\" or \"serial\" or \"vsock\"");
     value("agent.kata", "dial_timeout = 0", "must be a whole number from 1 to 3600");
     value("runtime", "create_container_timeout = 1.5", "must be a whole number from 1 to 86400");
     value("runtime", "disable_guest_seccomp = 1", "must be true or false");

@@ -1,9 +1,10 @@
 //! What the guest writes on its console: the last of it is kept for error messages, all of it is logged on demand.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
+use tokio::sync::Notify;
 
 /// Kept of the guest's console, bytes. The guest is hostile: it may write for ever.
 const KEPT: usize = 16 << 10;
@@ -14,7 +15,13 @@ const SHOWN_LINES: usize = 12;
 
 /// The tail of a guest's console. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Console(Arc<Mutex<Vec<u8>>>);
+pub struct Console(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    kept: Mutex<Vec<u8>>,
+    spoken: Notify,
+}
 
 impl Console {
     /// Reads `stream` until its end; `log` also writes each line to the log.
@@ -28,19 +35,36 @@ impl Console {
             if log {
                 line.take(&chunk[..count], |line| tracing::info!(target: "guest", "{line}"));
             }
-            let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            kept.extend_from_slice(&chunk[..count]);
-            let excess = kept.len().saturating_sub(KEPT);
-            kept.drain(..excess);
+            {
+                let mut kept = self.kept();
+                kept.extend_from_slice(&chunk[..count]);
+                let excess = kept.len().saturating_sub(KEPT);
+                kept.drain(..excess);
+            }
+            self.0.spoken.notify_waiters();
         }
+    }
+
+    /// Resolves when the guest writes something after this call, whether it is awaited by then or not.
+    pub fn spoken(&self) -> impl Future<Output = ()> + Send {
+        self.0.spoken.notified()
+    }
+
+    /// Whether `words` are among the last that the guest wrote, as they are.
+    pub fn said(&self, words: &str) -> bool {
+        let kept = self.kept();
+        kept.windows(words.len().max(1)).any(|part| part == words.as_bytes())
     }
 
     /// The last lines, fit for a message: control characters of the guest do not reach a terminal.
     pub fn tail(&self) -> String {
-        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let text = printable(&kept);
+        let text = printable(&self.kept());
         let lines: Vec<_> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
         lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n")
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.0.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -98,6 +122,6 @@ mod tests {
         let tail = console.tail();
         assert_eq!(tail.lines().count(), SHOWN_LINES);
         assert!(tail.ends_with("line 4999[2J"), "{tail}");
-        assert!(console.0.lock().expect("kept").len() <= KEPT);
+        assert!(console.kept().len() <= KEPT);
     }
 }

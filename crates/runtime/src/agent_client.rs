@@ -1,18 +1,14 @@
 //! Calls into the guest: every one bounded in time, and ended by the VM's end.
 
 use std::future::Future;
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use agent_api::agent_ttrpc::AgentServiceClient;
 use agent_api::port_ttrpc::PortClient;
-use agent_api::ports;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::{Client, transport::Socket};
 use agent_api::ttrpc::context::Context;
 use hypervisor::{Console, Vm, VmExit};
-use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use crate::Error;
@@ -55,6 +51,24 @@ impl VmWatch {
         }
     }
 
+    /// What the guest writes.
+    pub(crate) fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// The error for a guest that did not answer.
+    pub(crate) fn silent(&self, what: &str, limit: Duration) -> Error {
+        Error::AgentSilent { what: what.into(), limit, console: self.console_tail() }
+    }
+
+    /// The error for a connection that failed: the end of the VMM where that is the cause, else `reason`.
+    pub(crate) async fn broken<T>(&self, what: &str, reason: &str) -> Result<T, Error> {
+        match tokio::time::timeout(CAUSE_WAIT, self.gone(what)).await {
+            Ok(gone) => Err(gone),
+            Err(_) => Err(Error::VmGone { what: what.into(), reason: reason.to_owned(), console: self.console_tail() }),
+        }
+    }
+
     fn console_tail(&self) -> String {
         let tail = self.console.tail();
         if tail.is_empty() { tail } else { format!("\nguest console:\n{tail}") }
@@ -71,38 +85,9 @@ pub(crate) struct AgentClient {
 }
 
 impl AgentClient {
-    /// Waits until the agent says over the serial channel that it is up.
-    pub(crate) async fn over_serial(
-        channel: OwnedFd,
-        vm: VmWatch,
-        dial: Duration,
-        deadline: Duration,
-    ) -> Result<Self, Error> {
-        let what = "starting the guest";
-        let stream = std::os::unix::net::UnixStream::from(channel);
-        stream.set_nonblocking(true).map_err(Error::host("the agent's channel"))?;
-        let mut stream = UnixStream::from_std(stream).map_err(Error::host("the agent's channel"))?;
-        let hello = async {
-            let mut hello = [0; ports::SERIAL_HELLO.len()];
-            match stream.read_exact(&mut hello).await {
-                Ok(_) if hello == ports::SERIAL_HELLO => Ok(()),
-                Ok(_) => Err(Error::Unsupported(
-                    "the guest's agent speaks another protocol on its serial port: use the initrd of `make guest`"
-                        .into(),
-                )),
-                // the socket ends a moment before the process does; the process knows why
-                Err(_) => Err(vm.gone(what).await),
-            }
-        };
-        tokio::time::timeout(dial, vm.unless_gone(what, hello)).await.map_err(|_| Error::AgentSilent {
-            what: what.into(),
-            limit: dial,
-            console: vm.console_tail(),
-        })??;
-        Ok(Self::on(Client::new(Socket::new(stream)), vm, deadline))
-    }
-
-    fn on(client: Client, vm: VmWatch, deadline: Duration) -> Self {
+    /// Calls over a connection to it; `deadline` is for each.
+    pub(crate) fn over(socket: Socket, vm: VmWatch, deadline: Duration) -> Self {
+        let client = Client::new(socket);
         Self { client: AgentServiceClient::new(client.clone()), ports: PortClient::new(client), vm, deadline }
     }
 
@@ -164,25 +149,10 @@ impl AgentClient {
                 Err(ttrpc::Error::RpcStatus(status)) => {
                     Err(Error::Agent { code: status.code(), message: status.message().to_owned() })
                 }
-                Err(error) => self.broken(what, &error).await,
+                Err(error) => self.vm.broken(what, &format!("the agent's connection broke ({error})")).await,
             },
             gone = self.vm.gone(what) => Err(gone),
-            () = expired => Err(Error::AgentSilent {
-                what: what.into(),
-                limit: limit.unwrap_or_default(),
-                console: self.vm.console_tail(),
-            }),
-        }
-    }
-
-    async fn broken<T>(&self, what: &str, error: &ttrpc::Error) -> Result<T, Error> {
-        match tokio::time::timeout(CAUSE_WAIT, self.vm.gone(what)).await {
-            Ok(gone) => Err(gone),
-            Err(_) => Err(Error::VmGone {
-                what: what.into(),
-                reason: format!("the agent's connection broke ({error})"),
-                console: self.vm.console_tail(),
-            }),
+            () = expired => Err(self.vm.silent(what, limit.unwrap_or_default())),
         }
     }
 }

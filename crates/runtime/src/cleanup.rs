@@ -262,7 +262,9 @@ fn kill(pid: u32, started: u64) -> io::Result<()> {
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if fd < 0 {
         let error = io::Error::last_os_error();
-        return if error.raw_os_error() == Some(libc::ESRCH) { Ok(()) } else { Err(error) };
+        // nobody; somebody who is being taken away, or a thread (EINVAL, ENOENT on kernels from 2025 on)
+        let gone = [libc::ESRCH, libc::EINVAL, libc::ENOENT];
+        return if gone.contains(&error.raw_os_error().unwrap_or(0)) { Ok(()) } else { Err(error) };
     }
     // SAFETY: the call above returned this descriptor, nobody else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).map_err(io::Error::other)?) };
@@ -369,6 +371,25 @@ mod tests {
         drop(first);
         second.join().expect("joined").expect("nothing left to do");
         assert!(staging.exists(), "the new shim's");
+    }
+
+    /// Kernels differ in what they say of a number that is no process any more.
+    #[test]
+    fn a_process_that_is_gone_is_no_error() {
+        let mut child = std::process::Command::new("true").spawn().expect("started");
+        let (pid, started) = (child.id(), start_time(child.id()).unwrap_or_default());
+        child.wait().expect("ended");
+        kill(pid, started).expect("it is gone");
+        // the number may be a thread's by now
+        let (told, (stop, stopped)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel::<()>());
+        let thread = std::thread::spawn(move || {
+            let _ = told.0.send(nix::unistd::gettid());
+            let _ = stopped.recv();
+        });
+        let thread_id = told.1.recv().expect("its number");
+        kill(thread_id.as_raw() as u32, 1).expect("a thread is not the process that it was");
+        drop(stop);
+        thread.join().expect("ended");
     }
 
     #[test]

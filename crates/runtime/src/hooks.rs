@@ -1,8 +1,8 @@
 //! OCI hooks that run on the host (runtime-spec, config.md, "POSIX-platform Hooks"): `prestart` and `createRuntime`
 //! before the guest makes the container, `poststart` after its start, `poststop` after its end.
 //!
-//! `startContainer` runs in the guest (the agent's launcher). `createContainer` names a program of the host that shall
-//! run inside the container, which no virtual machine can do: `container::spec` refuses it.
+//! `startContainer` runs in the guest (the agent's launcher). `createContainer` is refused by `container::spec`, for the
+//! reasons in docs/design/004-hooks.md.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -13,7 +13,9 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 
+use crate::cleanup::{self, RunDir, Step};
 use crate::container::spec;
+use crate::storage::rootfs;
 use crate::{ContainerId, Error};
 
 /// Kept of what a failed hook writes, bytes.
@@ -31,6 +33,8 @@ pub(crate) struct Hooks {
     before: Vec<Hook>,
     started: Vec<Hook>,
     stopped: Vec<Hook>,
+    /// Where the root file system is shown to them.
+    shown: Option<PathBuf>,
 }
 
 impl Hooks {
@@ -49,6 +53,30 @@ impl Hooks {
             before,
             started: list(all.poststart()),
             stopped: list(all.poststop()),
+            shown: None,
+        }
+    }
+
+    /// Shows `rootfs` at `root`, where config.json says that it is and hooks look for it: the guest has it from another
+    /// place. Without hooks nobody looks.
+    pub(crate) fn show(&mut self, rootfs: &Path, root: &Path, run: &mut RunDir) -> Result<(), Error> {
+        let none = [&self.before, &self.started, &self.stopped].iter().all(|list| list.is_empty());
+        // elsewhere it may be anybody's folder
+        if none || root == self.bundle || !root.starts_with(&self.bundle) {
+            return Ok(());
+        }
+        run.push(Step::Mounts(root.to_owned())).map_err(Error::host("the undo journal"))?;
+        self.shown = Some(root.to_owned());
+        std::fs::create_dir_all(root).map_err(Error::host(root.display().to_string()))?;
+        rootfs::bind(rootfs, root, true)
+    }
+
+    /// Takes that back.
+    pub(crate) fn hide(&self) {
+        if let Some(root) = &self.shown
+            && let Err(error) = cleanup::unmount_tree(root)
+        {
+            tracing::warn!(path = %root.display(), %error, "the root file system stays in the bundle");
         }
     }
 
@@ -76,6 +104,7 @@ impl Hooks {
                 tracing::warn!(%error, "the container is deleted all the same");
             }
         }
+        self.hide();
     }
 
     async fn run(&self, moment: &str, hook: &Hook, status: &str, pid: u32) -> Result<(), Error> {

@@ -3,6 +3,7 @@
 //! Owns [`Sandbox`]: the one handle through which the shim asks for anything. Knows neither containerd nor its protocol;
 //! talks to the guest through the agent's protocol and to VMMs through the `hypervisor` crate.
 
+mod agent_channel;
 mod agent_client;
 mod cgroup;
 pub mod cleanup;

@@ -2,7 +2,7 @@
 
 use crate::{Node, ctr::Invocation, ctr::Outcome, image, node::NAMESPACE, processes::MARK};
 use anyhow::{Context as _, Result, anyhow, ensure};
-use containerd_shim_protos::{Client, TaskClient, api, protobuf::EnumOrUnknown, ttrpc};
+use containerd_shim_protos::{Client, TaskClient, api, api::Mount, protobuf::EnumOrUnknown, ttrpc};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -98,11 +98,17 @@ impl<'a> Shim<'a> {
         ttrpc::context::with_duration(LIMIT)
     }
 
-    /// Creates the container `id` in this shim.
+    /// Creates the container `id` in this shim; its root file system is in the bundle.
     pub fn create(&self, id: &str) -> Result<u32> {
+        self.create_from(id, Vec::new())
+    }
+
+    /// Creates the container `id` with a root file system that is to be mounted.
+    pub fn create_from(&self, id: &str, rootfs: Vec<Mount>) -> Result<u32> {
         let request = api::CreateTaskRequest {
             id: id.to_owned(),
             bundle: self.bundle.display().to_string(),
+            rootfs,
             ..Default::default()
         };
         Ok(self.tasks.create(Self::context(), &request).map_err(|e| said(&e))?.pid)

@@ -1,6 +1,7 @@
 //! OCI hooks: each runs where and when the specification says, and a failed one fails what it belongs to.
 
 use anyhow::{Context as _, Result, ensure};
+use containerd_shim_protos::api::Mount;
 use e2e::{
     Node,
     task_api::{Bundle, Shim, specification},
@@ -53,6 +54,40 @@ fn all_run_in_their_place() -> Result<()> {
             ensure!(!at("stopped").exists(), "poststop before the delete");
             shim.delete("hooks")?;
             ensure!(state(&at("stopped"))?["status"] == "stopped", "poststop");
+            Ok(())
+        })();
+        shim.shut_down()?;
+        tested
+    })
+}
+
+/// containerd gives the root file system as mounts, and hooks look for it where the bundle says that it is.
+#[test]
+fn those_of_the_host_see_the_containers_files() -> Result<()> {
+    with_node(|node| {
+        let hooks = json!({
+            "createRuntime": [shell("test -x rootfs/bin/busybox && echo from-the-host > rootfs/etc/hooked")],
+            "poststart": [shell("test -s rootfs/etc/hooked && touch started")],
+        });
+        let bundle = bundle(node, "files", "grep -q from-the-host /etc/hooked", &hooks)?;
+        let (root, at) = (bundle.path.join("rootfs"), bundle.path.join("elsewhere"));
+        fs::rename(&root, &at)?;
+        fs::create_dir(&root)?;
+        let bind = |from: &Path| Mount {
+            type_: "bind".into(),
+            source: from.display().to_string(),
+            options: vec!["rbind".into(), "rw".into()],
+            ..Default::default()
+        };
+        let shim = Shim::start(node, "files", &bundle)?;
+        let tested = (|| {
+            shim.create_from("files", vec![bind(&at)])?;
+            shim.start_container("files")?;
+            ensure!(bundle.path.join("started").exists(), "poststart did not see it");
+            let status = shim.wait("files")?;
+            ensure!(status == 0, "the container does not see what the hook wrote: exit status {status}");
+            shim.delete("files")?;
+            ensure!(fs::read_dir(&root)?.next().is_none(), "the bundle still shows the root file system");
             Ok(())
         })();
         shim.shut_down()?;

@@ -3,6 +3,7 @@
 mod accelerator;
 mod cmdline;
 mod kernel;
+mod probe;
 mod qmp;
 mod tsc;
 
@@ -12,7 +13,6 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::json;
-use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
@@ -23,12 +23,7 @@ use self::cmdline::Inherited;
 use self::kernel::KernelCopy;
 use self::qmp::Qmp;
 use crate::helper::Helper;
-use crate::{Boot, Channel, Console, Error, Hypervisor, Size, Vm, VmExit, VmSpec};
-
-/// How long a guest may take to speak under KVM before KVM counts as broken.
-const PROBE_LIMIT: Duration = Duration::from_secs(5);
-/// The serial port of the probe's guest.
-const PROBE_PORT: &str = "org.katacontainers.probe.0";
+use crate::{Boot, Channel, Console, Error, Hypervisor, Vm, VmExit, VmSpec};
 
 /// What the driver must know, from the configuration.
 #[derive(Debug, Clone)]
@@ -90,7 +85,7 @@ impl Qemu {
         let (accelerator, reason) = if let Some(answer) = memory.recall() {
             answer
         } else {
-            let (accelerator, reason) = match self.try_kvm(boot).await {
+            let (accelerator, reason) = match probe::try_kvm(self, boot).await {
                 Ok(()) => (Accelerator::Kvm, "a guest ran under KVM".to_owned()),
                 Err(reason) => (Accelerator::Tcg, reason),
             };
@@ -102,46 +97,6 @@ impl Qemu {
             return Err(Error::NoKvm(reason));
         }
         Ok(accelerator)
-    }
-
-    /// Boots the guest under KVM until it speaks.
-    async fn try_kvm(&self, boot: &Boot) -> Result<(), String> {
-        std::fs::File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/kvm")
-            .map_err(|error| format!("/dev/kvm cannot be opened ({error})"))?;
-        let spec = VmSpec {
-            id: "kvm-probe".into(),
-            boot: Boot {
-                kernel_params: format!("{} agent.server_addr=serial://{PROBE_PORT}", boot.kernel_params),
-                ..boot.clone()
-            },
-            size: Size { vcpus: 1, memory_mib: 256 },
-            channel: Channel::Serial { port: PROBE_PORT },
-            shared_dirs: Vec::new(),
-            network: Vec::new(),
-            entropy_source: "/dev/urandom".into(),
-            debug: false,
-        };
-        let mut vm = self.start(spec, Accelerator::Kvm).await.map_err(|error| error.to_string())?;
-        let channel = vm.take_channel().ok_or("no channel")?;
-        let mut channel = stream(channel).map_err(|error| error.to_string())?;
-        let mut byte = [0];
-        let outcome = tokio::time::timeout(PROBE_LIMIT, channel.read(&mut byte)).await;
-        let spoke = matches!(outcome, Ok(Ok(1)));
-        if let Err(error) = vm.stop(Duration::ZERO).await {
-            tracing::warn!(%error, "the probe's VM");
-        }
-        let exit = vm.exit().borrow().clone();
-        match (spoke, outcome.is_err(), exit) {
-            (true, ..) => Ok(()),
-            (false, true, _) => Err(format!("a guest said nothing within {PROBE_LIMIT:?} under KVM")),
-            (false, false, Some(exit)) => {
-                Err(format!("a guest does not run under KVM: {}", exit.to_string().replace('\n', "; ")))
-            }
-            (false, false, None) => Err("a guest ended at once under KVM".into()),
-        }
     }
 
     async fn start(&self, spec: VmSpec, accelerator: Accelerator) -> Result<QemuVm, Error> {

@@ -9,7 +9,7 @@ use super::process::Process;
 use super::{Container, ContainerSpec, ProcessRef, spec};
 use crate::Error;
 use crate::agent_client::AgentClient;
-use crate::cleanup;
+use crate::cleanup::{self, RunDir};
 use crate::hooks::Hooks;
 use crate::pod::Role;
 use crate::storage::share::{Share, guest_path};
@@ -33,12 +33,13 @@ pub(crate) struct Given<'a> {
 }
 
 /// The host's part; needs no guest, so it is done while the guest boots.
-pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec) -> Result<Prepared, Error> {
+pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec, run: &mut RunDir) -> Result<Prepared, Error> {
     let Given { share, shm, keep_seccomp } = given;
     if Role::of_spec(oci)? == Role::Sandbox {
         return holder(from, oci);
     }
     let mut shared = vec![from.id.as_str().to_owned()];
+    let mut hooks = Hooks::of(&from.id, &from.bundle, oci);
     let outcome = (|| {
         let root_name = format!("{}/rootfs", from.id);
         let (mut guest, sandbox_pidns) = spec::for_guest(oci, &from.id, guest_path(&root_name), keep_seccomp)?;
@@ -47,7 +48,11 @@ pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec) -> Res
             Some(root) => from.bundle.join(root.path()),
             None => return Err(Error::Invalid("the specification has no root".into())),
         };
-        rootfs::connect(&from.rootfs, &bundle_root, &share.host_path(&root_name))?;
+        let rootfs = share.host_path(&root_name);
+        rootfs::connect(&from.rootfs, &bundle_root, &rootfs)?;
+        if !from.rootfs.is_empty() {
+            hooks.show(&rootfs, &bundle_root, run)?;
+        }
         shared.extend(volume::connect(share, &from.id, &mut guest, shm)?);
         if let Some(process) = guest.Process.as_mut() {
             process.Terminal = from.stdio.terminal;
@@ -61,8 +66,9 @@ pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec) -> Res
         })
     })();
     match outcome {
-        Ok(request) => Ok(Prepared { request, shared, hooks: Hooks::of(&from.id, &from.bundle, oci) }),
+        Ok(request) => Ok(Prepared { request, shared, hooks }),
         Err(error) => {
+            hooks.hide();
             release(share, &shared);
             Err(error)
         }
@@ -93,7 +99,10 @@ pub(crate) async fn create(
     limit: std::time::Duration,
 ) -> Result<Container, Error> {
     let Prepared { request, shared, hooks } = prepared;
-    hooks.create(pid).await?;
+    if let Err(error) = hooks.create(pid).await {
+        hooks.hide();
+        return Err(error);
+    }
     let created = agent
         .call_within("creating the container", Some(limit), |client, context| async {
             client.create_container(context, &request).await

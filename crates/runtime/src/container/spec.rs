@@ -68,7 +68,7 @@ pub(crate) fn for_guest(
     {
         return Err(Error::Unsupported(
             "a createContainer hook is a program of the host that would have to run in the virtual machine: use \
-             createRuntime (on the host) or startContainer (in the container)"
+             createRuntime (on the host, with the container's files) or startContainer (in the container)"
                 .into(),
         ));
     }

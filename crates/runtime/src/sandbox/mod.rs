@@ -108,10 +108,10 @@ impl Sandbox {
         let keep_seccomp = !self.0.env.config.runtime.disable_guest_seccomp;
         // the host's side is held for the host's part only: a guest that does not answer must not hold up the stop
         let prepared = {
-            let host = self.0.host.lock().await;
-            let host = host.as_ref().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
+            let mut host = self.0.host.lock().await;
+            let host = host.as_mut().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
             let given = create::Given { share: &host.share, shm: self.0.shm.as_ref(), keep_seccomp };
-            create::prepare(given, from, &oci)?
+            create::prepare(given, from, &oci, &mut host.run)?
         };
         let shared = prepared.shared.clone();
         let limit = self.0.env.config.runtime.create_container_timeout;

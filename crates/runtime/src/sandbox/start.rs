@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use agent_api::agent as api;
-use agent_api::{paths, ports};
+use agent_api::paths;
 use hypervisor::{Boot, Channel, NetDevice, SharedDir, VmSpec};
 use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, mpsc};
 
 use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, resolver, watch};
+use crate::agent_channel::AgentChannel;
 use crate::agent_client::{AgentClient, VmWatch};
 use crate::cgroup::{HostCgroup, Members};
 use crate::cleanup::RunDir;
@@ -94,6 +95,8 @@ async fn boot(
     }
     let shm = Shm::of(oci);
     let config = &env.config.hypervisor;
+    let (channel, device) = AgentChannel::open(env.config.agent.channel)?;
+    let params = channel.kernel_params();
     let network = network::connect(&env.config, oci, run).await?;
     if !network.found.is_empty() {
         trace.step("network-connected");
@@ -101,20 +104,20 @@ async fn boot(
     let cgroup = host_cgroup(&env.config, id, oci, run)?;
     let (share, socket) = Share::start(config, run)?;
     trace.step("virtiofsd-started");
-    let limits = Limits::of(oci, &role);
-    let mut vm = env.hypervisor.launch(vm_spec(env, id, limits, socket, network.devices)).await?;
+    let spec = vm_spec(env, id, Limits::of(oci, &role), (device, &params), socket, network.devices);
+    let mut vm = env.hypervisor.launch(spec).await?;
     run.push(crate::cleanup::Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
     trace.step("vmm-started");
 
     // while the guest boots
     let given =
         create::Given { share: &share, shm: shm.as_ref(), keep_seccomp: !env.config.runtime.disable_guest_seccomp };
-    let prepared = create::prepare(given, first, oci)?;
+    let prepared = create::prepare(given, first, oci, run)?;
     trace.step("rootfs-ready");
 
     let pid = vm.pid();
     let vm_watch = VmWatch::new(vm.as_ref());
-    let channel = vm.take_channel().ok_or_else(|| Error::Unsupported("the VM has no serial channel".into()))?;
+    let serial = vm.take_channel();
     let processes = vec![pid, share.daemon.pid()];
     // the kernel takes its time, and the guest needs none of it
     let counted = async {
@@ -125,13 +128,7 @@ async fn boot(
             .unwrap_or_else(|error| Err(Error::host("the pod's cgroup")(std::io::Error::other(error))))
     };
     let guest = async {
-        let agent = AgentClient::over_serial(
-            channel,
-            vm_watch,
-            env.config.agent.dial_timeout,
-            env.config.agent.request_timeout,
-        )
-        .await?;
+        let agent = channel.connect(serial, vm_watch, &env.config.agent).await?;
         trace.step("agent-ready");
         vm.booted();
         tokio::try_join!(create_sandbox(&agent, id, oci, shm.as_ref()), set_clock(&agent))?;
@@ -172,14 +169,17 @@ fn host_cgroup(
     }
 }
 
-fn vm_spec(env: &Env, id: &ContainerId, limits: Limits, socket: OwnedFd, network: Vec<NetDevice>) -> VmSpec {
+fn vm_spec(
+    env: &Env,
+    id: &ContainerId,
+    limits: Limits,
+    (channel, channel_params): (Channel, &str),
+    socket: OwnedFd,
+    network: Vec<NetDevice>,
+) -> VmSpec {
     let config = &env.config.hypervisor;
     let log = if env.config.agent.enable_debug { "debug" } else { "info" };
-    let kernel_params = format!(
-        "agent.server_addr=serial://{} agent.log={log} cgroup_no_v1=all {}",
-        ports::AGENT_SERIAL,
-        config.kernel_params
-    );
+    let kernel_params = format!("{channel_params} agent.log={log} cgroup_no_v1=all {}", config.kernel_params);
     VmSpec {
         id: id.as_str().into(),
         boot: Boot {
@@ -188,7 +188,7 @@ fn vm_spec(env: &Env, id: &ContainerId, limits: Limits, socket: OwnedFd, network
             kernel_params: kernel_params.trim_end().into(),
         },
         size: sizing::plan(config, limits),
-        channel: Channel::Serial { port: ports::AGENT_SERIAL },
+        channel,
         shared_dirs: vec![SharedDir { tag: paths::SHARE_TAG, socket, queue_size: config.virtio_fs_queue_size }],
         network,
         entropy_source: config.entropy_source.clone(),

@@ -1,0 +1,29 @@
+//! A virtio-serial port. It has no connections, so the agent's first line stands for one: it is there once the agent is.
+
+use std::os::fd::OwnedFd;
+
+use agent_api::ports;
+use agent_api::ttrpc::r#async::transport::Socket;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+
+use super::STARTING;
+use crate::Error;
+use crate::agent_client::VmWatch;
+
+/// Waits for the agent's first line.
+pub(super) async fn connect(port: OwnedFd, vm: &VmWatch) -> Result<Socket, Error> {
+    let failed = || Error::host("the agent's channel");
+    let stream = std::os::unix::net::UnixStream::from(port);
+    stream.set_nonblocking(true).map_err(failed())?;
+    let mut stream = UnixStream::from_std(stream).map_err(failed())?;
+    let mut hello = [0; ports::SERIAL_HELLO.len()];
+    match stream.read_exact(&mut hello).await {
+        Ok(_) if hello == ports::SERIAL_HELLO => Ok(Socket::new(stream)),
+        Ok(_) => Err(Error::Unsupported(
+            "the guest's agent speaks another protocol on its serial port: use the initrd of `make guest`".into(),
+        )),
+        // the socket ends a moment before the process does; the process knows why
+        Err(_) => Err(vm.gone(STARTING).await),
+    }
+}
