@@ -15,7 +15,11 @@ packages=(
     qemu-system-x86 qemu-system-common qemu-system-data
     # the caller, the runtime its client package wants, the image `make run` builds, and looking at the result
     containerd runc busybox-static iproute2 procps
+    # the pod networks of the tests with a CRI client
+    containernetworking-plugins
 )
+# what Debian does not have of the tests' clients is built with Go: any will do, as an old one can fetch a newer one
+command -v go >/dev/null || [ -x /usr/local/go/bin/go ] || packages+=(golang-go)
 
 command -v dpkg-query >/dev/null ||
     fail "this is not Debian: install the equivalents of these yourself: ${packages[*]}"

@@ -1,6 +1,8 @@
 //! What the Makefile calls. Owns the order of the steps and what the user sees of them; what each step does lives in
 //! its own module. Debian's packages are not its business: scripts/deps.sh has run before.
 
+mod cache;
+mod clients;
 mod compile;
 mod containerd;
 mod demo;
@@ -21,8 +23,8 @@ use anyhow::{Result, bail};
 
 use crate::workspace::Workspace;
 
-const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | bench | check | \
-                     image FILE   (see make help)";
+const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | clients | bench | \
+                     check | image FILE   (see make help)";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -54,8 +56,10 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
             prepare(&workspace, &workspace.test_prefix())?;
             verify::check(&workspace)?;
             verify::unit_tests(&workspace)?;
+            clients::provide(&workspace)?;
             verify::end_to_end(&workspace)?;
         }
+        ("clients", []) => clients::provide(&workspace)?,
         ("bench", []) => {
             prepare(&workspace, &workspace.test_prefix())?;
             verify::bench(&workspace)?;

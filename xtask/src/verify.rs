@@ -37,7 +37,9 @@ pub(crate) fn end_to_end(workspace: &Workspace) -> Result<()> {
     }
     step::timed("end-to-end tests", || {
         let arguments = ["test", "--package", "e2e", "--", "--test-threads=1", "--nocapture"];
-        step::run(cargo(workspace).args(arguments).env("KATA_PREFIX", workspace.test_prefix()))
+        let mut command = cargo(workspace);
+        command.args(arguments).env("KATA_PREFIX", workspace.test_prefix());
+        step::run(command.env("KATA_CLIENTS", workspace.test_clients()))
     })
 }
 

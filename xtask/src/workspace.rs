@@ -60,6 +60,11 @@ impl Workspace {
         self.target.join("test-prefix")
     }
 
+    /// Where the tests find clients that Debian does not have.
+    pub(crate) fn test_clients(&self) -> PathBuf {
+        self.target.join("test-clients")
+    }
+
     /// Where `make run` installs.
     pub(crate) fn run_prefix(&self) -> PathBuf {
         self.target.join("run-prefix")

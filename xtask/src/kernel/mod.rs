@@ -5,15 +5,14 @@ mod fragments;
 mod make;
 
 use std::env;
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
-use crate::step;
 use crate::workspace::{VMLINUX, VMLINUZ, Workspace};
+use crate::{cache, step};
 
 /// From Debian's package of the same name.
 const SOURCE: &str = "/usr/src/linux-source-6.12.tar.xz";
@@ -26,9 +25,8 @@ pub(crate) fn provide(workspace: &Workspace) -> Result<()> {
     step::timed("providing the guest kernel", || {
         let fragments = fragments::merge(&workspace.kernel_fragments(), env::consts::ARCH)?;
         let key = key(&fragments)?;
-        let cache = cache()?;
-        fs::create_dir_all(&cache).with_context(|| format!("the cache {} cannot be made", cache.display()))?;
-        let _alone = lock(&cache)?;
+        let cache = cache::folder("kata-guest")?;
+        let _alone = cache::lock(&cache)?;
         let kept = cache.join(&key);
         if kept.is_dir() {
             println!("    cached: {}", kept.display());
@@ -63,54 +61,20 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
         .collect()
 }
 
-fn cache() -> Result<PathBuf> {
-    let base = match env::var_os("XDG_CACHE_HOME").filter(|dir| Path::new(dir).is_absolute()) {
-        Some(dir) => PathBuf::from(dir),
-        None => {
-            Path::new(&env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set: set one")?).join(".cache")
-        }
-    };
-    Ok(base.join("kata-guest"))
-}
-
-/// One build at a time, also from other checkouts; whoever waits finds the result. The kernel frees it with us.
-fn lock(cache: &Path) -> Result<Flock<File>> {
-    let path = cache.join("lock");
-    let open = || File::options().create(true).truncate(false).write(true).open(&path);
-    let file = open().with_context(|| format!("{} cannot be opened", path.display()))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => return Ok(lock),
-        Err((_, nix::Error::EWOULDBLOCK)) => println!("    another build holds {}: waiting for it", path.display()),
-        Err((_, error)) => bail!("{} cannot be locked: {error}", path.display()),
-    }
-    let file = open().with_context(|| format!("{} cannot be opened", path.display()))?;
-    Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, error)| anyhow::anyhow!("{} cannot be locked: {error}", path.display()))
-}
-
 fn build(cache: &Path, kept: &Path, fragments: &str) -> Result<()> {
     let work = cache.join("build");
     // what an interrupted build has left; we hold the lock
-    remove(&work)?;
+    cache::remove(&work)?;
     let log = cache.join("build.log");
     let result = make::kernel(Path::new(SOURCE), &work, &log, fragments);
     if let Err(error) = result {
-        let cleaned = remove(&work);
+        let cleaned = cache::remove(&work);
         let error = error.context(format!("the guest kernel was not built; the log is {}", log.display()));
         return Err(cleaned.err().map_or(error, |second| anyhow::anyhow!("{second:#}")));
     }
     // complete or not there at all
     fs::rename(work.join("result"), kept).with_context(|| format!("{} cannot be put in place", kept.display()))?;
-    remove(&work)
-}
-
-fn remove(directory: &Path) -> Result<()> {
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("{} cannot be removed: remove it by hand", directory.display()))
-        }
-        _ => Ok(()),
-    }
+    cache::remove(&work)
 }
 
 fn hand_out(kept: &Path, to: &Path) -> Result<()> {
