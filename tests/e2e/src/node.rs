@@ -7,6 +7,7 @@ use crate::{
     install::Install,
     journal::Journal,
     leaks::Leaks,
+    mounts,
     processes::{self, MARK},
 };
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -46,6 +47,8 @@ pub struct NodeSetup {
     pub config: Option<String>,
     /// Serve CRI too.
     pub cri: bool,
+    /// More lines for containerd's own configuration.
+    pub settings: String,
 }
 
 /// The private containerd and what belongs to it.
@@ -128,10 +131,11 @@ impl Node {
             false => ("disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n", String::new()),
         };
         let text = format!(
-            "version = 2\nroot = {:?}\nstate = {:?}\n{disabled}[grpc]\naddress = {:?}\n[debug]\nlevel = \"debug\"\n{more}",
+            "version = 2\nroot = {:?}\nstate = {:?}\n{disabled}[grpc]\naddress = {:?}\n[debug]\nlevel = \"debug\"\n{more}{}",
             at("root"),
             at("state"),
             at("c.sock"),
+            setup.settings,
         );
         fs::write(dir.path().join("containerd.toml"), text)?;
         let log = Journal::default();
@@ -260,18 +264,9 @@ impl Node {
                 .status();
         }
         let sandboxes = self.sandboxes();
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let mut below: Vec<_> = mounts
-            .lines()
-            .filter_map(|l| l.split(' ').nth(4))
-            .filter(|m| {
-                Path::new(m).starts_with(self.dir.path()) || sandboxes.iter().any(|s| Path::new(m).starts_with(s))
-            })
-            .collect();
-        below.reverse();
-        for mount in below {
-            let _ = nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH);
-        }
+        let mut folders = sandboxes.clone();
+        folders.push(self.dir.path().to_owned());
+        mounts::unmount_below(&folders);
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         for left in sandboxes {
             // never through a mount that could not be taken off
