@@ -15,6 +15,7 @@ use crate::io::Stdio;
 use crate::launcher::{self, Launch, Namespaces};
 use crate::process::Process;
 use crate::reaper::Reaper;
+use crate::sysctl;
 
 /// A container of this guest.
 #[derive(Debug)]
@@ -55,6 +56,8 @@ impl Container {
         let (stdio, streams) = streams(&spec.Process)?;
         let joins = pids_of.is_some();
         let what = if holder {
+            // the pod's, for which the other containers have none of their own; its namespaces are the VM's
+            sysctl::set(&spec.Linux.Sysctl).map_err(Error::Failed)?;
             Launch::Holder { go: go_child }
         } else {
             let pids = pids_of.map(|process| launcher::pid_namespace(process.pid)).transpose()?;

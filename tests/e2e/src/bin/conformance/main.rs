@@ -27,7 +27,8 @@ fn main() -> Result<ExitCode> {
     let work = tempfile::Builder::new().prefix("kata-conformance-").tempdir()?;
     let hosts = work.path().join("registries");
     registry::serve(images::make(work.path()).context("making the images")?, &hosts)?;
-    let settings = format!("[plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = {hosts:?}\n");
+    let settings =
+        format!("[plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = {:?}\n", hosts.display().to_string());
 
     let (mut runs, mut trouble) = (Vec::new(), Vec::new());
     // a node for each: what one leaves behind is not the other's trouble
