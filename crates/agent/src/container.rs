@@ -43,12 +43,14 @@ pub(crate) struct Plan {
     pub(crate) holder: bool,
     /// The process whose PID namespace it joins.
     pub(crate) pids_of: Option<Arc<Process>>,
+    /// Folders that are mounts of their own below read-only ones.
+    pub(crate) submounts: Vec<String>,
 }
 
 impl Container {
     /// Makes everything up to the program's execution.
     pub(crate) async fn create(id: &str, plan: Plan, reaper: &Reaper) -> Result<Self, Error> {
-        let Plan { spec, own_hostname, mounts, holder, pids_of } = plan;
+        let Plan { spec, own_hostname, mounts, holder, pids_of, submounts } = plan;
         let resources = spec.Linux.Resources.as_ref();
         let cgroup = Cgroup::create(id, resources)?;
         let procs = cgroup.procs()?;
@@ -61,7 +63,7 @@ impl Container {
             Launch::Holder { go: go_child }
         } else {
             let pids = pids_of.map(|process| launcher::pid_namespace(process.pid)).transpose()?;
-            Launch::Container { id, spec: &spec, go: go_child, own_hostname, pids }
+            Launch::Container { id, spec: &spec, go: go_child, own_hostname, pids, submounts: &submounts }
         };
         let launched = launcher::launch(what, streams, &procs, reaper).await?;
         if joins {

@@ -12,9 +12,10 @@ use crate::agent_client::AgentClient;
 use crate::cleanup;
 use crate::hooks::Hooks;
 use crate::pod::Role;
+use crate::storage::rootfs;
 use crate::storage::share::{Share, guest_path};
 use crate::storage::shm::Shm;
-use crate::storage::{rootfs, volume};
+use crate::storage::volume::{self, Volumes};
 
 /// What has been prepared on the host.
 pub(crate) struct Prepared {
@@ -48,7 +49,10 @@ pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec) -> Res
             None => return Err(Error::Invalid("the specification has no root".into())),
         };
         rootfs::connect(&from.rootfs, &bundle_root, &share.host_path(&root_name))?;
-        shared.extend(volume::connect(share, &from.id, &mut guest, shm)?);
+        let mut volumes = Volumes::default();
+        let connected = volume::connect(share, &from.id, &mut guest, shm, &mut volumes);
+        shared.append(&mut volumes.names);
+        connected?;
         if let Some(process) = guest.Process.as_mut() {
             process.Terminal = from.stdio.terminal;
         }
@@ -57,6 +61,7 @@ pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec) -> Res
             exec_id: from.id.as_str().into(),
             OCI: Some(guest).into(),
             sandbox_pidns,
+            submounts: volumes.submounts,
             ..Default::default()
         })
     })();
