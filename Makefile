@@ -11,10 +11,10 @@ xtask = cargo run --quiet --package xtask --
 .DEFAULT_GOAL := help
 # the targets share cargo's lock and one terminal: side by side they would only wait for each other
 .NOTPARALLEL:
-.PHONY: help deps build guest install run test nested bench check fmt rust
+.PHONY: help deps build guest install run test nested bench conformance check fmt rust
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'PREFIX ($(PREFIX)) and DESTDIR say where install writes. make run ARGS="sh" gives a shell in a VM.'
 
 rust:
@@ -43,6 +43,9 @@ nested: rust deps ## tests in a VM that has KVM (emulated) and vhost-vsock; ARGS
 
 bench: rust deps ## measure starts, exec and memory against runc
 	@$(xtask) bench
+
+conformance: rust deps ## Kubernetes' critest with runc and with kata, and the difference; ARGS="regular expression" for some
+	@$(xtask) conformance -- '$(ARGS)'
 
 check: rust deps ## formatting and lints only
 	@$(xtask) check

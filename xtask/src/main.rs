@@ -25,7 +25,7 @@ use anyhow::{Result, bail};
 use crate::workspace::Workspace;
 
 const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | clients | \
-                     nested [TEST…] | bench | check | image FILE   (see make help)";
+                     nested [TEST…] | bench | conformance [FOCUS] | check | image FILE   (see make help)";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -68,6 +68,11 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         ("bench", []) => {
             prepare(&workspace, &workspace.test_prefix())?;
             verify::bench(&workspace)?;
+        }
+        ("conformance", focus) => {
+            prepare(&workspace, &workspace.test_prefix())?;
+            clients::provide(&workspace)?;
+            verify::conformance(&workspace, focus.strip_prefix(&["--".to_owned()]).unwrap_or(focus))?;
         }
         ("check", []) => verify::check(&workspace)?,
         ("image", [file]) => step::timed("building the busybox image", || image::write(Path::new(file)))?,

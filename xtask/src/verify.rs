@@ -1,4 +1,4 @@
-//! What `make check`, `make test` and `make bench` run, and in which order.
+//! What `make check`, `make test`, `make bench` and `make conformance` run, and in which order.
 
 use anyhow::{Result, bail};
 
@@ -51,5 +51,18 @@ pub(crate) fn bench(workspace: &Workspace) -> Result<()> {
     step::timed("benchmark", || {
         let arguments = ["run", "--release", "--package", "e2e", "--bin", "bench"];
         step::run(cargo(workspace).args(arguments).env("KATA_PREFIX", workspace.test_prefix()))
+    })
+}
+
+/// critest against both runtimes; `focus` is a regular expression of the tests' names, all without one.
+pub(crate) fn conformance(workspace: &Workspace, focus: &[String]) -> Result<()> {
+    if !workspace.has_end_to_end_tests() {
+        bail!("make conformance is part of tests/e2e, which this checkout does not have");
+    }
+    step::timed("conformance", || {
+        let mut command = cargo(workspace);
+        command.args(["run", "--package", "e2e", "--bin", "conformance", "--"]).args(focus);
+        command.env("KATA_PREFIX", workspace.test_prefix()).env("KATA_CLIENTS", workspace.test_clients());
+        step::run(&mut command)
     })
 }

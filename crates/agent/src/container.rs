@@ -15,6 +15,7 @@ use crate::io::Stdio;
 use crate::launcher::{self, Launch, Namespaces};
 use crate::process::Process;
 use crate::reaper::Reaper;
+use crate::sysctl;
 
 /// A container of this guest.
 #[derive(Debug)]
@@ -42,12 +43,14 @@ pub(crate) struct Plan {
     pub(crate) holder: bool,
     /// The process whose PID namespace it joins.
     pub(crate) pids_of: Option<Arc<Process>>,
+    /// Folders that are mounts of their own below read-only ones.
+    pub(crate) submounts: Vec<String>,
 }
 
 impl Container {
     /// Makes everything up to the program's execution.
     pub(crate) async fn create(id: &str, plan: Plan, reaper: &Reaper) -> Result<Self, Error> {
-        let Plan { spec, own_hostname, mounts, holder, pids_of } = plan;
+        let Plan { spec, own_hostname, mounts, holder, pids_of, submounts } = plan;
         let resources = spec.Linux.Resources.as_ref();
         let cgroup = Cgroup::create(id, resources)?;
         let procs = cgroup.procs()?;
@@ -55,10 +58,12 @@ impl Container {
         let (stdio, streams) = streams(&spec.Process)?;
         let joins = pids_of.is_some();
         let what = if holder {
+            // the pod's, for which the other containers have none of their own; its namespaces are the VM's
+            sysctl::set(&spec.Linux.Sysctl).map_err(Error::Failed)?;
             Launch::Holder { go: go_child }
         } else {
             let pids = pids_of.map(|process| launcher::pid_namespace(process.pid)).transpose()?;
-            Launch::Container { id, spec: &spec, go: go_child, own_hostname, pids }
+            Launch::Container { id, spec: &spec, go: go_child, own_hostname, pids, submounts: &submounts }
         };
         let launched = launcher::launch(what, streams, &procs, reaper).await?;
         if joins {

@@ -21,6 +21,7 @@ mod reaper;
 mod sandbox;
 mod server;
 mod storage;
+mod sysctl;
 mod transport;
 
 use std::process::ExitCode;

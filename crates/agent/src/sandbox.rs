@@ -119,6 +119,7 @@ impl Sandbox {
             mounts: Vec::new(),
             holder: request.namespace_holder,
             pids_of,
+            submounts: request.submounts,
         };
         let made = self.make(&id, plan, &request.storages).await;
         let mut containers = self.containers();

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 mod mounts;
 
-pub(crate) use mounts::{remove_mount_points, unmount_tree};
+pub(crate) use mounts::{mount_points, remove_mount_points, unmount_tree};
 
 /// Largest journal that is read, bytes.
 const JOURNAL_LIMIT: u64 = 1 << 20;

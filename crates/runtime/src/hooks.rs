@@ -15,7 +15,7 @@ use tokio::process::Command;
 
 use crate::cleanup::{self, RunDir, Step};
 use crate::container::spec;
-use crate::storage::rootfs;
+use crate::storage::tree::{self, How};
 use crate::{ContainerId, Error};
 
 /// Kept of what a failed hook writes, bytes.
@@ -68,7 +68,7 @@ impl Hooks {
         run.push(Step::Mounts(root.to_owned())).map_err(Error::host("the undo journal"))?;
         self.shown = Some(root.to_owned());
         std::fs::create_dir_all(root).map_err(Error::host(root.display().to_string()))?;
-        rootfs::bind(rootfs, root, true)
+        tree::copy(rootfs, root, How { recursive: true, ..How::default() })
     }
 
     /// Takes that back.

@@ -1,7 +1,7 @@
 //! Builds the test image: busybox with its applets as an OCI image layout in one tar, made once per test process.
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use std::{
     fs,
@@ -22,6 +22,9 @@ pub const FOR_NOBODY: &str = "docker.io/library/kata-test:nobody";
 
 /// A pod's sandbox, for runtimes that run one.
 pub const PAUSE: &str = "docker.io/library/kata-test:pause";
+
+/// The media type of an image's manifest.
+pub const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// The image's tar, built on first use.
 pub fn archive() -> Result<&'static Path> {
@@ -55,60 +58,100 @@ pub fn lay_out(root: &Path) -> Result<()> {
 }
 
 fn build() -> Result<PathBuf> {
-    let target = std::env::temp_dir().join(format!("kata-e2e-image-{}", nix::unistd::geteuid()));
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/test-image");
     fs::create_dir_all(&target)?;
     let work = tempfile::tempdir_in(&target)?;
     let root = work.path().join("root");
     lay_out(&root)?;
 
-    let layout = work.path().join("layout");
-    let blobs = layout.join("blobs/sha256");
-    fs::create_dir_all(&blobs)?;
-    let layer_path = work.path().join("layer.tar");
-    tar(&root, &layer_path)?;
-    let layer = blob(&blobs, &fs::read(&layer_path)?)?;
-    let mut manifests = Vec::new();
-    let (shell, pause) =
-        (["sh"].as_slice(), ["sh", "-c", "trap exit TERM INT; while :; do sleep 1000 & wait; done"].as_slice());
+    let folder = work.path().join("layout");
+    let mut layout = Layout::new(&folder)?;
+    let layer = layout.layer(&root)?;
+    // a sandbox that no test takes for its own process
+    let (shell, pause) = (["sh"].as_slice(), ["sh", "-c", "trap exit TERM INT; tail -f /dev/null & wait"].as_slice());
     for (name, user, command) in
         [(NAME, "", shell), (FOR_APP, "app", shell), (FOR_NOBODY, "no-such-user", shell), (PAUSE, "", pause)]
     {
-        let config = json!({
-            "architecture": "amd64", "os": "linux",
-            "config": {"Env": ["PATH=/bin:/usr/bin"], "Cmd": command, "User": user},
-            "rootfs": {"type": "layers", "diff_ids": [layer.0]},
-        });
-        let config = blob(&blobs, config.to_string().as_bytes())?;
-        let manifest = json!({
-            "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-            "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config.0, "size": config.1},
-            "layers": [{
-                "mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": layer.0, "size": layer.1,
-            }],
-        });
-        let manifest = blob(&blobs, manifest.to_string().as_bytes())?;
-        manifests.push(json!({
-            "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": manifest.0, "size": manifest.1,
-            "annotations": {"io.containerd.image.name": name},
-            "platform": {"architecture": "amd64", "os": "linux"},
-        }));
+        layout.image(name, &[&layer], &json!({"Env": ["PATH=/bin:/usr/bin"], "Cmd": command, "User": user}))?;
     }
-    let index = json!({"schemaVersion": 2, "manifests": manifests});
-    fs::write(layout.join("index.json"), index.to_string())?;
-    fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
-    // one name per machine, replaced whole: test binaries that run one after another do not pile up copies
+    layout.finish()?;
+    // one name per checkout, replaced whole: test binaries that run one after another do not pile up copies
     let archive = target.join("image.tar");
     let fresh = work.path().join("image.tar");
-    tar(&layout, &fresh)?;
+    tar(&folder, &fresh)?;
     fs::rename(&fresh, &archive)?;
     Ok(archive)
 }
 
-/// Writes `content` under its digest and returns digest and size.
-fn blob(blobs: &Path, content: &[u8]) -> Result<(String, usize)> {
-    let hex = Sha256::digest(content).iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
-    fs::write(blobs.join(&hex), content)?;
-    Ok((format!("sha256:{hex}"), content.len()))
+/// Something in a layout: what it is called there, and its size.
+#[derive(Debug, Clone)]
+pub struct Blob {
+    /// `sha256:…`.
+    pub digest: String,
+    size: usize,
+}
+
+/// A folder that becomes an OCI image layout.
+#[derive(Debug)]
+pub struct Layout {
+    dir: PathBuf,
+    manifests: Vec<Value>,
+}
+
+impl Layout {
+    /// An empty one in a folder of its own.
+    pub fn new(dir: &Path) -> Result<Self> {
+        fs::create_dir_all(dir.join("blobs/sha256"))?;
+        Ok(Self { dir: dir.to_owned(), manifests: Vec::new() })
+    }
+
+    /// A layer with all that is below `root`.
+    pub fn layer(&self, root: &Path) -> Result<Blob> {
+        let path = self.dir.join("layer.tar");
+        tar(root, &path)?;
+        let layer = self.blob(&fs::read(&path)?)?;
+        fs::remove_file(path)?;
+        Ok(layer)
+    }
+
+    /// An image of these layers; `config` is what it says of its process. Returns its manifest.
+    pub fn image(&mut self, name: &str, layers: &[&Blob], config: &Value) -> Result<Blob> {
+        let digests: Vec<_> = layers.iter().map(|layer| &layer.digest).collect();
+        let config = json!({
+            "architecture": "amd64", "os": "linux", "config": config,
+            "rootfs": {"type": "layers", "diff_ids": digests},
+        });
+        let config = self.blob(config.to_string().as_bytes())?;
+        let described = |blob: &Blob, kind: &str| {
+            let kind = format!("application/vnd.oci.image.{kind}");
+            json!({"mediaType": kind, "digest": blob.digest, "size": blob.size})
+        };
+        let layers: Vec<_> = layers.iter().map(|layer| described(layer, "layer.v1.tar")).collect();
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": MANIFEST, "config": described(&config, "config.v1+json"), "layers": layers,
+        });
+        let manifest = self.blob(manifest.to_string().as_bytes())?;
+        let mut entry = described(&manifest, "manifest.v1+json");
+        entry["annotations"] = json!({"io.containerd.image.name": name});
+        entry["platform"] = json!({"architecture": "amd64", "os": "linux"});
+        self.manifests.push(entry);
+        Ok(manifest)
+    }
+
+    /// Writes what makes it a layout.
+    pub fn finish(self) -> Result<()> {
+        let index = json!({"schemaVersion": 2, "manifests": self.manifests});
+        fs::write(self.dir.join("index.json"), index.to_string())?;
+        fs::write(self.dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
+        Ok(())
+    }
+
+    /// Writes `content` under its digest.
+    fn blob(&self, content: &[u8]) -> Result<Blob> {
+        let hex = Sha256::digest(content).iter().fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"));
+        fs::write(self.dir.join("blobs/sha256").join(&hex), content)?;
+        Ok(Blob { digest: format!("sha256:{hex}"), size: content.len() })
+    }
 }
 
 fn tar(dir: &Path, to: &Path) -> Result<()> {

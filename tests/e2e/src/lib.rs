@@ -13,6 +13,7 @@ pub mod image;
 pub mod install;
 pub mod journal;
 pub mod leaks;
+pub mod mounts;
 pub mod node;
 pub mod processes;
 pub mod pty;

@@ -8,6 +8,7 @@ use crate::{
     install::Install,
     journal::Journal,
     leaks::Leaks,
+    mounts,
     processes::{self, MARK},
 };
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -285,18 +286,9 @@ impl Node {
                 .status();
         }
         let sandboxes = self.sandboxes();
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let mut below: Vec<_> = mounts
-            .lines()
-            .filter_map(|l| l.split(' ').nth(4))
-            .filter(|m| {
-                Path::new(m).starts_with(self.dir.path()) || sandboxes.iter().any(|s| Path::new(m).starts_with(s))
-            })
-            .collect();
-        below.reverse();
-        for mount in below {
-            let _ = nix::mount::umount2(mount, nix::mount::MntFlags::MNT_DETACH);
-        }
+        let mut folders = sandboxes.clone();
+        folders.push(self.dir.path().to_owned());
+        mounts::unmount_below(&folders);
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         for left in sandboxes {
             // never through a mount that could not be taken off

@@ -67,9 +67,9 @@ fn set_up(what: &Launch<'_>, streams: Option<Streams>, cgroup: &File, report: Ow
     nix::unistd::setsid().map_err(named("setsid"))?;
 
     match what {
-        Launch::Container { id, spec, own_hostname, .. } => {
+        Launch::Container { id, spec, own_hostname, submounts, .. } => {
             let go = kept.remove(0);
-            container(id, spec, *own_hostname, &report, File::from(go))
+            container(id, spec, submounts, *own_hostname, &report, File::from(go))
         }
         Launch::Holder { .. } => {
             let go = kept.remove(0);
@@ -142,10 +142,17 @@ fn tell(report: BorrowedFd<'_>, kind: u8, words: &str, fd: Option<BorrowedFd<'_>
     Ok(())
 }
 
-fn container(id: &str, spec: &oci::Spec, own_hostname: bool, report: &OwnedFd, mut go: File) -> Outcome<Infallible> {
+fn container(
+    id: &str,
+    spec: &oci::Spec,
+    submounts: &[String],
+    own_hostname: bool,
+    report: &OwnedFd,
+    mut go: File,
+) -> Outcome<Infallible> {
     unshare(CloneFlags::CLONE_NEWCGROUP).map_err(named("cgroup namespace"))?;
     let process = &*spec.Process;
-    rootfs::build(id, spec).map_err(|words| in_init(&words))?;
+    rootfs::build(id, spec, submounts).map_err(|words| in_init(&words))?;
     let terminal = terminal(process, true)?;
     let terminal = terminal.as_ref().map(AsFd::as_fd);
     if own_hostname && !spec.Hostname.is_empty() {

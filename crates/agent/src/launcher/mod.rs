@@ -41,7 +41,14 @@ pub(crate) struct Streams {
 /// What to launch.
 pub(crate) enum Launch<'a> {
     /// A container's first process. It waits for a byte on `go`. `pids` is the PID namespace that it joins.
-    Container { id: &'a str, spec: &'a oci::Spec, go: OwnedFd, own_hostname: bool, pids: Option<File> },
+    Container {
+        id: &'a str,
+        spec: &'a oci::Spec,
+        go: OwnedFd,
+        own_hostname: bool,
+        pids: Option<File>,
+        submounts: &'a [String],
+    },
     /// A copy of this process that does nothing but be there, as the first of a PID namespace.
     Holder { go: OwnedFd },
     /// A further process, beside a running one of which `namespaces` were opened.

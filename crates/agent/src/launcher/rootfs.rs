@@ -18,6 +18,7 @@ use nix::unistd::{UnlinkatFlags, symlinkat};
 
 use super::child::{Outcome, named};
 use super::options;
+use crate::sysctl;
 
 /// Bind mounts of these below `/proc` cannot be used to fool a process about itself (runc's list).
 const PROC_FILES: [&str; 8] = ["cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg", "net/dev"];
@@ -32,12 +33,17 @@ const LINKS: [(&str, &str); 5] = [
     ("ptmx", "pts/ptmx"),
 ];
 
-/// Mounts and devices, then the change of root.
-pub(super) fn build(id: &str, spec: &oci::Spec) -> Outcome<()> {
+/// Mounts and devices, then the change of root. `submounts` are the host's below read-only mounts.
+pub(super) fn build(id: &str, spec: &oci::Spec, submounts: &[String]) -> Outcome<()> {
     let linux = &spec.Linux;
+    // never shared: nothing of a container's mounts is to reach the agent's view, and a shared root cannot be changed
     let propagation = match linux.RootfsPropagation.as_str() {
         "" => MsFlags::MS_SLAVE | MsFlags::MS_REC,
-        name => options::propagation(name).ok_or_else(|| format!("rootfsPropagation {name:?} is not known"))?,
+        name => match options::propagation(name) {
+            Some(shared) if shared.contains(MsFlags::MS_SHARED) => MsFlags::MS_SLAVE | MsFlags::MS_REC,
+            Some(other) => other,
+            None => return Err(format!("rootfsPropagation {name:?} is not known")),
+        },
     };
     set_flags("/", propagation)?;
     let path = spec.Root.Path.as_str();
@@ -50,7 +56,7 @@ pub(super) fn build(id: &str, spec: &oci::Spec) -> Outcome<()> {
     for one in &spec.Mounts {
         let lexical = clean(&one.destination);
         has_dev |= lexical == "dev" && one.type_ != "bind";
-        mount_one(&root, one, &lexical)
+        mount_one(&root, one, &lexical, submounts)
             .map_err(named(format!("error mounting {:?} to rootfs at {:?}", one.source, one.destination)))?;
     }
     if has_dev || open_in(&root, "dev", OFlag::O_PATH).is_ok() {
@@ -67,9 +73,8 @@ pub(super) fn build(id: &str, spec: &oci::Spec) -> Outcome<()> {
 /// After the change of root: what is hidden or read-only, kernel settings.
 pub(super) fn finish(spec: &oci::Spec) -> Outcome<()> {
     let linux = &spec.Linux;
-    for (name, value) in &linux.Sysctl {
-        sysctl(name, value)?;
-    }
+    // through the container's own /proc; it becomes read-only after this
+    sysctl::set(&linux.Sysctl)?;
     for path in &linux.ReadonlyPaths {
         read_only(path).map_err(named(format!("read-only path {path}")))?;
     }
@@ -158,7 +163,7 @@ fn by_fd(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-fn mount_one(root: &OwnedFd, one: &oci::Mount, lexical: &str) -> Outcome<()> {
+fn mount_one(root: &OwnedFd, one: &oci::Mount, lexical: &str, submounts: &[String]) -> Outcome<()> {
     let parsed = options::parse(&one.options);
     let is_bind = one.type_ == "bind" || parsed.flags.contains(MsFlags::MS_BIND);
     if let Some(rest) = lexical.strip_prefix("proc/") {
@@ -168,7 +173,7 @@ fn mount_one(root: &OwnedFd, one: &oci::Mount, lexical: &str) -> Outcome<()> {
         }
     }
     if is_bind {
-        return bind(root, one, lexical, &parsed);
+        return bind(root, one, lexical, &parsed, submounts);
     }
     let (kind, source, data) = match one.type_.as_str() {
         // the guest has version 2 alone; the container's own cgroup is its root
@@ -184,7 +189,13 @@ fn mount_one(root: &OwnedFd, one: &oci::Mount, lexical: &str) -> Outcome<()> {
     propagate(root, lexical, &parsed)
 }
 
-fn bind(root: &OwnedFd, one: &oci::Mount, lexical: &str, parsed: &options::Options) -> Outcome<()> {
+fn bind(
+    root: &OwnedFd,
+    one: &oci::Mount,
+    lexical: &str,
+    parsed: &options::Options,
+    submounts: &[String],
+) -> Outcome<()> {
     let meta = fs::metadata(&one.source).map_err(named(format!("bind source {}", one.source)))?;
     let target = if meta.is_dir() { make_folders(root, lexical) } else { make_file(root, lexical) };
     let target = target.map_err(named("mount point"))?;
@@ -192,6 +203,9 @@ fn bind(root: &OwnedFd, one: &oci::Mount, lexical: &str, parsed: &options::Optio
     mount(Some(one.source.as_str()), by_fd(&target).as_str(), None::<&str>, recursive, None::<&str>)
         .map_err(|errno| errno.desc().to_owned())?;
     let extra = parsed.flags & !(MsFlags::MS_BIND | MsFlags::MS_REC);
+    if extra.contains(MsFlags::MS_RDONLY) && !parsed.recursive_read_only {
+        meet(root, lexical, submounts);
+    }
     if !extra.is_empty() {
         // the kernel takes further flags of a bind mount in a second call only; opened again to reach the new mount
         let mounted = open_in(root, lexical, OFlag::O_PATH).map_err(named("mount point"))?;
@@ -205,6 +219,17 @@ fn bind(root: &OwnedFd, one: &oci::Mount, lexical: &str, parsed: &options::Optio
         read_only_below(mounted.as_fd()).map_err(named("recursive read-only"))?;
     }
     propagate(root, lexical, parsed)
+}
+
+/// Goes into what the host has mounted below a mount. The guest's kernel mounts such a folder when somebody goes there,
+/// with the flags that the mount above it has then: so before that one becomes read-only.
+fn meet(root: &OwnedFd, lexical: &str, submounts: &[String]) {
+    for path in submounts.iter().map(|path| clean(path)) {
+        if Path::new(&path).starts_with(lexical) {
+            // what cannot be entered is not there to be written
+            let _ = open_in(root, &path, OFlag::O_PATH | OFlag::O_DIRECTORY);
+        }
+    }
 }
 
 fn propagate(root: &OwnedFd, lexical: &str, parsed: &options::Options) -> Outcome<()> {
@@ -334,18 +359,6 @@ fn mask(path: &str) -> nix::Result<()> {
     }
 }
 
-/// Only what belongs to the container's namespaces; the rest is the whole pod's.
-fn sysctl(name: &str, value: &str) -> Outcome<()> {
-    let own = ["net.", "fs.mqueue.", "kernel.shm", "kernel.msg"].iter().any(|prefix| name.starts_with(prefix))
-        || ["kernel.sem", "kernel.domainname"].contains(&name);
-    if !own || name.contains("..") || name.contains('/') {
-        return Err(format!("sysctl {name:?} is not in a separate kernel namespace"));
-    }
-    // the container's own /proc; it becomes read-only after this
-    let path = format!("/proc/sys/{}", name.replace('.', "/"));
-    fs::write(&path, value).map_err(named(format!("write sysctl key {name}")))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -370,12 +383,5 @@ mod tests {
         assert_eq!(fs::read_dir(outside.path()).expect("listed").count(), 0);
         make_folders(&root, "top/y").expect("made");
         assert!(dir.path().join("y").is_dir());
-    }
-
-    #[test]
-    fn only_namespaced_settings() {
-        for bad in ["vm.swappiness", "kernel.panic", "net.../x", "net./../kernel"] {
-            sysctl(bad, "1").expect_err(bad);
-        }
     }
 }

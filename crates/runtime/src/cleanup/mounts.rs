@@ -20,7 +20,7 @@ pub(crate) fn unmount_tree(path: &Path) -> io::Result<()> {
 }
 
 /// Mount points at or below `path`, in the order in which they were mounted (proc_pid_mountinfo(5)).
-fn mount_points(path: &Path) -> io::Result<Vec<PathBuf>> {
+pub(crate) fn mount_points(path: &Path) -> io::Result<Vec<PathBuf>> {
     let table = fs::read_to_string("/proc/self/mountinfo")?;
     Ok(table
         .lines()

@@ -12,9 +12,10 @@ use crate::agent_client::AgentClient;
 use crate::cleanup::{self, RunDir};
 use crate::hooks::Hooks;
 use crate::pod::Role;
+use crate::storage::rootfs;
 use crate::storage::share::{Share, guest_path};
 use crate::storage::shm::Shm;
-use crate::storage::{rootfs, volume};
+use crate::storage::volume::{self, Volumes};
 
 /// What has been prepared on the host.
 pub(crate) struct Prepared {
@@ -53,7 +54,10 @@ pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec, run: &
         if !from.rootfs.is_empty() {
             hooks.show(&rootfs, &bundle_root, run)?;
         }
-        shared.extend(volume::connect(share, &from.id, &mut guest, shm)?);
+        let mut volumes = Volumes::default();
+        let connected = volume::connect(share, &from.id, &mut guest, shm, &mut volumes);
+        shared.append(&mut volumes.names);
+        connected?;
         if let Some(process) = guest.Process.as_mut() {
             process.Terminal = from.stdio.terminal;
         }
@@ -62,6 +66,7 @@ pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec, run: &
             exec_id: from.id.as_str().into(),
             OCI: Some(guest).into(),
             sandbox_pidns,
+            submounts: volumes.submounts,
             ..Default::default()
         })
     })();

@@ -3,4 +3,5 @@
 pub(crate) mod rootfs;
 pub(crate) mod share;
 pub(crate) mod shm;
+pub(crate) mod tree;
 pub(crate) mod volume;

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
 
+use super::tree::{self, How};
 use crate::Error;
 
 /// A mount as containerd describes it (`types.Mount`).
@@ -27,7 +28,7 @@ pub(crate) fn connect(mounts: &[RootfsMount], bundle_root: &Path, target: &Path)
         if !meta.is_dir() {
             return Err(Error::Invalid(format!("rootfs {} is not a folder", bundle_root.display())));
         }
-        return bind(bundle_root, target, true);
+        return tree::copy(bundle_root, target, How { recursive: true, ..How::default() });
     }
     for one in mounts {
         mount_one(one, target)?;
@@ -46,16 +47,6 @@ fn mount_one(from: &RootfsMount, target: &Path) -> Result<(), Error> {
         mount(None::<&str>, target, None::<&str>, again, None::<&str>).map_err(Error::host(what()))?;
     }
     Ok(())
-}
-
-/// Binds a folder or file; read-only needs a second call, since the kernel ignores the flag in the first.
-pub(crate) fn bind(from: &Path, to: &Path, recursive: bool) -> Result<(), Error> {
-    let flags = if recursive { MsFlags::MS_BIND | MsFlags::MS_REC } else { MsFlags::MS_BIND };
-    mount(Some(from), to, None::<&str>, flags, None::<&str>).map_err(Error::host(format!(
-        "bind mount of {} on {}",
-        from.display(),
-        to.display()
-    )))
 }
 
 /// Splits fstab options into mount flags and what the file system itself reads.

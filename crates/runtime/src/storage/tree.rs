@@ -1,0 +1,129 @@
+//! Copies of the host's mounts for the share. They get what the host mounts later, where that is wanted, and give nothing
+//! back: taking a copy off must never take the host's own off.
+//!
+//! A bind mount of a shared mount is the same to the kernel as that mount: what is mounted or unmounted below the one is
+//! below the other (mount_namespaces(7)). So a copy is made apart from every tree, where nothing is propagated, becomes
+//! what it shall be, and is put in its place only then. That takes Linux 5.12.
+#![allow(unsafe_code, reason = "open_tree, mount_setattr and move_mount have no safe wrapper")]
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use crate::Error;
+
+/// What a copy is to be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct How {
+    /// With the mounts below.
+    pub(crate) recursive: bool,
+    /// Without what is mounted there later.
+    pub(crate) private: bool,
+    pub(crate) read_only: ReadOnly,
+}
+
+/// How much of a copy is read-only.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum ReadOnly {
+    /// What is so already.
+    #[default]
+    AsIs,
+    /// The mount, not those below.
+    Top,
+    /// Everything.
+    All,
+}
+
+impl How {
+    /// From an OCI mount's options.
+    pub(crate) fn of(options: &[String]) -> Self {
+        let has = |wanted: &[&str]| options.iter().any(|option| wanted.contains(&option.as_str()));
+        Self {
+            recursive: has(&["rbind"]),
+            private: has(&["private", "rprivate", "unbindable", "runbindable"]),
+            read_only: match (has(&["rro"]), has(&["ro"])) {
+                (true, _) => ReadOnly::All,
+                (false, true) => ReadOnly::Top,
+                (false, false) => ReadOnly::AsIs,
+            },
+        }
+    }
+}
+
+/// Puts a copy of the folder or file `from` on `to`.
+pub(crate) fn copy(from: &Path, to: &Path, how: How) -> Result<(), Error> {
+    let what = || format!("bind mount of {} on {}", from.display(), to.display());
+    make(from, to, how).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOSYS) => Error::Unsupported(format!("{}: it takes Linux 5.12 on the host", what())),
+        _ => Error::host(what())(error),
+    })
+}
+
+fn make(from: &Path, to: &Path, how: How) -> io::Result<()> {
+    let (from, to) = (CString::new(from.as_os_str().as_bytes())?, CString::new(to.as_os_str().as_bytes())?);
+    let tree = open(&from, how.recursive)?;
+    let propagation = if how.private { libc::MS_PRIVATE } else { libc::MS_SLAVE };
+    change(&tree, &libc::mount_attr { attr_set: 0, attr_clr: 0, propagation, userns_fd: 0 }, true)?;
+    if how.read_only != ReadOnly::AsIs {
+        let read_only =
+            libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+        change(&tree, &read_only, how.read_only == ReadOnly::All)?;
+    }
+    attach(&tree, &to)
+}
+
+/// A copy that is nowhere. What is not attached goes with the descriptor.
+fn open(from: &CStr, recursive: bool) -> io::Result<OwnedFd> {
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    let flags = if recursive { flags | libc::AT_RECURSIVE as libc::c_uint } else { flags };
+    // SAFETY: a path that ends with zero.
+    let fd = check(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, from.as_ptr(), flags) })?;
+    // SAFETY: the call returned a new descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn change(tree: &OwnedFd, attributes: &libc::mount_attr, recursive: bool) -> io::Result<()> {
+    let flags = if recursive { libc::AT_EMPTY_PATH | libc::AT_RECURSIVE } else { libc::AT_EMPTY_PATH };
+    // SAFETY: an open descriptor, an empty path, and a mount_attr of the size that is given.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            std::ptr::from_ref(attributes),
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    check(done).map(drop)
+}
+
+fn attach(tree: &OwnedFd, to: &CStr) -> io::Result<()> {
+    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
+    // SAFETY: an open descriptor and paths that end with zero.
+    let done = unsafe {
+        libc::syscall(libc::SYS_move_mount, tree.as_raw_fd(), c"".as_ptr(), libc::AT_FDCWD, to.as_ptr(), flags)
+    };
+    check(done).map(drop)
+}
+
+fn check(result: libc::c_long) -> io::Result<i32> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { i32::try_from(result).map_err(io::Error::other) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_say_how() {
+        let how = |options: &[&str]| How::of(&options.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(how(&["bind"]), How::default());
+        let cri = how(&["rbind", "rprivate", "ro"]);
+        assert_eq!(cri, How { recursive: true, private: true, read_only: ReadOnly::Top });
+        assert_eq!(how(&["rbind", "rslave", "rro"]).read_only, ReadOnly::All);
+        assert!(!how(&["rshared"]).private);
+    }
+}
