@@ -4,7 +4,7 @@
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::{
     Node, Runtime,
-    ctr::Running,
+    ctr::{Invocation, Running},
     events::Events,
     image,
     processes::{self, Process},
@@ -207,5 +207,27 @@ fn containerd_killed_at_rest_finds_its_container_again() -> Result<()> {
         node.ctr(["task", "kill", "-s", "KILL", "c1"]).output()?.ok()?;
         events.wait_exit("c1", Duration::from_secs(10))?;
         node.remove("c1")
+    })
+}
+
+/// containerd may die between a shim's start and the first call: its next run only knows the bundle, and calls `delete`.
+#[test]
+fn a_shim_that_was_never_asked_for_anything_is_ended() -> Result<()> {
+    with_node(|node| {
+        let bundle = node.dir().join("idle");
+        std::fs::create_dir(&bundle)?;
+        std::fs::write(bundle.join("config.json"), r#"{"ociVersion": "1.0.2"}"#)?;
+        let shim = node.install().shim().display().to_string();
+        let call = |action: &str| {
+            let (address, place) = (node.address(), bundle.display().to_string());
+            let args =
+                ["-namespace", e2e::node::NAMESPACE, "-id", "idle", "-address", &address, "-bundle", &place, action];
+            Invocation::new(&shim, args).env(processes::MARK, node.tag()).current_dir(&bundle).output()?.ok()
+        };
+        call("start")?;
+        let server = processes::wait_for(node.tag(), "containerd-shim-kata", Duration::from_secs(1))?;
+        call("delete")?;
+        ensure!(!processes::of_node(node.tag()).contains(&server), "{server:?} still runs");
+        nothing_runs(node, "a shim without a pod")
     })
 }
