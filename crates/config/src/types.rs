@@ -62,6 +62,8 @@ pub enum Internetworking {
     /// A tap, joined with the interface by traffic control.
     #[default]
     TcFilter,
+    /// A macvtap on top of it, which takes all that comes in.
+    MacVtap,
     /// Not at all.
     None,
 }
@@ -98,6 +100,10 @@ pub struct Hypervisor {
     pub default_maxmemory_mib: u64,
     /// Pairs of queues of each network card.
     pub network_queues: u32,
+    /// The VMM copies every frame itself even where the host's kernel could (`/dev/vhost-net`).
+    pub disable_vhost_net: bool,
+    /// Ports for devices that may come while the VM runs, beyond those that every pod with a network has.
+    pub pcie_root_port: u32,
     /// Own key: QEMU's translation buffer, MiB. QEMU alone takes up to 1 GiB a VM.
     pub tcg_tb_size_mib: u32,
     /// `None` looks at the usual places.
@@ -157,6 +163,8 @@ impl Default for Hypervisor {
             default_memory_mib: 512,
             default_maxmemory_mib: 0,
             network_queues: 1,
+            disable_vhost_net: false,
+            pcie_root_port: 0,
             tcg_tb_size_mib: 24,
             virtio_fs_daemon: None,
             virtio_fs_cache: FsCache::Auto,

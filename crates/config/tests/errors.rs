@@ -73,8 +73,8 @@ fn what_is_not_supported_yet_is_never_ignored() {
     value("agent.kata.mem_agent", "mem_agent_enable = true", "is not supported yet: remove it or set it to false");
     value(
         "runtime",
-        "internetworking_model = \"macvtap\"",
-        "is not supported yet: remove it or set it to \"tcfilter\" or \"none\"",
+        "internetworking_model = \"l3forwarding\"",
+        "must be \"tcfilter\" or \"macvtap\" or \"none\"",
     );
     value("hypervisor.clh", "path = \"/c\"", "this hypervisor is not supported yet: use [hypervisor.qemu]");
     let error = refused("[hypervisor.firecracker]\n");

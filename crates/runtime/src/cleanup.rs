@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, umount2};
@@ -42,6 +43,24 @@ pub enum Step {
         /// The interface's name.
         interface: String,
     },
+    /// A macvtap of ours on top of an interface of the pod.
+    MacVtap {
+        /// As in [`Step::Redirection`].
+        namespace: PathBuf,
+        /// As in [`Step::Redirection`].
+        identity: (u64, u64),
+        /// The macvtap's name.
+        name: String,
+        /// The index of the interface below it.
+        below: u32,
+    },
+    /// A PCI device of the host that the VM has: goes back to its driver.
+    HostDevice {
+        /// Where it is, as `0000:3b:02.1`.
+        address: String,
+        /// The driver that had it; `None` when there was none.
+        driver: Option<String>,
+    },
 }
 
 impl Step {
@@ -56,8 +75,12 @@ impl Step {
             Self::Mounts(path) => unmount_tree(path),
             Self::Staging(path) => remove_mount_points(path),
             Self::Redirection { namespace, identity, interface } => {
-                crate::network::disconnect(namespace, *identity, interface)
+                crate::network::undo::redirection(namespace, *identity, interface)
             }
+            Self::MacVtap { namespace, identity, name, below } => {
+                crate::network::undo::macvtap(namespace, *identity, name, *below)
+            }
+            Self::HostDevice { address, driver } => crate::network::undo::host_device(address, driver.as_deref()),
         }
     }
 }
@@ -66,9 +89,82 @@ impl Step {
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
-    journal: File,
+    journal: Journal,
     _lock: Flock<File>,
+}
+
+/// The list of a run folder. Clones are the same list: what comes and goes while a pod runs is written down by whoever
+/// makes it.
+#[derive(Debug, Clone)]
+pub struct Journal(Arc<Mutex<Written>>);
+
+#[derive(Debug)]
+struct Written {
+    path: PathBuf,
+    /// `None` once the list is being undone: nothing may be made any more.
+    file: Option<File>,
     steps: Vec<Step>,
+}
+
+impl Journal {
+    fn open(path: PathBuf) -> io::Result<Self> {
+        let file = File::options().create(true).append(true).open(&path)?;
+        Ok(Self(Arc::new(Mutex::new(Written { path, file: Some(file), steps: Vec::new() }))))
+    }
+
+    /// Writes a step down, as [`RunDir::push`].
+    ///
+    /// # Errors
+    /// As there; or the sandbox is being ended.
+    pub fn push(&self, step: Step) -> io::Result<()> {
+        let mut written = self.lock();
+        let file = written.file.as_mut().ok_or_else(|| io::Error::other("the sandbox is being ended"))?;
+        file.write_all(&line(&step)?)?;
+        written.steps.push(step);
+        Ok(())
+    }
+
+    /// Undoes one step before the others, and strikes it out. May block.
+    ///
+    /// # Errors
+    /// It could not be undone, and stays written; or the journal cannot be written.
+    pub fn take_back(&self, step: &Step) -> io::Result<()> {
+        step.undo()?;
+        let mut written = self.lock();
+        // an end that has begun meanwhile undoes it once more, which does nothing
+        if written.file.is_none() {
+            return Ok(());
+        }
+        if let Some(place) = written.steps.iter().rposition(|one| one == step) {
+            written.steps.remove(place);
+        }
+        // a pod may live for years: what is long gone must not fill the file
+        let draft = written.path.with_extension("new");
+        let mut file = File::create(&draft)?;
+        for step in &written.steps {
+            file.write_all(&line(step)?)?;
+        }
+        fs::rename(&draft, &written.path)?;
+        written.file = Some(file);
+        Ok(())
+    }
+
+    /// The steps, for undoing them; the list takes no more.
+    fn close(&self) -> Vec<Step> {
+        let mut written = self.lock();
+        written.file = None;
+        std::mem::take(&mut written.steps)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Written> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn line(step: &Step) -> io::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(step)?;
+    line.push(b'\n');
+    Ok(line)
 }
 
 /// Who holds a run folder.
@@ -100,8 +196,8 @@ impl RunDir {
         let pid = std::process::id();
         let owner = Owner { pid, started: start_time(pid).unwrap_or_default(), bundle: bundle.to_owned() };
         lock.write_all(&serde_json::to_vec(&owner)?)?;
-        let journal = File::options().create(true).append(true).open(path.join("journal"))?;
-        Ok(Self { path: path.to_owned(), journal, _lock: lock, steps: Vec::new() })
+        let journal = Journal::open(path.join("journal"))?;
+        Ok(Self { path: path.to_owned(), journal, _lock: lock })
     }
 
     /// The folder.
@@ -115,11 +211,12 @@ impl RunDir {
     /// # Errors
     /// The journal cannot be written; then the thing must not be made.
     pub fn push(&mut self, step: Step) -> io::Result<()> {
-        let mut line = serde_json::to_vec(&step)?;
-        line.push(b'\n');
-        self.journal.write_all(&line)?;
-        self.steps.push(step);
-        Ok(())
+        self.journal.push(step)
+    }
+
+    /// For those that make things while the sandbox runs.
+    pub(crate) fn journal(&self) -> Journal {
+        self.journal.clone()
     }
 
     /// Undoes everything and removes the folder.
@@ -127,7 +224,7 @@ impl RunDir {
     /// # Errors
     /// The first of what failed; the rest was undone all the same.
     pub fn undo(self) -> io::Result<()> {
-        run(&self.path, &self.steps)
+        run(&self.path, &self.journal.close())
     }
 }
 
@@ -367,10 +464,37 @@ mod tests {
         let staging = dir.path().join("mounts");
         dir.push(Step::Staging(staging.clone())).expect("written");
         fs::create_dir_all(&staging).expect("made");
-        dir.journal.write_all(b"{\"Mounts\": \"/et").expect("written");
+        let mut file = File::options().append(true).open(dir.path().join("journal")).expect("opened");
+        file.write_all(b"{\"Mounts\": \"/et").expect("written");
         let path = dir.path().to_owned();
         drop(dir);
         clean(&path).expect("cleaned");
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_is_taken_back_is_forgotten() {
+        let root = tempfile::tempdir().expect("a folder");
+        let dir = run_dir(root.path());
+        let (journal, path) = (dir.journal(), dir.path().to_owned());
+        let steps = ["a", "b", "c"].map(|name| Step::Staging(path.join(name)));
+        for step in &steps {
+            journal.push(step.clone()).expect("written");
+        }
+        fs::create_dir(path.join("b")).expect("made");
+        journal.take_back(&steps[1]).expect("undone");
+        assert!(!path.join("b").exists());
+        journal.push(steps[1].clone()).expect("written");
+        journal.take_back(&steps[0]).expect("undone");
+        let read: Vec<Step> = fs::read_to_string(path.join("journal"))
+            .expect("read")
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("a step"))
+            .collect();
+        assert_eq!(read, [steps[2].clone(), steps[1].clone()]);
+        dir.undo().expect("undone");
+        journal.push(steps[0].clone()).expect_err("it has ended");
+        journal.take_back(&steps[1]).expect("nothing to do");
         assert!(!path.exists());
     }
 

@@ -1,10 +1,12 @@
 //! The QEMU command line, as a pure function of what the VM is made of.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use super::QemuSettings;
 use super::accelerator::Accelerator;
-use crate::{Channel, VmSpec};
+use super::device::{self, escape};
+use super::pci::Ports;
+use crate::{Channel, Device, VmSpec};
 
 /// What the child inherits: the kernel and its ends of the sockets that the driver made.
 #[derive(Debug, Clone)]
@@ -30,6 +32,7 @@ pub(super) fn arguments(
     settings: &QemuSettings,
     accelerator: Accelerator,
     spec: &VmSpec,
+    ports: &Ports,
     inherited: &Inherited,
 ) -> Vec<String> {
     let mut args = Args(Vec::with_capacity(64));
@@ -109,16 +112,23 @@ pub(super) fn arguments(
             format!("vhost-user-fs-pci,chardev=fs{index},tag={},queue-size={}", escape(dir.tag), dir.queue_size),
         );
     }
-    for (index, card) in spec.network.iter().enumerate() {
-        let fds: Vec<_> = card.queues.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
-        let (fds, queues) = match fds.as_slice() {
-            [one] => (format!("fd={one}"), String::new()),
-            // two vectors a pair of queues, one for control, one for configuration
-            several => (format!("fds={}", several.join(":")), format!(",mq=on,vectors={}", 2 * several.len() + 2)),
-        };
-        args.pair("-netdev", format!("tap,id=net{index},{fds}"));
-        // no boot from the network, so no ROM
-        args.pair("-device", format!("virtio-net-pci,netdev=net{index},mac={},romfile={queues}", escape(&card.mac)));
+    if ports.is_empty() {
+        // nothing will come, so the guest need not know how things come
+        args.pair("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
+    }
+    for port in ports.all() {
+        args.pair("-device", port.argument());
+    }
+    for device in &spec.devices {
+        let port = ports.find(device.id());
+        match device {
+            Device::Net(card) => {
+                let numbers = |fds: &[OwnedFd]| fds.iter().map(|fd| fd.as_raw_fd().to_string()).collect::<Vec<_>>();
+                args.pair("-netdev", device::tap(&card.id, &numbers(&card.queues), &numbers(&card.vhost)).line());
+                args.pair("-device", device::card(&card.id, &card.mac, card.queues.len(), port).line());
+            }
+            Device::Host(host) => args.pair("-device", device::host(&host.id, &host.address, port).line()),
+        }
     }
     args.0
 }
@@ -130,11 +140,6 @@ impl Args {
         self.0.push(name.to_owned());
         self.0.push(value.into());
     }
-}
-
-/// In QEMU's option lists a comma is written twice.
-fn escape(value: &str) -> String {
-    value.replace(',', ",,")
 }
 
 #[cfg(test)]
@@ -149,23 +154,29 @@ mod tests {
             size: Size { vcpus: 2, memory_mib },
             channel: Channel::Serial { port: "agent.0" },
             shared_dirs: Vec::new(),
-            network: Vec::new(),
+            devices: Vec::new(),
+            spare_slots: 0,
             entropy_source: "/dev/urandom".into(),
             debug: false,
         }
     }
 
+    const INHERITED: Inherited =
+        Inherited { tsc_khz: Some(2_000_000), kernel: String::new(), qmp: 3, console: 4, channel: Some(5) };
+
+    fn line(settings: &QemuSettings, spec: &VmSpec) -> String {
+        let mut ports = Ports::new(spec.devices.len() + spec.spare_slots as usize);
+        for device in &spec.devices {
+            ports.take(device.id());
+        }
+        let inherited = Inherited { kernel: "/proc/self/fd/6".into(), ..INHERITED };
+        arguments(settings, Accelerator::Tcg, spec, &ports, &inherited).join(" ")
+    }
+
     #[test]
     fn is_what_the_spec_says() {
         let settings = QemuSettings { tcg_buffer_mib: 32, cpu_features: "pmu=off".into(), ..QemuSettings::default() };
-        let inherited = Inherited {
-            tsc_khz: Some(2_000_000),
-            kernel: "/proc/self/fd/6".into(),
-            qmp: 3,
-            console: 4,
-            channel: Some(5),
-        };
-        let line = arguments(&settings, Accelerator::Tcg, &spec(512), &inherited).join(" ");
+        let line = line(&settings, &spec(512));
         for part in [
             "-name kata-pod,,1,debug-threads=on",
             "-accel tcg,tb-size=32",
@@ -177,6 +188,28 @@ mod tests {
             "-smp 2",
             "socket,id=agent,fd=5",
             "tsc_early_khz=2000000 quiet nr_cpus=2 agent.log=debug",
+        ] {
+            assert!(line.contains(part), "{part} is missing in {line}");
+        }
+    }
+
+    #[test]
+    fn a_port_a_device_and_some_to_spare() {
+        let settings = QemuSettings::default();
+        let bare = line(&settings, &spec(512));
+        assert!(!bare.contains("pcie-root-port") && bare.contains("hotplug-with-bridge-support=off"), "{bare}");
+        let fd = OwnedFd::from(tempfile::tempfile().expect("a file"));
+        let number = fd.as_raw_fd();
+        let card = crate::NetDevice { id: "net0".into(), mac: "m".into(), queues: vec![fd], vhost: Vec::new() };
+        let host = crate::HostDevice { id: "nic1".into(), address: "0000:01:00.0".into() };
+        let spec = VmSpec { devices: vec![Device::Net(card), Device::Host(host)], spare_slots: 1, ..spec(512) };
+        let line = line(&settings, &spec);
+        assert_eq!(line.matches("pcie-root-port").count(), 3, "{line}");
+        assert!(!line.contains("bridge-support=off"), "{line}");
+        for part in [
+            &format!("-netdev tap,id=net0-host,fd={number} "),
+            "-device virtio-net-pci,id=net0,netdev=net0-host,mac=m,romfile=,bus=port0",
+            "-device vfio-pci,id=nic1,host=0000:01:00.0,bus=port1",
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");
         }

@@ -2,12 +2,16 @@
 
 mod accelerator;
 mod cmdline;
+mod device;
 mod kernel;
+mod pci;
+mod plug;
 mod qmp;
 mod tsc;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -21,9 +25,10 @@ pub use accelerator::{Accelerator, Wanted};
 use self::accelerator::Memory;
 use self::cmdline::Inherited;
 use self::kernel::KernelCopy;
+use self::pci::Ports;
 use self::qmp::Qmp;
 use crate::helper::Helper;
-use crate::{Boot, Channel, Console, Error, Hypervisor, Size, Vm, VmExit, VmSpec};
+use crate::{Boot, Channel, Console, Device, Error, Hypervisor, Size, Vm, VmExit, VmSpec};
 
 /// How long a guest may take to speak under KVM before KVM counts as broken.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
@@ -120,7 +125,8 @@ impl Qemu {
             size: Size { vcpus: 1, memory_mib: 256 },
             channel: Channel::Serial { port: PROBE_PORT },
             shared_dirs: Vec::new(),
-            network: Vec::new(),
+            devices: Vec::new(),
+            spare_slots: 0,
             entropy_source: "/dev/urandom".into(),
             debug: false,
         };
@@ -145,6 +151,7 @@ impl Qemu {
     }
 
     async fn start(&self, spec: VmSpec, accelerator: Accelerator) -> Result<QemuVm, Error> {
+        let ports = self.ports(&spec)?;
         let (qmp, qmp_child) = pair()?;
         let (console_stream, console_child) = pair()?;
         let (channel, channel_child) = match spec.channel {
@@ -171,12 +178,16 @@ impl Qemu {
             console: console_child.as_raw_fd(),
             channel: channel_child.as_ref().map(AsRawFd::as_raw_fd),
         };
-        let args = cmdline::arguments(&self.settings, accelerator, &spec, &inherited);
+        let args = cmdline::arguments(&self.settings, accelerator, &spec, &ports, &inherited);
         tracing::debug!(program = %self.settings.path.display(), ?args, "starting QEMU");
 
         let mut passed = vec![kernel_child, qmp_child, console_child];
         passed.extend(channel_child);
-        passed.extend(spec.network.into_iter().flat_map(|card| card.queues));
+        for device in spec.devices {
+            if let Device::Net(card) = device {
+                passed.extend(card.queues.into_iter().chain(card.vhost));
+            }
+        }
         passed.extend(spec.shared_dirs.into_iter().map(|dir| dir.socket));
         if let Channel::Vsock { vhost, .. } = spec.channel {
             passed.push(vhost);
@@ -191,7 +202,22 @@ impl Qemu {
         );
         let qmp =
             Qmp::start(stream(qmp).map_err(Error::system("monitor socket"))?, self.settings.command_deadline).await?;
-        Ok(QemuVm { process, qmp, console, channel, accelerator, kernel })
+        let ports = Arc::new(Mutex::new(ports));
+        let plugging = tokio::sync::Mutex::default();
+        Ok(QemuVm { process, qmp, console, channel, accelerator, kernel, ports, plugging })
+    }
+
+    /// A port for each device and for each that may come.
+    fn ports(&self, spec: &VmSpec) -> Result<Ports, Error> {
+        let count = spec.devices.len();
+        if count == 0 && spec.spare_slots == 0 || !self.settings.machine.contains("q35") {
+            return Ok(Ports::default());
+        }
+        let mut ports = Ports::new(count + spec.spare_slots as usize);
+        for device in &spec.devices {
+            ports.take(device.id()).ok_or(Error::TooManyDevices { count, most: pci::MOST })?;
+        }
+        Ok(ports)
     }
 }
 
@@ -216,6 +242,9 @@ struct QemuVm {
     channel: Option<OwnedFd>,
     accelerator: Accelerator,
     kernel: KernelCopy,
+    ports: Arc<Mutex<Ports>>,
+    /// Held while a device is plugged: what belongs to it goes in several commands.
+    plugging: tokio::sync::Mutex<()>,
 }
 
 #[async_trait]
@@ -254,7 +283,19 @@ impl Vm for QemuVm {
         self.qmp.execute("cont", json!({})).await.map(drop)
     }
 
-    async fn stop(&mut self, grace: Duration) -> Result<(), Error> {
+    async fn plug(&self, device: Device) -> Result<(), Error> {
+        self.plug_device(device).await
+    }
+
+    async fn unplug(&self, id: &str) -> Result<(), Error> {
+        self.unplug_device(id).await
+    }
+
+    fn guest_path(&self, id: &str) -> Option<String> {
+        self.lock_ports().find(id).map(pci::Port::guest_path)
+    }
+
+    async fn stop(&self, grace: Duration) -> Result<(), Error> {
         self.process.stop(grace).await;
         Ok(())
     }
