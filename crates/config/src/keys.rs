@@ -119,7 +119,6 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         "hypervisor.qemu.default_maxmemory" => hypervisor.default_maxmemory_mib = number(entry, 0, u32::MAX.into())?,
         "hypervisor.qemu.network_queues" => hypervisor.network_queues = number(entry, 1, 256)? as u32,
         "hypervisor.qemu.disable_vhost_net" => hypervisor.disable_vhost_net = truth(entry)?,
-        "hypervisor.qemu.pcie_root_port" => hypervisor.pcie_root_port = number(entry, 0, 16)? as u32,
         "hypervisor.qemu.tcg_tb_size" => hypervisor.tcg_tb_size_mib = number(entry, 0, 1024)? as u32,
         "hypervisor.qemu.shared_fs" => {
             only(entry, "virtio-fs", &["virtio-9p", "virtio-fs-nydus", "inline-virtio-fs", "none"])?;
@@ -302,7 +301,6 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.default_maxmemory",
     "hypervisor.qemu.network_queues",
     "hypervisor.qemu.disable_vhost_net",
-    "hypervisor.qemu.pcie_root_port",
     "hypervisor.qemu.tcg_tb_size",
     "hypervisor.qemu.shared_fs",
     "hypervisor.qemu.virtio_fs_daemon",

@@ -52,6 +52,7 @@ const ROWS: &[Row] = &[
     ("hypervisor.qemu.enable_iommu_platform", &["false"]),
     ("hypervisor.qemu.hot_plug_vfio", &["\"no-port\""]),
     ("hypervisor.qemu.cold_plug_vfio", &["\"no-port\""]),
+    ("hypervisor.qemu.pcie_root_port", &["0"]),
     ("hypervisor.qemu.pcie_switch_port", &["0"]),
     ("hypervisor.qemu.disable_image_nvdimm", &["*"]),
     ("hypervisor.qemu.rx_rate_limiter_max_rate", &["0"]),

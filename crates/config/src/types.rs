@@ -102,8 +102,6 @@ pub struct Hypervisor {
     pub network_queues: u32,
     /// The VMM copies every frame itself even where the host's kernel could (`/dev/vhost-net`).
     pub disable_vhost_net: bool,
-    /// Ports for devices that may come while the VM runs, beyond those that every pod with a network has.
-    pub pcie_root_port: u32,
     /// Own key: QEMU's translation buffer, MiB. QEMU alone takes up to 1 GiB a VM.
     pub tcg_tb_size_mib: u32,
     /// `None` looks at the usual places.
@@ -164,7 +162,6 @@ impl Default for Hypervisor {
             default_maxmemory_mib: 0,
             network_queues: 1,
             disable_vhost_net: false,
-            pcie_root_port: 0,
             tcg_tb_size_mib: 24,
             virtio_fs_daemon: None,
             virtio_fs_cache: FsCache::Auto,

@@ -36,8 +36,8 @@ pub enum Error {
         /// The limit that passed.
         after: Duration,
     },
-    /// The VM was booted without room for more.
-    #[error("no slot is free for {device}: raise `pcie_root_port` in configuration.toml")]
+    /// The VM has no room for more, or was booted without any.
+    #[error("no slot is free for {device}")]
     NoSlot {
         /// The device's id.
         device: String,

@@ -82,7 +82,7 @@ pub trait Vm: Send + Sync {
     /// The guest does not let go in time: its slot stays taken until it does.
     async fn unplug(&self, id: &str) -> Result<(), Error>;
 
-    /// Where the guest sees a device: slot numbers in hexadecimal from the root bus on, as `1e.1/00`. `None` when there
+    /// Where the guest sees a device: slot numbers in hexadecimal from the root bus on, as `1e/01`. `None` when there
     /// is no such device or its place is not known.
     fn guest_path(&self, id: &str) -> Option<String>;
 

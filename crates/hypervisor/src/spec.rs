@@ -107,8 +107,8 @@ pub struct VmSpec {
     pub shared_dirs: Vec<SharedDir>,
     /// What it boots with.
     pub devices: Vec<Device>,
-    /// How many more can be plugged at a time while it runs; each costs the guest a little of its start.
-    pub spare_slots: u32,
+    /// Devices can be plugged and unplugged while it runs, which costs the guest a little of its start.
+    pub pluggable: bool,
     /// Where the guest's random numbers come from, for example `/dev/urandom`.
     pub entropy_source: PathBuf,
     /// Log what the guest's console says.

@@ -6,16 +6,19 @@
 //! The journal lives in the sandbox's run folder, beside a lock that the living shim holds.
 #![allow(unsafe_code, reason = "pidfd_open and pidfd_send_signal have no safe wrapper")]
 
+mod journal;
+
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
+
+pub use journal::Journal;
 
 /// Largest journal that is read, bytes.
 const JOURNAL_LIMIT: u64 = 1 << 20;
@@ -40,8 +43,10 @@ pub enum Step {
         namespace: PathBuf,
         /// Device and inode of that file then.
         identity: (u64, u64),
-        /// The interface's name.
+        /// The interface's name then.
         interface: String,
+        /// Its index, which stays when it is renamed.
+        index: u32,
     },
     /// A macvtap of ours on top of an interface of the pod.
     MacVtap {
@@ -74,8 +79,8 @@ impl Step {
             Self::Process { pid, started } => kill(*pid, *started),
             Self::Mounts(path) => unmount_tree(path),
             Self::Staging(path) => remove_mount_points(path),
-            Self::Redirection { namespace, identity, interface } => {
-                crate::network::undo::redirection(namespace, *identity, interface)
+            Self::Redirection { namespace, identity, index, .. } => {
+                crate::network::undo::redirection(namespace, *identity, *index)
             }
             Self::MacVtap { namespace, identity, name, below } => {
                 crate::network::undo::macvtap(namespace, *identity, name, *below)
@@ -91,80 +96,6 @@ pub struct RunDir {
     path: PathBuf,
     journal: Journal,
     _lock: Flock<File>,
-}
-
-/// The list of a run folder. Clones are the same list: what comes and goes while a pod runs is written down by whoever
-/// makes it.
-#[derive(Debug, Clone)]
-pub struct Journal(Arc<Mutex<Written>>);
-
-#[derive(Debug)]
-struct Written {
-    path: PathBuf,
-    /// `None` once the list is being undone: nothing may be made any more.
-    file: Option<File>,
-    steps: Vec<Step>,
-}
-
-impl Journal {
-    fn open(path: PathBuf) -> io::Result<Self> {
-        let file = File::options().create(true).append(true).open(&path)?;
-        Ok(Self(Arc::new(Mutex::new(Written { path, file: Some(file), steps: Vec::new() }))))
-    }
-
-    /// Writes a step down, as [`RunDir::push`].
-    ///
-    /// # Errors
-    /// As there; or the sandbox is being ended.
-    pub fn push(&self, step: Step) -> io::Result<()> {
-        let mut written = self.lock();
-        let file = written.file.as_mut().ok_or_else(|| io::Error::other("the sandbox is being ended"))?;
-        file.write_all(&line(&step)?)?;
-        written.steps.push(step);
-        Ok(())
-    }
-
-    /// Undoes one step before the others, and strikes it out. May block.
-    ///
-    /// # Errors
-    /// It could not be undone, and stays written; or the journal cannot be written.
-    pub fn take_back(&self, step: &Step) -> io::Result<()> {
-        step.undo()?;
-        let mut written = self.lock();
-        // an end that has begun meanwhile undoes it once more, which does nothing
-        if written.file.is_none() {
-            return Ok(());
-        }
-        if let Some(place) = written.steps.iter().rposition(|one| one == step) {
-            written.steps.remove(place);
-        }
-        // a pod may live for years: what is long gone must not fill the file
-        let draft = written.path.with_extension("new");
-        let mut file = File::create(&draft)?;
-        for step in &written.steps {
-            file.write_all(&line(step)?)?;
-        }
-        fs::rename(&draft, &written.path)?;
-        written.file = Some(file);
-        Ok(())
-    }
-
-    /// The steps, for undoing them; the list takes no more.
-    fn close(&self) -> Vec<Step> {
-        let mut written = self.lock();
-        written.file = None;
-        std::mem::take(&mut written.steps)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Written> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn line(step: &Step) -> io::Result<Vec<u8>> {
-    let mut line = serde_json::to_vec(step)?;
-    line.push(b'\n');
-    Ok(line)
 }
 
 /// Who holds a run folder.
@@ -469,32 +400,6 @@ mod tests {
         let path = dir.path().to_owned();
         drop(dir);
         clean(&path).expect("cleaned");
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn what_is_taken_back_is_forgotten() {
-        let root = tempfile::tempdir().expect("a folder");
-        let dir = run_dir(root.path());
-        let (journal, path) = (dir.journal(), dir.path().to_owned());
-        let steps = ["a", "b", "c"].map(|name| Step::Staging(path.join(name)));
-        for step in &steps {
-            journal.push(step.clone()).expect("written");
-        }
-        fs::create_dir(path.join("b")).expect("made");
-        journal.take_back(&steps[1]).expect("undone");
-        assert!(!path.join("b").exists());
-        journal.push(steps[1].clone()).expect("written");
-        journal.take_back(&steps[0]).expect("undone");
-        let read: Vec<Step> = fs::read_to_string(path.join("journal"))
-            .expect("read")
-            .lines()
-            .map(|line| serde_json::from_str(line).expect("a step"))
-            .collect();
-        assert_eq!(read, [steps[2].clone(), steps[1].clone()]);
-        dir.undo().expect("undone");
-        journal.push(steps[0].clone()).expect_err("it has ended");
-        journal.take_back(&steps[1]).expect("nothing to do");
         assert!(!path.exists());
     }
 

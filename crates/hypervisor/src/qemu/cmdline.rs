@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use super::QemuSettings;
 use super::accelerator::Accelerator;
 use super::device::{self, escape};
-use super::pci::Ports;
+use super::pci::{self, Bridge};
 use crate::{Channel, Device, VmSpec};
 
 /// What the child inherits: the kernel and its ends of the sockets that the driver made.
@@ -32,7 +32,7 @@ pub(super) fn arguments(
     settings: &QemuSettings,
     accelerator: Accelerator,
     spec: &VmSpec,
-    ports: &Ports,
+    bridge: &Bridge,
     inherited: &Inherited,
 ) -> Vec<String> {
     let mut args = Args(Vec::with_capacity(64));
@@ -112,22 +112,21 @@ pub(super) fn arguments(
             format!("vhost-user-fs-pci,chardev=fs{index},tag={},queue-size={}", escape(dir.tag), dir.queue_size),
         );
     }
-    if ports.is_empty() {
+    if bridge.is_missing() {
         // nothing will come, so the guest need not know how things come
         args.pair("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
-    }
-    for port in ports.all() {
-        args.pair("-device", port.argument());
+    } else {
+        args.pair("-device", pci::ARGUMENT);
     }
     for device in &spec.devices {
-        let port = ports.find(device.id());
+        let place = bridge.find(device.id());
         match device {
             Device::Net(card) => {
                 let numbers = |fds: &[OwnedFd]| fds.iter().map(|fd| fd.as_raw_fd().to_string()).collect::<Vec<_>>();
                 args.pair("-netdev", device::tap(&card.id, &numbers(&card.queues), &numbers(&card.vhost)).line());
-                args.pair("-device", device::card(&card.id, &card.mac, card.queues.len(), port).line());
+                args.pair("-device", device::card(&card.id, &card.mac, card.queues.len(), place).line());
             }
-            Device::Host(host) => args.pair("-device", device::host(&host.id, &host.address, port).line()),
+            Device::Host(host) => args.pair("-device", device::host(&host.id, &host.address, place).line()),
         }
     }
     args.0
@@ -155,7 +154,7 @@ mod tests {
             channel: Channel::Serial { port: "agent.0" },
             shared_dirs: Vec::new(),
             devices: Vec::new(),
-            spare_slots: 0,
+            pluggable: false,
             entropy_source: "/dev/urandom".into(),
             debug: false,
         }
@@ -165,12 +164,9 @@ mod tests {
         Inherited { tsc_khz: Some(2_000_000), kernel: String::new(), qmp: 3, console: 4, channel: Some(5) };
 
     fn line(settings: &QemuSettings, spec: &VmSpec) -> String {
-        let mut ports = Ports::new(spec.devices.len() + spec.spare_slots as usize);
-        for device in &spec.devices {
-            ports.take(device.id());
-        }
+        let bridge = super::super::bridge(settings, spec).expect("room");
         let inherited = Inherited { kernel: "/proc/self/fd/6".into(), ..INHERITED };
-        arguments(settings, Accelerator::Tcg, spec, &ports, &inherited).join(" ")
+        arguments(settings, Accelerator::Tcg, spec, &bridge, &inherited).join(" ")
     }
 
     #[test]
@@ -194,22 +190,22 @@ mod tests {
     }
 
     #[test]
-    fn a_port_a_device_and_some_to_spare() {
+    fn devices_are_behind_a_bridge() {
         let settings = QemuSettings::default();
         let bare = line(&settings, &spec(512));
-        assert!(!bare.contains("pcie-root-port") && bare.contains("hotplug-with-bridge-support=off"), "{bare}");
+        assert!(!bare.contains("pci-bridge") && bare.contains("hotplug-with-bridge-support=off"), "{bare}");
         let fd = OwnedFd::from(tempfile::tempfile().expect("a file"));
         let number = fd.as_raw_fd();
         let card = crate::NetDevice { id: "net0".into(), mac: "m".into(), queues: vec![fd], vhost: Vec::new() };
         let host = crate::HostDevice { id: "nic1".into(), address: "0000:01:00.0".into() };
-        let spec = VmSpec { devices: vec![Device::Net(card), Device::Host(host)], spare_slots: 1, ..spec(512) };
+        let spec = VmSpec { devices: vec![Device::Host(host), Device::Net(card)], pluggable: true, ..spec(512) };
         let line = line(&settings, &spec);
-        assert_eq!(line.matches("pcie-root-port").count(), 3, "{line}");
         assert!(!line.contains("bridge-support=off"), "{line}");
         for part in [
+            "-device pci-bridge,id=plug,",
             &format!("-netdev tap,id=net0-host,fd={number} "),
-            "-device virtio-net-pci,id=net0,netdev=net0-host,mac=m,romfile=,bus=port0",
-            "-device vfio-pci,id=nic1,host=0000:01:00.0,bus=port1",
+            "-device virtio-net-pci,id=net0,netdev=net0-host,mac=m,romfile=,bus=plug,addr=0x1",
+            "-device vfio-pci,id=nic1,host=0000:01:00.0",
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");
         }

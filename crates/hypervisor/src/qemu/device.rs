@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::pci::Port;
+use super::pci::{BUS, Place};
 
 /// A list of options: `driver=value,…` or a JSON object.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,7 +56,7 @@ pub(super) fn tap_name(id: &str) -> String {
 }
 
 /// The guest's side of it.
-pub(super) fn card(id: &str, mac: &str, queues: usize, port: Option<Port>) -> Options {
+pub(super) fn card(id: &str, mac: &str, queues: usize, place: Option<Place>) -> Options {
     let mut options = vec![
         ("driver", json!("virtio-net-pci")),
         ("id", json!(id)),
@@ -70,20 +70,27 @@ pub(super) fn card(id: &str, mac: &str, queues: usize, port: Option<Port>) -> Op
         // two vectors a pair of queues, one for control, one for configuration
         options.push(("vectors", json!(2 * queues + 2)));
     }
-    options.extend(port.map(|port| ("bus", json!(port.name()))));
+    at(&mut options, place);
     Options(options)
 }
 
+fn at(options: &mut Vec<(&'static str, Value)>, place: Option<Place>) {
+    if let Some(place) = place {
+        options.push(("bus", json!(BUS)));
+        options.push(("addr", json!(place.address())));
+    }
+}
+
 /// A PCI device of the host.
-pub(super) fn host(id: &str, address: &str, port: Option<Port>) -> Options {
+pub(super) fn host(id: &str, address: &str, place: Option<Place>) -> Options {
     let mut options = vec![("driver", json!("vfio-pci")), ("id", json!(id)), ("host", json!(address))];
-    options.extend(port.map(|port| ("bus", json!(port.name()))));
+    at(&mut options, place);
     Options(options)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::pci::Ports;
+    use super::super::pci::Bridge;
     use super::*;
 
     fn names(all: &[&str]) -> Vec<String> {
@@ -93,10 +100,13 @@ mod tests {
     #[test]
     fn one_queue() {
         assert_eq!(tap("net1", &names(&["7"]), &[]).line(), "tap,id=net1-host,fd=7");
-        let port = Ports::new(1).take("net1");
-        let card = card("net1", "02:00:00:00:00:01", 1, port);
-        assert_eq!(card.line(), "virtio-net-pci,id=net1,netdev=net1-host,mac=02:00:00:00:00:01,romfile=,bus=port0");
-        assert_eq!(card.object()["bus"], "port0");
+        let place = Bridge::new().take("net1");
+        let card = card("net1", "02:00:00:00:00:01", 1, place);
+        assert_eq!(
+            card.line(),
+            "virtio-net-pci,id=net1,netdev=net1-host,mac=02:00:00:00:00:01,romfile=,bus=plug,addr=0x1"
+        );
+        assert_eq!(card.object()["addr"], "0x1");
     }
 
     #[test]

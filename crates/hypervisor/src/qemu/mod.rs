@@ -25,7 +25,7 @@ pub use accelerator::{Accelerator, Wanted};
 use self::accelerator::Memory;
 use self::cmdline::Inherited;
 use self::kernel::KernelCopy;
-use self::pci::Ports;
+use self::pci::Bridge;
 use self::qmp::Qmp;
 use crate::helper::Helper;
 use crate::{Boot, Channel, Console, Device, Error, Hypervisor, Size, Vm, VmExit, VmSpec};
@@ -126,7 +126,7 @@ impl Qemu {
             channel: Channel::Serial { port: PROBE_PORT },
             shared_dirs: Vec::new(),
             devices: Vec::new(),
-            spare_slots: 0,
+            pluggable: false,
             entropy_source: "/dev/urandom".into(),
             debug: false,
         };
@@ -151,7 +151,7 @@ impl Qemu {
     }
 
     async fn start(&self, spec: VmSpec, accelerator: Accelerator) -> Result<QemuVm, Error> {
-        let ports = self.ports(&spec)?;
+        let bridge = bridge(&self.settings, &spec)?;
         let (qmp, qmp_child) = pair()?;
         let (console_stream, console_child) = pair()?;
         let (channel, channel_child) = match spec.channel {
@@ -178,7 +178,7 @@ impl Qemu {
             console: console_child.as_raw_fd(),
             channel: channel_child.as_ref().map(AsRawFd::as_raw_fd),
         };
-        let args = cmdline::arguments(&self.settings, accelerator, &spec, &ports, &inherited);
+        let args = cmdline::arguments(&self.settings, accelerator, &spec, &bridge, &inherited);
         tracing::debug!(program = %self.settings.path.display(), ?args, "starting QEMU");
 
         let mut passed = vec![kernel_child, qmp_child, console_child];
@@ -202,23 +202,26 @@ impl Qemu {
         );
         let qmp =
             Qmp::start(stream(qmp).map_err(Error::system("monitor socket"))?, self.settings.command_deadline).await?;
-        let ports = Arc::new(Mutex::new(ports));
+        let bridge = Arc::new(Mutex::new(bridge));
         let plugging = tokio::sync::Mutex::default();
-        Ok(QemuVm { process, qmp, console, channel, accelerator, kernel, ports, plugging })
+        Ok(QemuVm { process, qmp, console, channel, accelerator, kernel, bridge, plugging })
     }
+}
 
-    /// A port for each device and for each that may come.
-    fn ports(&self, spec: &VmSpec) -> Result<Ports, Error> {
-        let count = spec.devices.len();
-        if count == 0 && spec.spare_slots == 0 || !self.settings.machine.contains("q35") {
-            return Ok(Ports::default());
-        }
-        let mut ports = Ports::new(count + spec.spare_slots as usize);
-        for device in &spec.devices {
-            ports.take(device.id()).ok_or(Error::TooManyDevices { count, most: pci::MOST })?;
-        }
-        Ok(ports)
+/// The bridge of a VM that can change, with the places of its cards. What belongs to the host stays on the root bus, as
+/// a part of the machine.
+fn bridge(settings: &QemuSettings, spec: &VmSpec) -> Result<Bridge, Error> {
+    if !spec.pluggable || !settings.machine.contains("q35") {
+        return Ok(Bridge::default());
     }
+    let mut bridge = Bridge::new();
+    for device in &spec.devices {
+        if matches!(device, Device::Net(_)) {
+            let count = spec.devices.len();
+            bridge.take(device.id()).ok_or(Error::TooManyDevices { count, most: pci::MOST })?;
+        }
+    }
+    Ok(bridge)
 }
 
 #[async_trait]
@@ -242,7 +245,7 @@ struct QemuVm {
     channel: Option<OwnedFd>,
     accelerator: Accelerator,
     kernel: KernelCopy,
-    ports: Arc<Mutex<Ports>>,
+    bridge: Arc<Mutex<Bridge>>,
     /// Held while a device is plugged: what belongs to it goes in several commands.
     plugging: tokio::sync::Mutex<()>,
 }
@@ -292,7 +295,7 @@ impl Vm for QemuVm {
     }
 
     fn guest_path(&self, id: &str) -> Option<String> {
-        self.lock_ports().find(id).map(pci::Port::guest_path)
+        self.lock_bridge().find(id).map(pci::Place::guest_path)
     }
 
     async fn stop(&self, grace: Duration) -> Result<(), Error> {

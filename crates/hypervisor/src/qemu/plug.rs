@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::pci::{Port, Ports};
+use super::pci::{Bridge, Place};
 use super::{QemuVm, device};
 use crate::{Device, Error, NetDevice};
 
@@ -14,27 +14,27 @@ use crate::{Device, Error, NetDevice};
 const LETTING_GO: Duration = Duration::from_secs(10);
 
 impl QemuVm {
-    pub(super) fn lock_ports(&self) -> MutexGuard<'_, Ports> {
-        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn lock_bridge(&self) -> MutexGuard<'_, Bridge> {
+        self.bridge.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) async fn plug_device(&self, device: Device) -> Result<(), Error> {
         let _alone = self.plugging.lock().await;
         let id = device.id().to_owned();
-        let port = self.lock_ports().take(&id).ok_or_else(|| Error::NoSlot { device: id.clone() })?;
+        let place = self.lock_bridge().take(&id).ok_or_else(|| Error::NoSlot { device: id.clone() })?;
         let plugged = match device {
-            Device::Net(card) => self.plug_card(card, port).await,
+            Device::Net(card) => self.plug_card(card, place).await,
             Device::Host(host) => {
-                self.qmp.execute("device_add", device::host(&id, &host.address, Some(port)).object()).await.map(drop)
+                self.qmp.execute("device_add", device::host(&id, &host.address, Some(place)).object()).await.map(drop)
             }
         };
         if plugged.is_err() {
-            self.lock_ports().free(&id);
+            self.lock_bridge().free(&id);
         }
         plugged
     }
 
-    async fn plug_card(&self, card: NetDevice, port: Port) -> Result<(), Error> {
+    async fn plug_card(&self, card: NetDevice, place: Place) -> Result<(), Error> {
         let (id, count) = (card.id, card.queues.len());
         let mut given = Vec::new();
         let plugged = async {
@@ -43,7 +43,7 @@ impl QemuVm {
             self.qmp.execute("netdev_add", device::tap(&id, &queues, &vhost).object()).await?;
             // they are the network's now
             given.clear();
-            let added = self.qmp.execute("device_add", device::card(&id, &card.mac, count, Some(port)).object()).await;
+            let added = self.qmp.execute("device_add", device::card(&id, &card.mac, count, Some(place)).object()).await;
             if added.is_err() {
                 self.close_backend(&id).await;
             }
@@ -90,12 +90,12 @@ impl QemuVm {
         // whatever the guest does, nothing of the host is in its hands any longer
         self.close_backend(id).await;
         asked?;
-        // the port is free when the guest says so, even if nobody waits for it then
-        let (ports, name) = (Arc::clone(&self.ports), id.to_owned());
+        // the place is free when the guest says so, even if nobody waits for it then
+        let (bridge, name) = (Arc::clone(&self.bridge), id.to_owned());
         let gone = tokio::spawn(async move {
             let outcome = departure.await;
             if matches!(outcome, Ok(Ok(()))) {
-                ports.lock().unwrap_or_else(PoisonError::into_inner).free(&name);
+                bridge.lock().unwrap_or_else(PoisonError::into_inner).free(&name);
             }
             outcome
         });

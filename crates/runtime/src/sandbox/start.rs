@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use agent_api::agent as api;
 use agent_api::{paths, ports};
-use hypervisor::{Boot, Channel, NetDevice, SharedDir, VmSpec};
+use hypervisor::{Boot, Channel, SharedDir, Vm, VmSpec};
 use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, mpsc};
 
@@ -48,9 +48,10 @@ impl Sandbox {
             () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
         };
         match booted {
-            Ok((vm, share, agent, container)) => {
+            Ok((vm, share, agent, network, container)) => {
                 let pid = vm.pid();
                 let forwarding = if role == Role::Sandbox { network::forward(&oci, &agent) } else { None };
+                let following = network.follow(&agent, &vm);
                 let containers = HashMap::from([(first.id.clone(), Slot::Made(Arc::new(container)))]);
                 let inner = Arc::new(Inner {
                     env,
@@ -59,7 +60,7 @@ impl Sandbox {
                     containers: Mutex::new(containers),
                     events,
                     shm,
-                    host: tokio::sync::Mutex::new(Some(Host { vm, share, run, forwarding })),
+                    host: tokio::sync::Mutex::new(Some(Host { vm, share, run, forwarding, following })),
                 });
                 watch::virtiofsd(&inner).await;
                 watch::memory(&inner);
@@ -76,7 +77,7 @@ impl Sandbox {
     }
 }
 
-type Booted = (Box<dyn hypervisor::Vm>, Share, AgentClient, crate::container::Container);
+type Booted = (Arc<dyn Vm>, Share, AgentClient, network::PodNetwork, crate::container::Container);
 
 async fn boot(
     env: &Env,
@@ -87,14 +88,14 @@ async fn boot(
     trace: &Trace,
 ) -> Result<Booted, Error> {
     let config = &env.config.hypervisor;
-    let network = network::connect(&env.config, oci, run).await?;
-    if !network.found.is_empty() {
+    let mut network = network::connect(&env.config, oci, run).await?;
+    if !network.is_empty() {
         trace.step("network-connected");
     }
     let (share, socket) = Share::start(config, run)?;
     trace.step("virtiofsd-started");
     let limits = Limits::of(oci, &Role::of_spec(oci)?);
-    let mut vm = env.hypervisor.launch(vm_spec(env, sandbox, limits, socket, network.devices)).await?;
+    let mut vm = env.hypervisor.launch(vm_spec(env, sandbox, limits, socket, &mut network)).await?;
     run.push(crate::cleanup::Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
     trace.step("vmm-started");
 
@@ -118,8 +119,8 @@ async fn boot(
         vm.booted();
         tokio::try_join!(create_sandbox(&agent, sandbox, oci, shm), set_clock(&agent))?;
         trace.step("sandbox-created");
-        if !network.found.is_empty() {
-            network::configure(&agent, &network.found).await?;
+        if !network.is_empty() {
+            network.tell(&agent, vm.as_ref()).await?;
             trace.step("network-configured");
         }
         let limit = env.config.runtime.create_container_timeout;
@@ -136,10 +137,16 @@ async fn boot(
             return Err(Error::VmGone { what: "starting the guest".into(), reason, console: String::new() });
         }
     };
-    Ok((vm, share, agent, container))
+    Ok((vm.into(), share, agent, network, container))
 }
 
-fn vm_spec(env: &Env, sandbox: &SandboxSpec, limits: Limits, socket: OwnedFd, network: Vec<NetDevice>) -> VmSpec {
+fn vm_spec(
+    env: &Env,
+    sandbox: &SandboxSpec,
+    limits: Limits,
+    socket: OwnedFd,
+    network: &mut network::PodNetwork,
+) -> VmSpec {
     let config = &env.config.hypervisor;
     let log = if env.config.agent.enable_debug { "debug" } else { "info" };
     let kernel_params = format!(
@@ -157,7 +164,8 @@ fn vm_spec(env: &Env, sandbox: &SandboxSpec, limits: Limits, socket: OwnedFd, ne
         size: sizing::plan(config, limits),
         channel: Channel::Serial { port: ports::AGENT_SERIAL },
         shared_dirs: vec![SharedDir { tag: paths::SHARE_TAG, socket, queue_size: config.virtio_fs_queue_size }],
-        network,
+        devices: network.take_devices(),
+        pluggable: network.may_change(),
         entropy_source: config.entropy_source.clone(),
         debug: config.enable_debug || env.config.agent.enable_debug,
     }
