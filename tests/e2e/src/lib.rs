@@ -13,6 +13,7 @@ pub mod install;
 pub mod journal;
 pub mod leaks;
 pub mod node;
+pub mod pod_network;
 pub mod processes;
 pub mod pty;
 pub mod task_api;
