@@ -80,7 +80,27 @@ impl Pod {
 
     /// A veth with that name in the namespace and the other end at the bridge.
     pub fn add_veth(&self, name: &str, mtu: u32) -> Result<()> {
-        let Self { namespace, bridge, network } = self;
+        self.add_veth_at(&self.bridge, name, mtu)
+    }
+
+    /// A veth with that name in the namespace and the other end at a second bridge, which has the address `10.88.N.1`:
+    /// two interfaces at the same one would answer for each other.
+    pub fn add_second_veth(&self, name: &str, mtu: u32) -> Result<()> {
+        let second = self.second_bridge();
+        if ip(&format!("link show dev {second}")).is_err() {
+            ip(&format!("link add {second} type bridge"))?;
+            ip(&format!("addr add 10.88.{}.1/24 dev {second}", self.network))?;
+            ip(&format!("link set {second} up"))?;
+        }
+        self.add_veth_at(&second, name, mtu)
+    }
+
+    fn second_bridge(&self) -> String {
+        format!("kebs{}", self.network)
+    }
+
+    fn add_veth_at(&self, bridge: &str, name: &str, mtu: u32) -> Result<()> {
+        let Self { namespace, network, .. } = self;
         // the host's end: every one has a name of its own
         let end = format!("ke{network}{name}").chars().take(15).collect::<String>();
         ip(&format!("link add {end} mtu {mtu} type veth peer name {name} netns {namespace} mtu {mtu}"))?;
@@ -101,7 +121,9 @@ impl Pod {
             }
         }
         let _ = ip(&format!("netns del {}", self.namespace));
-        let _ = ip(&format!("link del {}", self.bridge));
+        for bridge in [self.bridge.clone(), self.second_bridge()] {
+            let _ = ip(&format!("link del {bridge}"));
+        }
     }
 
     /// For `ctr run`.

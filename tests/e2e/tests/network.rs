@@ -6,7 +6,7 @@ use e2e::{
     BOTH, Runtime,
     events::Events,
     for_both_models,
-    pod_network::{Model, Pod, ip, with_pod},
+    pod_network::{Model, Pod, with_pod},
     processes,
 };
 use std::{
@@ -146,20 +146,21 @@ fn groups_are_joined(model: Model) -> Result<()> {
             let add = ["ip", "addr", "add", "fd89:16::77/64", "dev", "eth0"];
             node.exec("group", "add", &[], &add).output()?.ok()?;
             // nobody listens on that port, which only the guest can know
-        let address = "[fd89:16::77]:9".parse()?;
-        let mut outcome = Ok(());
-        // the guest looks whether the address is free before it uses it
-        for _ in 0..5 {
-            outcome = TcpStream::connect_timeout(&address, Duration::from_secs(3)).map(drop);
-            if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused) {
-                break;
+            let address = "[fd89:16::77]:9".parse()?;
+            let mut outcome = Ok(());
+            // the guest looks whether the address is free before it uses it
+            for _ in 0..5 {
+                outcome = TcpStream::connect_timeout(&address, Duration::from_secs(3)).map(drop);
+                if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused) {
+                    break;
+                }
             }
-        }
-        node.remove("group")?;
-        let error = outcome.err().context("somebody listens")?;
-        ensure!(error.kind() == ErrorKind::ConnectionRefused, "{error}");
-        Ok(())
-    })
+            node.remove("group")?;
+            let error = outcome.err().context("somebody listens")?;
+            ensure!(error.kind() == ErrorKind::ConnectionRefused, "{error}");
+            Ok(())
+        },
+    )
 }
 
 fn what_cannot_be_is_refused_and_untouched(model: Model) -> Result<()> {
@@ -226,9 +227,8 @@ fn a_crash_leaves_the_namespace_as_it_was(model: Model) -> Result<()> {
 fn two_interfaces_in_two_subnets(model: Model) -> Result<()> {
     let make = || {
         let pod = Pod::make(19, 1500)?;
-        ip(&format!("addr add 10.88.19.1/24 dev {}", pod.bridge))?;
         // as long as a name can be
-        pod.add_veth("net1-fifteen-ch", 1300)?;
+        pod.add_second_veth("net1-fifteen-ch", 1300)?;
         pod.ip("addr add 10.88.19.2/24 dev net1-fifteen-ch")?;
         pod.ip("link set net1-fifteen-ch up")?;
         Ok(pod)

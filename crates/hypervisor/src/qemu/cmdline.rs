@@ -21,11 +21,12 @@ pub(super) struct Inherited {
 
 /// Kernel parameters that every guest of ours gets.
 ///
+/// `dummy.numdummies=0`: no interface that nobody asked for.
 /// `panic=-1`: a panic resets at once, and QEMU ends on a reset (`-no-reboot`): that is how the host learns of it.
 /// `no_timer_check` and `tsc=reliable`: emulated timers are what they say, checking them costs tens of milliseconds.
 /// `cryptomgr.notests`, `rcupdate.rcu_expedited=1`, `i8042.*`, `net.ifnames`: as Kata's guests boot.
 const KERNEL_PARAMS: &str = "console=ttyS0 panic=-1 reboot=t no_timer_check tsc=reliable \
-    rcupdate.rcu_expedited=1 cryptomgr.notests noreplace-smp pci=lastbus=0 net.ifnames=0 random.trust_cpu=on";
+    rcupdate.rcu_expedited=1 cryptomgr.notests noreplace-smp pci=lastbus=0 net.ifnames=0 dummy.numdummies=0 random.trust_cpu=on";
 
 /// All arguments after the program's name.
 pub(super) fn arguments(
@@ -92,7 +93,14 @@ pub(super) fn arguments(
     args.pair("-serial", "chardev:console");
 
     args.pair("-object", format!("rng-random,id=entropy,filename={}", escape(&spec.entropy_source.to_string_lossy())));
-    args.pair("-device", "virtio-rng-pci,rng=entropy");
+    if bridge.is_missing() {
+        // nothing will come, so the guest need not know how things come
+        args.pair("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
+        args.pair("-device", "virtio-rng-pci,rng=entropy");
+    } else {
+        args.pair("-device", pci::ARGUMENT);
+        args.pair("-device", format!("virtio-rng-pci,rng=entropy{}", pci::RESIDENT));
+    }
     match &spec.channel {
         Channel::Serial { port } => {
             if let Some(fd) = inherited.channel {
@@ -111,12 +119,6 @@ pub(super) fn arguments(
             "-device",
             format!("vhost-user-fs-pci,chardev=fs{index},tag={},queue-size={}", escape(dir.tag), dir.queue_size),
         );
-    }
-    if bridge.is_missing() {
-        // nothing will come, so the guest need not know how things come
-        args.pair("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
-    } else {
-        args.pair("-device", pci::ARGUMENT);
     }
     for device in &spec.devices {
         let place = bridge.find(device.id());
@@ -203,6 +205,7 @@ mod tests {
         assert!(!line.contains("bridge-support=off"), "{line}");
         for part in [
             "-device pci-bridge,id=plug,",
+            "-device virtio-rng-pci,rng=entropy,bus=plug,addr=0x1f",
             &format!("-netdev tap,id=net0-host,fd={number} "),
             "-device virtio-net-pci,id=net0,netdev=net0-host,mac=m,romfile=,bus=plug,addr=0x1",
             "-device vfio-pci,id=nic1,host=0000:01:00.0",
