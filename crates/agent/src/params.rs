@@ -1,5 +1,7 @@
 //! The kernel command line, as far as it speaks to the agent. Kata's names.
 
+use std::time::Duration;
+
 use crate::log::Level;
 
 /// Where the agent listens.
@@ -18,6 +20,8 @@ pub(crate) struct Params {
     pub(crate) ready_vport: u32,
     /// vsock port on which the log is given to whoever connects; 0 is none.
     pub(crate) log_vport: u32,
+    /// How long a plugged device may take to appear.
+    pub(crate) hotplug_timeout: Duration,
 }
 
 impl Default for Params {
@@ -27,6 +31,7 @@ impl Default for Params {
             address: Address::Vsock { port: agent_api::ports::AGENT_VSOCK },
             ready_vport: 0,
             log_vport: 0,
+            hotplug_timeout: Duration::from_secs(3),
         }
     }
 }
@@ -55,6 +60,10 @@ impl Params {
                 },
                 agent_api::ports::READY_PARAM => params.ready_vport = value.parse().unwrap_or_default(),
                 "agent.log_vport" => params.log_vport = value.parse().unwrap_or_default(),
+                "agent.hotplug_timeout" => match value.parse() {
+                    Ok(seconds @ 1..=3600) => params.hotplug_timeout = Duration::from_secs(seconds),
+                    _ => crate::log::warn(&format!("agent.hotplug_timeout={value:.20} is not 1 to 3600 seconds")),
+                },
                 _ => {}
             }
         }
@@ -78,6 +87,8 @@ mod tests {
     #[test]
     fn katas_parameters() {
         assert_eq!(Params::parse("quiet agent.log=debug").log, Level::Debug);
+        assert_eq!(Params::parse("agent.hotplug_timeout=20").hotplug_timeout, Duration::from_secs(20));
+        assert_eq!(Params::parse("agent.hotplug_timeout=-1").hotplug_timeout, Duration::from_secs(3));
         let serial = Params::parse("agent.server_addr=serial://org.x.0").address;
         assert_eq!(serial, Address::Serial { port: "org.x.0".into() });
         assert_eq!(Params::parse("agent.server_addr=vsock://-1:1055").address, Address::Vsock { port: 1055 });

@@ -37,7 +37,7 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
     let reaper = Reaper::start().map_err(Error::failed("reaper"))?;
     let oom = OomWatch::start().map_err(Error::failed("memory watch"))?;
     let sandbox = Arc::new(Sandbox::new(reaper, oom));
-    let service = Arc::new(Service { sandbox, network: OnceLock::new() });
+    let service = Arc::new(Service { sandbox, network: OnceLock::new(), hotplug_timeout: params.hotplug_timeout });
     let listener = transport::listen(params).map_err(Error::failed("the agent's channel"))?;
     let mut server = Server::new()
         .add_listener(listener)
@@ -53,6 +53,7 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
 struct Service {
     sandbox: Arc<Sandbox>,
     network: OnceLock<Network>,
+    hotplug_timeout: Duration,
 }
 
 impl Service {
@@ -61,7 +62,7 @@ impl Service {
         if let Some(network) = self.network.get() {
             return Ok(network);
         }
-        let opened = Network::open().map_err(Error::failed("netlink socket"))?;
+        let opened = Network::open(self.hotplug_timeout).map_err(Error::failed("netlink socket"))?;
         Ok(self.network.get_or_init(|| opened))
     }
 
@@ -246,7 +247,7 @@ impl AgentService for Service {
     }
 
     async fn add_arp_neighbors(&self, _: &TtrpcContext, request: api::AddARPNeighborsRequest) -> Rpc<Empty> {
-        self.network()?.add_neighbours(request.neighbors.unwrap_or_default()).await?;
+        self.network()?.update_neighbours(request.neighbors.unwrap_or_default()).await?;
         Ok(Empty::new())
     }
 

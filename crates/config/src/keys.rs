@@ -118,6 +118,7 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         "hypervisor.qemu.default_memory" => hypervisor.default_memory_mib = memory(entry)?,
         "hypervisor.qemu.default_maxmemory" => hypervisor.default_maxmemory_mib = number(entry, 0, u32::MAX.into())?,
         "hypervisor.qemu.network_queues" => hypervisor.network_queues = number(entry, 1, 256)? as u32,
+        "hypervisor.qemu.disable_vhost_net" => hypervisor.disable_vhost_net = truth(entry)?,
         "hypervisor.qemu.tcg_tb_size" => hypervisor.tcg_tb_size_mib = number(entry, 0, 1024)? as u32,
         "hypervisor.qemu.shared_fs" => {
             only(entry, "virtio-fs", &["virtio-9p", "virtio-fs-nydus", "inline-virtio-fs", "none"])?;
@@ -157,11 +158,12 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         "runtime.enable_debug" => runtime.enable_debug = truth(entry)?,
         "runtime.sandbox_cgroup_only" => runtime.sandbox_cgroup_only = truth(entry)?,
         "runtime.internetworking_model" => {
-            if text(entry)? == "macvtap" {
-                return Err(refuse(entry, "is not supported yet: remove it or set it to \"tcfilter\" or \"none\""));
-            }
-            runtime.internetworking =
-                one_of(entry, &[("tcfilter", Internetworking::TcFilter), ("none", Internetworking::None)])?;
+            let models = [
+                ("tcfilter", Internetworking::TcFilter),
+                ("macvtap", Internetworking::MacVtap),
+                ("none", Internetworking::None),
+            ];
+            runtime.internetworking = one_of(entry, &models)?;
         }
         "runtime.disable_guest_seccomp" => runtime.disable_guest_seccomp = truth(entry)?,
         _ => known::other(entry, &mut config.warnings)?,
@@ -303,6 +305,7 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.default_memory",
     "hypervisor.qemu.default_maxmemory",
     "hypervisor.qemu.network_queues",
+    "hypervisor.qemu.disable_vhost_net",
     "hypervisor.qemu.tcg_tb_size",
     "hypervisor.qemu.shared_fs",
     "hypervisor.qemu.virtio_fs_daemon",

@@ -55,7 +55,6 @@ const ROWS: &[Row] = &[
     ("hypervisor.qemu.pcie_root_port", &["0"]),
     ("hypervisor.qemu.pcie_switch_port", &["0"]),
     ("hypervisor.qemu.disable_image_nvdimm", &["*"]),
-    ("hypervisor.qemu.disable_vhost_net", &["*"]),
     ("hypervisor.qemu.rx_rate_limiter_max_rate", &["0"]),
     ("hypervisor.qemu.tx_rate_limiter_max_rate", &["0"]),
     ("hypervisor.qemu.guest_hook_path", &["\"\""]),

@@ -74,6 +74,8 @@ pub enum Internetworking {
     /// A tap, joined with the interface by traffic control.
     #[default]
     TcFilter,
+    /// A macvtap on top of it, which takes all that comes in.
+    MacVtap,
     /// Not at all.
     None,
 }
@@ -110,6 +112,8 @@ pub struct Hypervisor {
     pub default_maxmemory_mib: u64,
     /// Pairs of queues of each network card.
     pub network_queues: u32,
+    /// The VMM copies every frame itself even where the host's kernel could (`/dev/vhost-net`).
+    pub disable_vhost_net: bool,
     /// Own key: QEMU's translation buffer, MiB. QEMU alone takes up to 1 GiB a VM.
     pub tcg_tb_size_mib: u32,
     /// `None` looks at the usual places.
@@ -174,6 +178,7 @@ impl Default for Hypervisor {
             default_memory_mib: 512,
             default_maxmemory_mib: 0,
             network_queues: 1,
+            disable_vhost_net: false,
             tcg_tb_size_mib: 24,
             virtio_fs_daemon: None,
             virtio_fs_cache: FsCache::Auto,

@@ -72,11 +72,7 @@ fn what_is_not_supported_yet_is_never_ignored() {
     value(qemu, "virtio_fs_cache_size = 1024", "is not supported yet: remove it or set it to 0");
     value("agent.kata", "kernel_modules = [\"e1000e\"]", "is not supported yet: remove it or set it to []");
     value("agent.kata.mem_agent", "mem_agent_enable = true", "is not supported yet: remove it or set it to false");
-    value(
-        "runtime",
-        "internetworking_model = \"macvtap\"",
-        "is not supported yet: remove it or set it to \"tcfilter\" or \"none\"",
-    );
+    value("runtime", "internetworking_model = \"l3forwarding\"", "must be \"tcfilter\" or \"macvtap\" or \"none\"");
     value("hypervisor.clh", "path = \"/c\"", "this hypervisor is not supported yet: use [hypervisor.qemu]");
     let error = refused("[hypervisor.firecracker]\n");
     assert_eq!(

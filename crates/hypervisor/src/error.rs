@@ -36,6 +36,20 @@ pub enum Error {
         /// The limit that passed.
         after: Duration,
     },
+    /// The VM has no room for more, or was booted without any.
+    #[error("no slot is free for {device}")]
+    NoSlot {
+        /// The device's id.
+        device: String,
+    },
+    /// The VM would have more devices than places for them.
+    #[error("{count} devices are more than the {most} that a virtual machine can have")]
+    TooManyDevices {
+        /// Wanted.
+        count: usize,
+        /// Possible.
+        most: usize,
+    },
     /// The VMM is gone.
     #[error("the VMM is gone")]
     Gone,

@@ -25,7 +25,7 @@ const STDERR_KEPT: usize = 8 << 10;
 pub struct Helper {
     pid: u32,
     exit: watch::Receiver<Option<VmExit>>,
-    kill: Option<oneshot::Sender<()>>,
+    kill: Mutex<Option<oneshot::Sender<()>>>,
 }
 
 impl Helper {
@@ -93,7 +93,7 @@ impl Helper {
             };
             let _ = exit_to.send(Some(VmExit { reason, stderr }));
         });
-        Ok(Self { pid, exit, kill: Some(kill) })
+        Ok(Self { pid, exit, kill: Mutex::new(Some(kill)) })
     }
 
     /// Its process id.
@@ -107,12 +107,12 @@ impl Helper {
     }
 
     /// Waits `grace` for it to end, then kills it and waits until it is gone.
-    pub async fn stop(&mut self, grace: Duration) {
+    pub async fn stop(&self, grace: Duration) {
         let mut exit = self.exit.clone();
         if !grace.is_zero() && tokio::time::timeout(grace, exit.wait_for(Option::is_some)).await.is_ok() {
             return;
         }
-        drop(self.kill.take());
+        self.kill.lock().unwrap_or_else(PoisonError::into_inner).take();
         let _ = exit.wait_for(Option::is_some).await;
     }
 }
@@ -160,7 +160,7 @@ mod tests {
     #[tokio::test]
     async fn stop_kills() {
         let args = ["1000".to_owned()];
-        let mut helper = Helper::spawn("sleep", "path", Path::new("/bin/sleep"), &args, &[]).expect("spawned");
+        let helper = Helper::spawn("sleep", "path", Path::new("/bin/sleep"), &args, &[]).expect("spawned");
         helper.stop(Duration::ZERO).await;
         assert!(!Path::new(&format!("/proc/{}", helper.pid())).exists());
     }

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 
 pub use console::Console;
 pub use error::Error;
-pub use spec::{Boot, Channel, NetDevice, SharedDir, Size, VmSpec};
+pub use spec::{Boot, Channel, Device, HostDevice, NetDevice, SharedDir, Size, VmSpec};
 
 /// A VMM driver. Cheap to make: it holds paths and options, no VM.
 #[async_trait]
@@ -75,11 +75,28 @@ pub trait Vm: Send + Sync {
     /// As [`Vm::pause`].
     async fn resume(&self) -> Result<(), Error>;
 
+    /// Adds a device. The guest finds it a moment after this returns.
+    ///
+    /// # Errors
+    /// No slot is free, the VMM refuses or does not answer. Nothing of the device is left.
+    async fn plug(&self, device: Device) -> Result<(), Error>;
+
+    /// Takes a device away again, one of the boot as well. The host's side of it is closed at once; returns when the
+    /// guest has let go of the rest.
+    ///
+    /// # Errors
+    /// The guest does not let go in time: its slot stays taken until it does.
+    async fn unplug(&self, id: &str) -> Result<(), Error>;
+
+    /// Where the guest sees a device: slot numbers in hexadecimal from the root bus on, as `1e/01`. `None` when there
+    /// is no such device or its place is not known.
+    fn guest_path(&self, id: &str) -> Option<String>;
+
     /// Waits `grace` for the VMM to end by itself, then kills it. Idempotent; the VMM is gone afterwards.
     ///
     /// # Errors
     /// The process could not be waited for.
-    async fn stop(&mut self, grace: Duration) -> Result<(), Error>;
+    async fn stop(&self, grace: Duration) -> Result<(), Error>;
 }
 
 /// Why a VMM is gone.

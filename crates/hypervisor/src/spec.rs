@@ -51,13 +51,45 @@ pub struct SharedDir {
     pub queue_size: u32,
 }
 
+/// Something that a VM is booted with, or gets while it runs.
+#[derive(Debug)]
+pub enum Device {
+    /// A network card.
+    Net(NetDevice),
+    /// A PCI device of the host.
+    Host(HostDevice),
+}
+
+impl Device {
+    /// Its name for [`crate::Vm::unplug`].
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Net(card) => &card.id,
+            Self::Host(device) => &device.id,
+        }
+    }
+}
+
 /// A network card.
 #[derive(Debug)]
 pub struct NetDevice {
+    /// The caller's name for it: a letter, then letters and digits; never used twice in a VM.
+    pub id: String,
     /// Its MAC address, as `52:54:00:12:34:56`.
     pub mac: String,
     /// Open taps, one a pair of queues.
     pub queues: Vec<OwnedFd>,
+    /// `/dev/vhost-net`, opened once for each of `queues`; or nothing: then the VMM copies every frame itself.
+    pub vhost: Vec<OwnedFd>,
+}
+
+/// A PCI device of the host, bound to `vfio-pci`.
+#[derive(Debug)]
+pub struct HostDevice {
+    /// As [`NetDevice::id`].
+    pub id: String,
+    /// Where it is on the host, as `0000:3b:02.1`.
+    pub address: String,
 }
 
 /// One VM.
@@ -73,8 +105,10 @@ pub struct VmSpec {
     pub channel: Channel,
     /// Folders; a VM with one has its memory shared with the daemon.
     pub shared_dirs: Vec<SharedDir>,
-    /// Network cards.
-    pub network: Vec<NetDevice>,
+    /// What it boots with.
+    pub devices: Vec<Device>,
+    /// Devices can be plugged and unplugged while it runs, which costs the guest a little of its start.
+    pub pluggable: bool,
     /// Where the guest's random numbers come from, for example `/dev/urandom`.
     pub entropy_source: PathBuf,
     /// Log what the guest's console says.

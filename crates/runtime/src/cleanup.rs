@@ -6,6 +6,8 @@
 //! The journal lives in the sandbox's run folder, beside a lock that the living shim holds.
 #![allow(unsafe_code, reason = "pidfd_open and pidfd_send_signal have no safe wrapper")]
 
+mod journal;
+
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -18,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 mod mounts;
 
+pub use journal::Journal;
 pub(crate) use mounts::{mount_points, remove_mount_points, unmount_tree};
 
 /// Largest journal that is read, bytes.
@@ -50,8 +53,28 @@ pub enum Step {
         namespace: PathBuf,
         /// Device and inode of that file then.
         identity: (u64, u64),
-        /// The interface's name.
+        /// The interface's name then.
         interface: String,
+        /// Its index, which stays when it is renamed.
+        index: u32,
+    },
+    /// A macvtap of ours on top of an interface of the pod.
+    MacVtap {
+        /// As in [`Step::Redirection`].
+        namespace: PathBuf,
+        /// As in [`Step::Redirection`].
+        identity: (u64, u64),
+        /// The macvtap's name.
+        name: String,
+        /// The index of the interface below it.
+        below: u32,
+    },
+    /// A PCI device of the host that the VM has: goes back to its driver.
+    HostDevice {
+        /// Where it is, as `0000:3b:02.1`.
+        address: String,
+        /// The driver that had it; `None` when there was none.
+        driver: Option<String>,
     },
 }
 
@@ -75,9 +98,13 @@ impl Step {
                 }
                 _ => Ok(()),
             },
-            Self::Redirection { namespace, identity, interface } => {
-                crate::network::disconnect(namespace, *identity, interface)
+            Self::Redirection { namespace, identity, index, .. } => {
+                crate::network::undo::redirection(namespace, *identity, *index)
             }
+            Self::MacVtap { namespace, identity, name, below } => {
+                crate::network::undo::macvtap(namespace, *identity, name, *below)
+            }
+            Self::HostDevice { address, driver } => crate::network::undo::host_device(address, driver.as_deref()),
         }
     }
 }
@@ -86,9 +113,8 @@ impl Step {
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
-    journal: File,
+    journal: Journal,
     _lock: Flock<File>,
-    steps: Vec<Step>,
 }
 
 /// Who holds a run folder.
@@ -113,8 +139,8 @@ impl RunDir {
         }
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
         let lock = claim(path, bundle)?;
-        let journal = File::options().create(true).append(true).open(path.join("journal"))?;
-        Ok(Self { path: path.to_owned(), journal, _lock: lock, steps: Vec::new() })
+        let journal = Journal::open(path.join("journal"))?;
+        Ok(Self { path: path.to_owned(), journal, _lock: lock })
     }
 
     /// The folder.
@@ -128,11 +154,12 @@ impl RunDir {
     /// # Errors
     /// The journal cannot be written; then the thing must not be made.
     pub fn push(&mut self, step: Step) -> io::Result<()> {
-        let mut line = serde_json::to_vec(&step)?;
-        line.push(b'\n');
-        self.journal.write_all(&line)?;
-        self.steps.push(step);
-        Ok(())
+        self.journal.push(step)
+    }
+
+    /// For those that make things while the sandbox runs.
+    pub(crate) fn journal(&self) -> Journal {
+        self.journal.clone()
     }
 
     /// Undoes everything and removes the folder.
@@ -140,7 +167,7 @@ impl RunDir {
     /// # Errors
     /// The first of what failed; the rest was undone all the same.
     pub fn undo(self) -> io::Result<()> {
-        run(&self.path, &self.steps)
+        run(&self.path, &self.journal.close())
     }
 }
 
@@ -424,7 +451,8 @@ mod tests {
         let staging = dir.path().join("mounts");
         dir.push(Step::Staging(staging.clone())).expect("written");
         fs::create_dir_all(&staging).expect("made");
-        dir.journal.write_all(b"{\"Mounts\": \"/et").expect("written");
+        let mut file = File::options().append(true).open(dir.path().join("journal")).expect("opened");
+        file.write_all(b"{\"Mounts\": \"/et").expect("written");
         let path = dir.path().to_owned();
         drop(dir);
         clean(&path).expect("cleaned");

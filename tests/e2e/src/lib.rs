@@ -15,6 +15,7 @@ pub mod journal;
 pub mod leaks;
 pub mod mounts;
 pub mod node;
+pub mod pod_network;
 pub mod processes;
 pub mod pty;
 pub mod task_api;

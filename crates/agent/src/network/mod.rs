@@ -1,18 +1,20 @@
 //! The guest's interfaces, routes and neighbours, as the host's pod has them.
 
+mod find;
+mod routes;
 mod wire;
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use agent_api::agent as api;
 use agent_api::types::Interface;
 use futures_util::TryStreamExt;
-use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
-use rtnetlink::packet_route::neighbour::NeighbourState;
-use rtnetlink::packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType};
-use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec};
+
+use self::find::Known;
 
 use crate::error::Error;
 
@@ -21,29 +23,29 @@ const MOST: usize = 4096;
 
 /// A netlink connection.
 #[derive(Debug, Clone)]
-pub(crate) struct Network(Handle);
+pub(crate) struct Network {
+    handle: Handle,
+    /// How long an interface that is being plugged may take to appear.
+    patience: Duration,
+}
 
 impl Network {
-    pub(crate) fn open() -> std::io::Result<Self> {
+    pub(crate) fn open(patience: Duration) -> std::io::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
         tokio::spawn(connection);
-        Ok(Self(handle))
+        Ok(Self { handle, patience })
     }
 
-    /// Finds the interface by its MAC address and makes it what the request says.
+    /// Makes the interface of that place, or with that MAC address, what the request says.
     pub(crate) async fn update_interface(&self, wanted: Interface) -> Result<Interface, Error> {
         let mac = wire::mac(&wanted.hwAddr)?;
         wire::check_name(&wanted.name)?;
         let addresses = wire::addresses(&wanted.IPAddresses)?;
         let mtu = u32::try_from(wanted.mtu).map_err(|_| Error::Invalid(format!("MTU {} is too large", wanted.mtu)))?;
-        let links = self.links().await?;
-        let own = |link: &&LinkMessage| {
-            link.attributes.iter().any(|one| matches!(one, LinkAttribute::Address(bytes) if *bytes == mac))
-        };
-        let link = links
-            .iter()
-            .find(own)
-            .ok_or_else(|| Error::NotFound(format!("network interface with the MAC address {}", wanted.hwAddr)))?;
+        let known = Known::new(&wanted.devicePath, &mac)?;
+        let shown = format!("{} {}", wanted.hwAddr, wanted.devicePath);
+        let (links, place) = self.find(&known, shown.trim_end()).await?;
+        let link = &links[place];
         let index = link.header.index;
         let name = name(link);
         if name != wanted.name {
@@ -53,16 +55,24 @@ impl Network {
             }
             self.rename(index, &wanted.name).await?;
         }
+        if !link.attributes.contains(&LinkAttribute::Address(mac.clone())) {
+            self.set(LinkUnspec::new_with_index(index).down(), "lowering").await?;
+            self.set(LinkUnspec::new_with_index(index).address(mac.clone()), "MAC address").await?;
+        }
+        let no_arp = wanted.raw_flags & libc::IFF_NOARP as u32 != 0;
+        if no_arp != link.header.flags.contains(LinkFlags::Noarp) {
+            self.set(LinkUnspec::new_with_index(index).arp(!no_arp), "ARP").await?;
+        }
         if mtu != 0 {
             self.set(LinkUnspec::new_with_index(index).mtu(mtu), "MTU").await?;
         }
-        self.set_addresses(index, &addresses).await?;
+        self.set_addresses(index, &mac, &addresses).await?;
         self.set(LinkUnspec::new_with_index(index).up(), "raising").await?;
         Ok(wanted)
     }
 
     async fn set(&self, change: LinkMessageBuilder<LinkUnspec>, what: &str) -> Result<(), Error> {
-        self.0.link().set(change.build()).execute().await.map_err(failed(format!("{what} of a network interface")))
+        self.handle.link().set(change.build()).execute().await.map_err(failed(format!("{what} of a network interface")))
     }
 
     /// The kernel renames only what is down.
@@ -72,20 +82,30 @@ impl Network {
         self.set(change, &format!("name {to}")).await
     }
 
-    async fn set_addresses(&self, index: u32, wanted: &[(IpAddr, u8)]) -> Result<(), Error> {
-        let mut present = Vec::new();
-        for message in self.address_messages(index).await? {
-            let Some(address) = address(&message) else { continue };
-            let keep = wanted.contains(&(address, message.header.prefix_len)) || wire::is_link_local(address);
-            if keep {
-                present.push((address, message.header.prefix_len));
-            } else {
-                self.0.address().del(message).execute().await.map_err(failed(format!("removing address {address}")))?;
+    async fn set_addresses(&self, index: u32, mac: &[u8], wanted: &[(IpAddr, u8)]) -> Result<(), Error> {
+        let mut present = self.address_messages(index).await?;
+        let is_unwanted = |message: &&AddressMessage| {
+            address(message).is_some_and(|address| {
+                !wanted.contains(&(address, message.header.prefix_len)) && !wire::is_made_from(address, mac)
+            })
+        };
+        let unwanted: Vec<_> = present.iter().filter(is_unwanted).cloned().collect();
+        if !unwanted.is_empty() {
+            for message in unwanted {
+                match self.handle.address().del(message).execute().await {
+                    // it went with another one
+                    Err(rtnetlink::Error::NetlinkError(error)) if -error.raw_code() == libc::EADDRNOTAVAIL => {}
+                    other => other.map_err(failed("removing an address"))?,
+                }
             }
+            // with the first address of a subnet the kernel takes the others
+            present = self.address_messages(index).await?;
         }
+        let present: Vec<_> =
+            present.iter().filter_map(|message| Some((address(message)?, message.header.prefix_len))).collect();
         for (address, prefix) in wanted.iter().filter(|one| !present.contains(one)) {
             // with the usual broadcast address, as CNI plugins give it: the protocol has no field for one
-            let mut request = self.0.address().add(index, *address, *prefix);
+            let mut request = self.handle.address().add(index, *address, *prefix);
             if address.is_ipv6() {
                 // the host has found out that it is unique, and nothing can be sent while the guest finds out again
                 let message = request.message_mut();
@@ -93,58 +113,6 @@ impl Network {
                 message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
             }
             request.execute().await.map_err(failed(format!("address {address}/{prefix}")))?;
-        }
-        Ok(())
-    }
-
-    /// Replaces every route but those that the kernel makes for addresses.
-    pub(crate) async fn update_routes(&self, wanted: api::Routes) -> Result<api::Routes, Error> {
-        if wanted.Routes.len() > MOST {
-            return Err(Error::Invalid(format!("{} routes are more than {MOST}", wanted.Routes.len())));
-        }
-        let links = self.links().await?;
-        let index = |device: &str| {
-            let found = links.iter().find(|link| name(link) == device).map(|link| link.header.index);
-            found.ok_or_else(|| Error::NotFound(format!("network interface {device:?} of a route")))
-        };
-        // all are understood before one is changed
-        let mut routes = Vec::new();
-        for route in &wanted.Routes {
-            routes.push((wire::route(route, index(&route.device)?)?, route));
-        }
-        for message in self.route_messages().await? {
-            self.0.route().del(message).execute().await.map_err(failed("removing a route"))?;
-        }
-        // a gateway must be reachable before a route over it can be made
-        routes.sort_by_key(|(_, route)| !route.gateway.is_empty());
-        for (message, route) in routes {
-            let what = format!("route to {:?} over {:?} at {}", route.dest, route.gateway, route.device);
-            self.0.route().add(message).replace().execute().await.map_err(failed(what))?;
-        }
-        Ok(wanted)
-    }
-
-    /// Entries that never expire.
-    pub(crate) async fn add_neighbours(&self, wanted: api::ARPNeighbors) -> Result<(), Error> {
-        if wanted.ARPNeighbors.len() > MOST {
-            return Err(Error::Invalid(format!("{} neighbours are more than {MOST}", wanted.ARPNeighbors.len())));
-        }
-        let links = self.links().await?;
-        for neighbour in &wanted.ARPNeighbors {
-            let (address, _) = wire::address(neighbour.toIPAddress.as_ref().unwrap_or_default())?;
-            let mac = wire::mac(&neighbour.lladdr)?;
-            let link = links.iter().find(|link| name(link) == neighbour.device);
-            let link = link
-                .ok_or_else(|| Error::NotFound(format!("network interface {:?} of a neighbour", neighbour.device)))?;
-            self.0
-                .neighbours()
-                .add(link.header.index, address)
-                .link_layer_address(&mac)
-                .state(NeighbourState::from(neighbour.state as u16))
-                .replace()
-                .execute()
-                .await
-                .map_err(failed(format!("neighbour {address}")))?;
         }
         Ok(())
     }
@@ -162,45 +130,13 @@ impl Network {
         Ok(out)
     }
 
-    pub(crate) async fn routes(&self) -> Result<api::Routes, Error> {
-        let links = self.links().await?;
-        let device = |index: u32| links.iter().find(|link| link.header.index == index).map(name).unwrap_or_default();
-        let routes = self.route_messages().await?;
-        Ok(api::Routes {
-            Routes: routes.iter().map(|route| wire::from_route(route, device)).collect(),
-            ..Default::default()
-        })
-    }
-
     async fn links(&self) -> Result<Vec<LinkMessage>, Error> {
-        self.0.link().get().execute().try_collect().await.map_err(failed("listing network interfaces"))
+        self.handle.link().get().execute().try_collect().await.map_err(failed("listing network interfaces"))
     }
 
     async fn address_messages(&self, index: u32) -> Result<Vec<AddressMessage>, Error> {
-        let request = self.0.address().get().set_link_index_filter(index);
+        let request = self.handle.address().get().set_link_index_filter(index);
         request.execute().try_collect().await.map_err(failed("listing addresses"))
-    }
-
-    /// Of the main table, without those that the kernel makes by itself.
-    async fn route_messages(&self) -> Result<Vec<RouteMessage>, Error> {
-        let mut out = Vec::new();
-        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let mut of = RouteMessageBuilder::<std::net::Ipv4Addr>::new().build();
-            of.header.address_family = family;
-            let all: Vec<RouteMessage> =
-                self.0.route().get(of).execute().try_collect().await.map_err(failed("listing routes"))?;
-            out.extend(all.into_iter().filter(|message| {
-                let header = &message.header;
-                let table = message.attributes.iter().find_map(|one| match one {
-                    RouteAttribute::Table(number) => Some(*number),
-                    _ => None,
-                });
-                table.unwrap_or_else(|| header.table.into()) == u32::from(RouteHeader::RT_TABLE_MAIN)
-                    && header.kind == RouteType::Unicast
-                    && !matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::Ra)
-            }));
-        }
-        Ok(out)
     }
 }
 

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use agent_api::types::{IPAddress, IPFamily, Interface, Route};
 use rtnetlink::RouteMessageBuilder;
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteScope};
 
 use crate::error::Error;
@@ -64,8 +64,62 @@ pub(super) fn addresses(from: &[IPAddress]) -> Result<Vec<(IpAddr, u8)>, Error> 
     from.iter().map(address).collect()
 }
 
-pub(super) fn is_link_local(address: IpAddr) -> bool {
-    matches!(address, IpAddr::V6(v6) if v6.segments()[0] & 0xffc0 == 0xfe80)
+/// The link-local address that the kernel makes from a MAC address (RFC 4291, appendix A).
+pub(super) fn is_made_from(address: IpAddr, mac: &[u8]) -> bool {
+    let (IpAddr::V6(address), [a, b, c, rest @ ..]) = (address, mac) else { return false };
+    let made = [&[0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, *b, *c, 0xff, 0xfe], rest].concat();
+    address.octets().as_slice() == made
+}
+
+/// What tells a route from all others. The kernel fills in what a request leaves out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Key {
+    family: AddressFamily,
+    destination: Option<(RouteAddress, u8)>,
+    gateway: Option<RouteAddress>,
+    source: Option<RouteAddress>,
+    device: Option<u32>,
+    metric: u32,
+    mtu: u32,
+    onlink: bool,
+}
+
+impl Key {
+    pub(super) fn of(message: &RouteMessage) -> Self {
+        let header = &message.header;
+        // ipv6_route(7): the metric of a route that has none
+        let metric = if header.address_family == AddressFamily::Inet6 { 1024 } else { 0 };
+        let mut key = Self {
+            family: header.address_family,
+            destination: None,
+            gateway: None,
+            source: None,
+            device: None,
+            metric,
+            mtu: 0,
+            onlink: header.flags.contains(RouteFlags::Onlink),
+        };
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::Destination(to) => {
+                    key.destination = Some((to.clone(), header.destination_prefix_length));
+                }
+                RouteAttribute::Gateway(gateway) => key.gateway = Some(gateway.clone()),
+                RouteAttribute::PrefSource(source) => key.source = Some(source.clone()),
+                RouteAttribute::Oif(index) => key.device = Some(*index),
+                RouteAttribute::Priority(metric) => key.metric = *metric,
+                RouteAttribute::Metrics(metrics) => {
+                    let own = metrics.iter().find_map(|one| match one {
+                        RouteMetric::Mtu(mtu) => Some(*mtu),
+                        _ => None,
+                    });
+                    key.mtu = own.unwrap_or_default();
+                }
+                _ => {}
+            }
+        }
+        key
+    }
 }
 
 /// A route over the interface `index`.
@@ -153,6 +207,9 @@ fn plain(address: &RouteAddress) -> String {
 
 pub(super) fn interface(link: &LinkMessage, name: &str, addresses: impl Iterator<Item = (IpAddr, u8)>) -> Interface {
     let mut out = Interface { device: name.to_owned(), name: name.to_owned(), ..Default::default() };
+    if link.header.flags.contains(LinkFlags::Noarp) {
+        out.raw_flags = libc::IFF_NOARP as u32;
+    }
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::Mtu(mtu) => out.mtu = (*mtu).into(),
@@ -212,6 +269,33 @@ mod tests {
         let message = super::route(&default, 7).expect("a route");
         assert_eq!(message.header.destination_prefix_length, 0);
         super::route(&Route { dest: "fd00::/64".into(), ..Default::default() }, 7).expect_err("the other family");
+    }
+
+    #[test]
+    fn a_route_is_the_same_however_it_is_written() {
+        let route = |change: fn(&mut Route)| {
+            let mut route = Route { gateway: "fd00::1".into(), family: IPFamily::v6.into(), ..Default::default() };
+            change(&mut route);
+            Key::of(&super::route(&route, 7).expect("a route"))
+        };
+        let plain = route(|_| ());
+        assert_eq!(route(|route| route.metric = 1024), plain);
+        assert_eq!(route(|route| route.dest = "::/0".into()), plain);
+        assert_eq!(route(|route| route.scope = 253), plain);
+        assert_ne!(route(|route| route.metric = 10), plain);
+        assert_ne!(route(|route| route.dest = "fd01::/64".into()), plain);
+        assert_ne!(route(|route| route.mtu = 1400), plain);
+        assert_ne!(route(|route| route.flags = 4), plain);
+    }
+
+    #[test]
+    fn the_kernels_own_address_is_known() {
+        let mac = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
+        let made = "fe80::5054:ff:fe12:3456".parse().expect("an address");
+        assert!(is_made_from(made, &mac));
+        assert!(!is_made_from(made, &[0x50, 0x54, 0, 0x12, 0x34, 0x56]));
+        assert!(!is_made_from("fe80::1".parse().expect("an address"), &mac));
+        assert!(!is_made_from("10.0.0.1".parse().expect("an address"), &mac));
     }
 
     proptest! {

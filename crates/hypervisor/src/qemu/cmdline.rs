@@ -1,10 +1,12 @@
 //! The QEMU command line, as a pure function of what the VM is made of.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use super::QemuSettings;
 use super::accelerator::Accelerator;
-use crate::{Channel, VmSpec};
+use super::device::{self, escape};
+use super::pci::{self, Bridge};
+use crate::{Channel, Device, VmSpec};
 
 /// What the child inherits: the kernel and its ends of the sockets that the driver made.
 #[derive(Debug, Clone)]
@@ -19,17 +21,19 @@ pub(super) struct Inherited {
 
 /// Kernel parameters that every guest of ours gets.
 ///
+/// `dummy.numdummies=0`: no interface that nobody asked for.
 /// `panic=-1`: a panic resets at once, and QEMU ends on a reset (`-no-reboot`): that is how the host learns of it.
 /// `no_timer_check` and `tsc=reliable`: emulated timers are what they say, checking them costs tens of milliseconds.
 /// `cryptomgr.notests`, `rcupdate.rcu_expedited=1`, `i8042.*`, `net.ifnames`: as Kata's guests boot.
 const KERNEL_PARAMS: &str = "console=ttyS0 panic=-1 reboot=t no_timer_check tsc=reliable \
-    rcupdate.rcu_expedited=1 cryptomgr.notests noreplace-smp pci=lastbus=0 net.ifnames=0 random.trust_cpu=on";
+    rcupdate.rcu_expedited=1 cryptomgr.notests noreplace-smp pci=lastbus=0 net.ifnames=0 dummy.numdummies=0 random.trust_cpu=on";
 
 /// All arguments after the program's name.
 pub(super) fn arguments(
     settings: &QemuSettings,
     accelerator: Accelerator,
     spec: &VmSpec,
+    bridge: &Bridge,
     inherited: &Inherited,
 ) -> Vec<String> {
     let mut args = Args(Vec::with_capacity(64));
@@ -89,7 +93,14 @@ pub(super) fn arguments(
     args.pair("-serial", "chardev:console");
 
     args.pair("-object", format!("rng-random,id=entropy,filename={}", escape(&spec.entropy_source.to_string_lossy())));
-    args.pair("-device", "virtio-rng-pci,rng=entropy");
+    if bridge.is_missing() {
+        // nothing will come, so the guest need not know how things come
+        args.pair("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
+        args.pair("-device", "virtio-rng-pci,rng=entropy");
+    } else {
+        args.pair("-device", pci::ARGUMENT);
+        args.pair("-device", format!("virtio-rng-pci,rng=entropy{}", pci::RESIDENT));
+    }
     match &spec.channel {
         Channel::Serial { port } => {
             if let Some(fd) = inherited.channel {
@@ -109,16 +120,16 @@ pub(super) fn arguments(
             format!("vhost-user-fs-pci,chardev=fs{index},tag={},queue-size={}", escape(dir.tag), dir.queue_size),
         );
     }
-    for (index, card) in spec.network.iter().enumerate() {
-        let fds: Vec<_> = card.queues.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
-        let (fds, queues) = match fds.as_slice() {
-            [one] => (format!("fd={one}"), String::new()),
-            // two vectors a pair of queues, one for control, one for configuration
-            several => (format!("fds={}", several.join(":")), format!(",mq=on,vectors={}", 2 * several.len() + 2)),
-        };
-        args.pair("-netdev", format!("tap,id=net{index},{fds}"));
-        // no boot from the network, so no ROM
-        args.pair("-device", format!("virtio-net-pci,netdev=net{index},mac={},romfile={queues}", escape(&card.mac)));
+    for device in &spec.devices {
+        let place = bridge.find(device.id());
+        match device {
+            Device::Net(card) => {
+                let numbers = |fds: &[OwnedFd]| fds.iter().map(|fd| fd.as_raw_fd().to_string()).collect::<Vec<_>>();
+                args.pair("-netdev", device::tap(&card.id, &numbers(&card.queues), &numbers(&card.vhost)).line());
+                args.pair("-device", device::card(&card.id, &card.mac, card.queues.len(), place).line());
+            }
+            Device::Host(host) => args.pair("-device", device::host(&host.id, &host.address, place).line()),
+        }
     }
     args.0
 }
@@ -130,11 +141,6 @@ impl Args {
         self.0.push(name.to_owned());
         self.0.push(value.into());
     }
-}
-
-/// In QEMU's option lists a comma is written twice.
-fn escape(value: &str) -> String {
-    value.replace(',', ",,")
 }
 
 #[cfg(test)]
@@ -149,23 +155,26 @@ mod tests {
             size: Size { vcpus: 2, memory_mib },
             channel: Channel::Serial { port: "agent.0" },
             shared_dirs: Vec::new(),
-            network: Vec::new(),
+            devices: Vec::new(),
+            pluggable: false,
             entropy_source: "/dev/urandom".into(),
             debug: false,
         }
     }
 
+    const INHERITED: Inherited =
+        Inherited { tsc_khz: Some(2_000_000), kernel: String::new(), qmp: 3, console: 4, channel: Some(5) };
+
+    fn line(settings: &QemuSettings, spec: &VmSpec) -> String {
+        let bridge = super::super::bridge(settings, spec).expect("room");
+        let inherited = Inherited { kernel: "/proc/self/fd/6".into(), ..INHERITED };
+        arguments(settings, Accelerator::Tcg, spec, &bridge, &inherited).join(" ")
+    }
+
     #[test]
     fn is_what_the_spec_says() {
         let settings = QemuSettings { tcg_buffer_mib: 32, cpu_features: "pmu=off".into(), ..QemuSettings::default() };
-        let inherited = Inherited {
-            tsc_khz: Some(2_000_000),
-            kernel: "/proc/self/fd/6".into(),
-            qmp: 3,
-            console: 4,
-            channel: Some(5),
-        };
-        let line = arguments(&settings, Accelerator::Tcg, &spec(512), &inherited).join(" ");
+        let line = line(&settings, &spec(512));
         for part in [
             "-name kata-pod,,1,debug-threads=on",
             "-accel tcg,tb-size=32",
@@ -177,6 +186,29 @@ mod tests {
             "-smp 2",
             "socket,id=agent,fd=5",
             "tsc_early_khz=2000000 quiet nr_cpus=2 agent.log=debug",
+        ] {
+            assert!(line.contains(part), "{part} is missing in {line}");
+        }
+    }
+
+    #[test]
+    fn devices_are_behind_a_bridge() {
+        let settings = QemuSettings::default();
+        let bare = line(&settings, &spec(512));
+        assert!(!bare.contains("pci-bridge") && bare.contains("hotplug-with-bridge-support=off"), "{bare}");
+        let fd = OwnedFd::from(tempfile::tempfile().expect("a file"));
+        let number = fd.as_raw_fd();
+        let card = crate::NetDevice { id: "net0".into(), mac: "m".into(), queues: vec![fd], vhost: Vec::new() };
+        let host = crate::HostDevice { id: "nic1".into(), address: "0000:01:00.0".into() };
+        let spec = VmSpec { devices: vec![Device::Host(host), Device::Net(card)], pluggable: true, ..spec(512) };
+        let line = line(&settings, &spec);
+        assert!(!line.contains("bridge-support=off"), "{line}");
+        for part in [
+            "-device pci-bridge,id=plug,",
+            "-device virtio-rng-pci,rng=entropy,bus=plug,addr=0x1f",
+            &format!("-netdev tap,id=net0-host,fd={number} "),
+            "-device virtio-net-pci,id=net0,netdev=net0-host,mac=m,romfile=,bus=plug,addr=0x1",
+            "-device vfio-pci,id=nic1,host=0000:01:00.0",
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");
         }

@@ -2,13 +2,17 @@
 
 mod accelerator;
 mod cmdline;
+mod device;
 mod kernel;
+mod pci;
+mod plug;
 mod probe;
 mod qmp;
 mod tsc;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -21,9 +25,10 @@ pub use accelerator::{Accelerator, Wanted};
 use self::accelerator::Memory;
 use self::cmdline::Inherited;
 use self::kernel::KernelCopy;
+use self::pci::Bridge;
 use self::qmp::Qmp;
 use crate::helper::Helper;
-use crate::{Boot, Channel, Console, Error, Hypervisor, Vm, VmExit, VmSpec};
+use crate::{Boot, Channel, Console, Device, Error, Hypervisor, Vm, VmExit, VmSpec};
 
 /// What the driver must know, from the configuration.
 #[derive(Debug, Clone)]
@@ -100,6 +105,7 @@ impl Qemu {
     }
 
     async fn start(&self, spec: VmSpec, accelerator: Accelerator) -> Result<QemuVm, Error> {
+        let bridge = bridge(&self.settings, &spec)?;
         let (qmp, qmp_child) = pair()?;
         let (console_stream, console_child) = pair()?;
         let (channel, channel_child) = match spec.channel {
@@ -126,12 +132,16 @@ impl Qemu {
             console: console_child.as_raw_fd(),
             channel: channel_child.as_ref().map(AsRawFd::as_raw_fd),
         };
-        let args = cmdline::arguments(&self.settings, accelerator, &spec, &inherited);
+        let args = cmdline::arguments(&self.settings, accelerator, &spec, &bridge, &inherited);
         tracing::debug!(program = %self.settings.path.display(), ?args, "starting QEMU");
 
         let mut passed = vec![kernel_child, qmp_child, console_child];
         passed.extend(channel_child);
-        passed.extend(spec.network.into_iter().flat_map(|card| card.queues));
+        for device in spec.devices {
+            if let Device::Net(card) = device {
+                passed.extend(card.queues.into_iter().chain(card.vhost));
+            }
+        }
         passed.extend(spec.shared_dirs.into_iter().map(|dir| dir.socket));
         if let Channel::Vsock { vhost, .. } = spec.channel {
             passed.push(vhost);
@@ -146,8 +156,26 @@ impl Qemu {
         );
         let qmp =
             Qmp::start(stream(qmp).map_err(Error::system("monitor socket"))?, self.settings.command_deadline).await?;
-        Ok(QemuVm { process, qmp, console, channel, accelerator, kernel })
+        let bridge = Arc::new(Mutex::new(bridge));
+        let plugging = tokio::sync::Mutex::default();
+        Ok(QemuVm { process, qmp, console, channel, accelerator, kernel, bridge, plugging })
     }
+}
+
+/// The bridge of a VM that can change, with the places of its cards. What belongs to the host stays on the root bus, as
+/// a part of the machine.
+fn bridge(settings: &QemuSettings, spec: &VmSpec) -> Result<Bridge, Error> {
+    if !spec.pluggable || !settings.machine.contains("q35") {
+        return Ok(Bridge::default());
+    }
+    let mut bridge = Bridge::new();
+    for device in &spec.devices {
+        if matches!(device, Device::Net(_)) {
+            let count = spec.devices.len();
+            bridge.take(device.id()).ok_or(Error::TooManyDevices { count, most: pci::MOST })?;
+        }
+    }
+    Ok(bridge)
 }
 
 #[async_trait]
@@ -171,6 +199,9 @@ struct QemuVm {
     channel: Option<OwnedFd>,
     accelerator: Accelerator,
     kernel: KernelCopy,
+    bridge: Arc<Mutex<Bridge>>,
+    /// Held while a device is plugged: what belongs to it goes in several commands.
+    plugging: tokio::sync::Mutex<()>,
 }
 
 #[async_trait]
@@ -215,7 +246,19 @@ impl Vm for QemuVm {
         self.qmp.execute("cont", json!({})).await.map(drop)
     }
 
-    async fn stop(&mut self, grace: Duration) -> Result<(), Error> {
+    async fn plug(&self, device: Device) -> Result<(), Error> {
+        self.plug_device(device).await
+    }
+
+    async fn unplug(&self, id: &str) -> Result<(), Error> {
+        self.unplug_device(id).await
+    }
+
+    fn guest_path(&self, id: &str) -> Option<String> {
+        self.lock_bridge().find(id).map(pci::Place::guest_path)
+    }
+
+    async fn stop(&self, grace: Duration) -> Result<(), Error> {
         self.process.stop(grace).await;
         Ok(())
     }

@@ -36,7 +36,8 @@ pub(super) async fn try_kvm(qemu: &Qemu, boot: &Boot) -> Result<(), String> {
         size: Size { vcpus: 1, memory_mib: 256 },
         channel: Channel::Serial { port: PORT },
         shared_dirs: Vec::new(),
-        network: Vec::new(),
+        devices: Vec::new(),
+        pluggable: false,
         entropy_source: "/dev/urandom".into(),
         debug: false,
     };

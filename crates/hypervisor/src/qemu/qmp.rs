@@ -4,11 +4,14 @@
 //! values are passed over. Protocol: docs/interop/qmp-spec.rst of QEMU.
 
 use std::collections::HashMap;
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex as AsyncMutex, oneshot};
@@ -18,7 +21,15 @@ use crate::Error;
 /// Longest message that is read, bytes: `query-*` answers of large machines stay far below.
 const LINE_LIMIT: u64 = 1 << 20;
 
-type Waiting = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Value>>>>>;
+/// Who waits for what. `None` once the connection has ended.
+type Waiting = Arc<Mutex<Option<Waiters>>>;
+
+#[derive(Debug, Default)]
+struct Waiters {
+    answers: HashMap<u64, oneshot::Sender<Value>>,
+    /// By a device's id: the guest has let go of it, or will not, and why.
+    departures: HashMap<String, oneshot::Sender<Result<(), String>>>,
+}
 
 /// A connection to a QEMU's monitor.
 #[derive(Debug)]
@@ -33,16 +44,36 @@ impl Qmp {
     /// are executed in order.
     pub(super) async fn start(stream: UnixStream, deadline: Duration) -> Result<Self, Error> {
         let (reader, writer) = stream.into_split();
-        let waiting: Waiting = Arc::new(Mutex::new(Some(HashMap::new())));
+        let waiting: Waiting = Arc::new(Mutex::new(Some(Waiters::default())));
         tokio::spawn(read_answers(reader, Arc::clone(&waiting)));
         let qmp = Self { writer: AsyncMutex::new((writer, 0)), waiting, deadline };
-        qmp.send("qmp_capabilities", json!({})).await?;
+        qmp.send("qmp_capabilities", json!({}), None).await?;
         Ok(qmp)
     }
 
     /// Runs a command and returns its `return` value.
     pub(super) async fn execute(&self, command: &str, arguments: Value) -> Result<Value, Error> {
-        let answer = self.send(command, arguments).await?;
+        self.execute_with(command, arguments, None).await
+    }
+
+    /// Gives QEMU a descriptor under a name. One at a time: QEMU keeps only the last one that it has read until the
+    /// command is executed.
+    pub(super) async fn give(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), Error> {
+        self.execute_with("getfd", json!({"fdname": name}), Some(fd)).await.map(drop)
+    }
+
+    /// Resolves when the guest has let go of a device. Ask before `device_del`, so that nothing is missed.
+    pub(super) fn departure(&self, device: &str) -> Result<oneshot::Receiver<Result<(), String>>, Error> {
+        let (to, from) = oneshot::channel();
+        match self.waiting.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(waiting) => waiting.departures.insert(device.to_owned(), to),
+            None => return Err(Error::Gone),
+        };
+        Ok(from)
+    }
+
+    async fn execute_with(&self, command: &str, arguments: Value, fd: Option<BorrowedFd<'_>>) -> Result<Value, Error> {
+        let answer = self.send(command, arguments, fd).await?;
         let answer = tokio::time::timeout(self.deadline, answer)
             .await
             .map_err(|_| Error::Timeout { call: command.to_owned(), after: self.deadline })?
@@ -54,20 +85,42 @@ impl Qmp {
         Ok(answer.get("return").cloned().unwrap_or_default())
     }
 
-    async fn send(&self, command: &str, arguments: Value) -> Result<oneshot::Receiver<Value>, Error> {
+    async fn send(
+        &self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<oneshot::Receiver<Value>, Error> {
         let mut writer = self.writer.lock().await;
         writer.1 += 1;
         let id = writer.1;
         let (answer_to, answer) = oneshot::channel();
         match self.waiting.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-            Some(waiting) => waiting.insert(id, answer_to),
+            Some(waiting) => waiting.answers.insert(id, answer_to),
             None => return Err(Error::Gone),
         };
         let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
         line.push('\n');
-        writer.0.write_all(line.as_bytes()).await.map_err(|_| Error::Gone)?;
+        let mut sent = 0;
+        if let Some(fd) = fd {
+            sent = send_with(&writer.0, line.as_bytes(), fd).await.map_err(Error::system("passing a descriptor"))?;
+        }
+        writer.0.write_all(&line.as_bytes()[sent..]).await.map_err(|_| Error::Gone)?;
         Ok(answer)
     }
+}
+
+/// Sends the first bytes together with a descriptor, and says how many bytes went (unix(7), `SCM_RIGHTS`).
+async fn send_with(writer: &OwnedWriteHalf, bytes: &[u8], fd: BorrowedFd<'_>) -> std::io::Result<usize> {
+    let stream: &UnixStream = writer.as_ref();
+    stream
+        .async_io(Interest::WRITABLE, || {
+            let fds = [fd.as_raw_fd()];
+            let rights = [ControlMessage::ScmRights(&fds)];
+            let flags = MsgFlags::MSG_NOSIGNAL;
+            sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(bytes)], &rights, flags, None).map_err(Into::into)
+        })
+        .await
 }
 
 async fn read_answers(reader: OwnedReadHalf, waiting: Waiting) {
@@ -81,10 +134,23 @@ async fn read_answers(reader: OwnedReadHalf, waiting: Waiting) {
         }
         let Ok(message) = serde_json::from_slice::<Value>(&line) else { continue };
         if let Some(event) = message.get("event").and_then(Value::as_str) {
-            tracing::debug!(event, data = %message.get("data").unwrap_or(&serde_json::Value::Null), "qemu event");
+            let data = message.get("data").unwrap_or(&Value::Null);
+            tracing::debug!(event, %data, "qemu event");
+            if let Some(outcome) = departure(event)
+                && let Some(device) = data.get("device").and_then(Value::as_str)
+            {
+                let waiter = waiting
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .as_mut()
+                    .and_then(|map| map.departures.remove(device));
+                if let Some(waiter) = waiter {
+                    let _ = waiter.send(outcome);
+                }
+            }
         } else if let Some(id) = message.get("id").and_then(Value::as_u64) {
             let waiter =
-                waiting.lock().unwrap_or_else(PoisonError::into_inner).as_mut().and_then(|map| map.remove(&id));
+                waiting.lock().unwrap_or_else(PoisonError::into_inner).as_mut().and_then(|map| map.answers.remove(&id));
             if let Some(waiter) = waiter {
                 let _ = waiter.send(message);
             }
@@ -92,6 +158,14 @@ async fn read_answers(reader: OwnedReadHalf, waiting: Waiting) {
     }
     // those who wait learn that no answer will come
     waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+}
+
+fn departure(event: &str) -> Option<Result<(), String>> {
+    match event {
+        "DEVICE_DELETED" => Some(Ok(())),
+        "DEVICE_UNPLUG_GUEST_ERROR" => Some(Err("the guest refuses to let go of it".into())),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -134,6 +208,75 @@ mod tests {
         let qmp = Qmp::start(stream, Duration::from_secs(5)).await.expect("started");
         let error = qmp.execute("stop", json!({})).await.expect_err("refused");
         assert_eq!(error.to_string(), "stop refused by the VMM: no such");
+    }
+
+    #[tokio::test]
+    async fn departures_are_told_by_device() {
+        let stream = monitor(|command| {
+            let device = command["arguments"]["id"].clone();
+            vec![
+                json!({"return": {}, "id": command["id"]}),
+                json!({"event": "DEVICE_DELETED", "data": {"path": "/machine/peripheral/other/virtio-backend"}}),
+                json!({"event": "DEVICE_DELETED", "data": {"device": "other"}}),
+                json!({"event": "DEVICE_UNPLUG_GUEST_ERROR", "data": {"device": "b"}}),
+                json!({"event": "DEVICE_DELETED", "data": {"device": device}}),
+            ]
+        });
+        let qmp = Qmp::start(stream, Duration::from_secs(5)).await.expect("started");
+        let (a, b) = (qmp.departure("a").expect("open"), qmp.departure("b").expect("open"));
+        qmp.execute("device_del", json!({"id": "a"})).await.expect("answered");
+        assert_eq!(a.await.expect("told"), Ok(()));
+        b.await.expect("told").expect_err("refused");
+    }
+
+    #[tokio::test]
+    async fn a_descriptor_goes_with_its_command() {
+        use std::io::{IoSliceMut, Read as _, Write as _};
+        use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        let monitor = std::thread::spawn(move || {
+            let mut theirs = theirs;
+            let mut text = Vec::new();
+            let mut passed = None;
+            while text.split(|byte| *byte == b'\n').count() < 3 {
+                let mut part = [0; 4096];
+                let mut space = nix::cmsg_space!(std::os::fd::RawFd);
+                let mut parts = [IoSliceMut::new(&mut part)];
+                let got = nix::sys::socket::recvmsg::<()>(
+                    theirs.as_raw_fd(),
+                    &mut parts,
+                    Some(&mut space),
+                    MsgFlags::empty(),
+                )
+                .expect("received");
+                let bytes = got.bytes;
+                for message in got.cmsgs().expect("whole") {
+                    if let nix::sys::socket::ControlMessageOwned::ScmRights(fds) = message {
+                        passed = fds.first().copied();
+                    }
+                }
+                text.extend_from_slice(&part[..bytes]);
+            }
+            let last: Value =
+                serde_json::from_slice(text.split(|byte| *byte == b'\n').nth(1).expect("two")).expect("json");
+            theirs.write_all(format!("{}\n", json!({"return": {}, "id": last["id"]})).as_bytes()).expect("answered");
+            #[expect(unsafe_code, reason = "a descriptor that came over a socket")]
+            // SAFETY: recvmsg has just made it for us.
+            let mut file = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(passed.expect("a descriptor")) });
+            let mut said = String::new();
+            file.read_to_string(&mut said).expect("read");
+            (last, said)
+        });
+        ours.set_nonblocking(true).expect("set");
+        let qmp =
+            Qmp::start(UnixStream::from_std(ours).expect("a stream"), Duration::from_secs(5)).await.expect("started");
+        let (reader, mut writer) = std::io::pipe().expect("a pipe");
+        writer.write_all(b"through").expect("written");
+        drop(writer);
+        qmp.give("tap0", reader.as_fd()).await.expect("given");
+        drop(reader);
+        let (command, said) = monitor.join().expect("ended");
+        assert_eq!((command["execute"].as_str(), said.as_str()), (Some("getfd"), "through"));
     }
 
     #[tokio::test]

@@ -6,28 +6,45 @@ use agent_api::agent as api;
 use agent_api::types::{ARPNeighbor, IPAddress, IPFamily, Interface, Route as WireRoute};
 
 use super::mac_text;
-use super::scan::{Found, Link, Neighbour, Route};
+use super::scan::{Link, Neighbour, Route};
 use crate::Error;
 use crate::agent_client::AgentClient;
 
-/// Gives the guest everything; in this order, since routes need addresses and both need the interface.
-pub(crate) async fn configure(agent: &AgentClient, found: &Found) -> Result<(), Error> {
-    for link in &found.links {
-        let request = api::UpdateInterfaceRequest { interface: Some(interface(link)).into(), ..Default::default() };
-        agent
-            .call("setting up a network interface", |client, context| async {
-                client.update_interface(context, &request).await
-            })
-            .await?;
-    }
-    let routes = api::Routes { Routes: found.routes.iter().map(route).collect(), ..Default::default() };
+/// `RTNH_F_ONLINK` of linux/rtnetlink.h.
+const ONLINK: u32 = 4;
+/// `NUD_PERMANENT` of linux/neighbour.h.
+const PERMANENT: i32 = 0x80;
+/// `NUD_FAILED` of linux/neighbour.h: nobody is there (any more).
+const FAILED: i32 = 0x20;
+
+/// Makes the guest's interface what `link` is. `path` is where the guest sees its device.
+pub(super) async fn interface(agent: &AgentClient, link: &Link, path: Option<String>) -> Result<(), Error> {
+    let request = api::UpdateInterfaceRequest { interface: Some(wire(link, path)).into(), ..Default::default() };
+    agent
+        .call("setting up a network interface", |client, context| async {
+            client.update_interface(context, &request).await
+        })
+        .await
+        .map(drop)
+}
+
+/// Makes the guest's routes these.
+pub(super) async fn routes(agent: &AgentClient, routes: &[Route]) -> Result<(), Error> {
+    let routes = api::Routes { Routes: routes.iter().map(route).collect(), ..Default::default() };
     let request = api::UpdateRoutesRequest { routes: Some(routes).into(), ..Default::default() };
-    agent.call("setting the routes", |client, context| async { client.update_routes(context, &request).await }).await?;
-    if found.neighbours.is_empty() {
+    agent
+        .call("setting the routes", |client, context| async { client.update_routes(context, &request).await })
+        .await
+        .map(drop)
+}
+
+/// Adds and removes neighbours.
+pub(super) async fn neighbours(agent: &AgentClient, gone: &[Neighbour], here: &[Neighbour]) -> Result<(), Error> {
+    if gone.is_empty() && here.is_empty() {
         return Ok(());
     }
-    let neighbours =
-        api::ARPNeighbors { ARPNeighbors: found.neighbours.iter().map(neighbour).collect(), ..Default::default() };
+    let all = gone.iter().map(|one| neighbour(one, FAILED)).chain(here.iter().map(|one| neighbour(one, PERMANENT)));
+    let neighbours = api::ARPNeighbors { ARPNeighbors: all.collect(), ..Default::default() };
     let request = api::AddARPNeighborsRequest { neighbors: Some(neighbours).into(), ..Default::default() };
     agent
         .call("setting neighbours", |client, context| async { client.add_arp_neighbors(context, &request).await })
@@ -40,13 +57,15 @@ fn address(address: IpAddr, prefix: u8) -> IPAddress {
     IPAddress { family: family.into(), address: address.to_string(), mask: prefix.to_string(), ..Default::default() }
 }
 
-fn interface(link: &Link) -> Interface {
+fn wire(link: &Link, path: Option<String>) -> Interface {
     Interface {
         device: link.name.clone(),
         name: link.name.clone(),
         IPAddresses: link.addresses.iter().map(|(own, prefix)| address(*own, *prefix)).collect(),
         mtu: link.mtu.into(),
         hwAddr: link.mac_text(),
+        devicePath: path.unwrap_or_default(),
+        raw_flags: if link.no_arp { libc::IFF_NOARP as u32 } else { 0 },
         ..Default::default()
     }
 }
@@ -67,18 +86,13 @@ fn route(from: &Route) -> WireRoute {
     }
 }
 
-/// `RTNH_F_ONLINK` of linux/rtnetlink.h.
-const ONLINK: u32 = 4;
-/// `NUD_PERMANENT` of linux/neighbour.h.
-const PERMANENT: i32 = 0x80;
-
-fn neighbour(from: &Neighbour) -> ARPNeighbor {
+fn neighbour(from: &Neighbour, state: i32) -> ARPNeighbor {
     let prefix = if from.address.is_ipv4() { 32 } else { 128 };
     ARPNeighbor {
         toIPAddress: Some(address(from.address, prefix)).into(),
         device: from.device.clone(),
         lladdr: mac_text(from.mac),
-        state: PERMANENT,
+        state,
         ..Default::default()
     }
 }

@@ -1,37 +1,52 @@
 //! The pod's network: what CNI made in a namespace of the host, brought into the VM as it is.
 //!
-//! `scan` reads, `tcfilter` joins a link with a tap, `guest` tells the agent. Everything is netlink; no program is run.
+//! `scan` reads, `join` joins an interface with a device of the VM (`tcfilter`, `macvtap`, `physical`), `guest` tells the
+//! agent; `attached` is the whole of it, and `follow` lets it follow what changes. Everything is netlink; no program is run.
 //! A namespace without an interface costs one look, a container without a namespace path not even that.
 
+mod attached;
+mod changes;
+mod diff;
+mod follow;
 mod forward;
 mod guest;
+mod join;
+mod kind;
+mod macvtap;
 mod netns;
+mod physical;
+mod routes;
 mod scan;
 mod steer;
 mod tap;
 mod tcfilter;
+pub(crate) mod undo;
 
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 
+use attached::Attached;
+use changes::Changes;
 use config::Internetworking;
-use hypervisor::NetDevice;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
-
+pub(crate) use follow::Following;
 pub(crate) use forward::Forwarding;
-pub(crate) use guest::configure;
-use netns::{Identity, NetworkNamespace};
-use scan::{Found, Kind, Link};
+use hypervisor::{Device, Vm};
+use join::Plan;
+use netns::NetworkNamespace;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::Error;
 use crate::agent_client::AgentClient;
-use crate::cleanup::{RunDir, Step};
+use crate::cleanup::RunDir;
 
-/// What the VM gets, and what the guest is told.
+const SYSFS: &str = "/sys";
+
+/// The network of a pod that starts.
 #[derive(Debug, Default)]
 pub(crate) struct PodNetwork {
-    pub(crate) found: Found,
-    pub(crate) devices: Vec<NetDevice>,
+    devices: Vec<Device>,
+    /// `None` for a pod without a namespace of the host, or with one that it shall not have.
+    attached: Option<Attached>,
 }
 
 /// Refuses, or connects every interface of the pod's namespace. What can be refused is refused before anything is made.
@@ -50,67 +65,64 @@ pub(crate) async fn connect(config: &config::Config, spec: &Spec, run: &mut RunD
     if config.runtime.internetworking == Internetworking::None {
         return Ok(PodNetwork::default());
     }
-    let found = namespace.within(|handle| async move { scan::scan(&handle).await }).await?;
-    if found.links.is_empty() {
-        return Ok(PodNetwork::default());
+    // what changes from now on is seen: the look comes after
+    let (found, changes) = namespace
+        .within(|handle| async move {
+            let changes = changes::subscribe().map_err(Error::host("changes of the pod's network"))?;
+            Ok((scan::scan(&handle).await?, changes))
+        })
+        .await?;
+    let changes = Changes::new(changes).map_err(Error::host("changes of the pod's network"))?;
+    if let Some(refused) = found.refused.into_iter().next() {
+        return Err(Error::Unsupported(refused.why));
     }
-    if let Some(pid) = namespace.user().map_err(about())? {
+    let found = scan::Found { refused: Vec::new(), ..found };
+    if found.links.iter().any(|link| !link.idle)
+        && let Some(pid) = namespace.user().map_err(about())?
+    {
         return Err(Error::WrongState(format!(
             "network namespace {} is used by process {pid}: its traffic would go to the virtual machine, give the pod a \
              namespace of its own",
             path.display()
         )));
     }
-    let devices = join(config, &namespace, &found, run).await?;
-    Ok(PodNetwork { found, devices })
+    let plan = Plan {
+        model: config.runtime.internetworking,
+        queues: config.hypervisor.network_queues,
+        vhost: !config.hypervisor.disable_vhost_net,
+    };
+    let (attached, devices) = Attached::new(plan, namespace, changes, found, run.journal()).await?;
+    Ok(PodNetwork { devices, attached: Some(attached) })
 }
 
-async fn join(
-    config: &config::Config,
-    namespace: &NetworkNamespace,
-    found: &Found,
-    run: &mut RunDir,
-) -> Result<Vec<NetDevice>, Error> {
-    let links = found.links.clone();
-    let place = namespace.path().display().to_string();
-    namespace
-        .within(|handle| async move {
-            for link in links.iter().filter(|link| link.kind != Kind::Tap) {
-                if tcfilter::is_taken(&handle, link).await? {
-                    return Err(Error::WrongState(format!(
-                        "interface {} in {place} is redirected already: another sandbox uses this network namespace",
-                        link.name
-                    )));
-                }
-            }
-            Ok(())
-        })
-        .await?;
-    let identity = namespace.identity().map_err(Error::host("the network namespace"))?;
-    for link in found.links.iter().filter(|link| link.kind != Kind::Tap) {
-        let step = Step::Redirection { namespace: namespace.path().into(), identity, interface: link.name.clone() };
-        run.push(step).map_err(Error::host("the undo journal"))?;
+impl PodNetwork {
+    /// What the VM boots with.
+    pub(crate) fn take_devices(&mut self) -> Vec<Device> {
+        std::mem::take(&mut self.devices)
     }
-    let (links, queues) = (found.links.clone(), config.hypervisor.network_queues);
-    let taps = namespace
-        .within(move |handle| async move {
-            let mut taps: Vec<Vec<OwnedFd>> = Vec::new();
-            for (number, link) in links.iter().enumerate() {
-                taps.push(match link.kind {
-                    Kind::Tap => tap::open(&link.name, queues).map_err(Error::host(format!("tap {}", link.name)))?,
-                    _ => tcfilter::connect(&handle, link, &tap_name(number), queues).await?,
-                });
-            }
-            Ok(taps)
-        })
-        .await?;
-    let device = |(link, queues): (&Link, Vec<OwnedFd>)| NetDevice { mac: link.mac_text(), queues };
-    Ok(found.links.iter().zip(taps).map(device).collect())
-}
 
-/// As Kata names them; far below the kernel's 15 characters.
-fn tap_name(number: usize) -> String {
-    format!("tap{number}_kata")
+    /// Interfaces may come.
+    pub(crate) fn may_change(&self) -> bool {
+        self.attached.is_some()
+    }
+
+    /// There is nothing to tell the guest.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.attached.as_ref().is_none_or(|attached| attached.members.is_empty())
+    }
+
+    /// Gives a guest that has just booted everything.
+    pub(crate) async fn tell(&self, agent: &AgentClient, vm: &dyn Vm) -> Result<(), Error> {
+        match &self.attached {
+            Some(attached) if !attached.members.is_empty() => attached.tell(agent, vm).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets the VM follow its namespace from now on.
+    pub(crate) fn follow(self, agent: &AgentClient, vm: &Arc<dyn Vm>) -> Option<Following> {
+        Some(Following::start(self.attached?, agent.clone(), Arc::clone(vm)))
+    }
 }
 
 /// Lets ports of the pod be reached from inside its namespace; `None` for a pod without one.
@@ -121,22 +133,6 @@ pub(crate) fn forward(spec: &Spec, agent: &AgentClient) -> Option<Forwarding> {
 fn namespace_path(spec: &Spec) -> Option<PathBuf> {
     let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
     namespaces.iter().find(|one| one.typ() == LinuxNamespaceType::Network)?.path().clone()
-}
-
-/// Undoes the redirection of one interface, unless its namespace is gone or another one now.
-pub(crate) fn disconnect(path: &Path, identity: Identity, interface: &str) -> std::io::Result<()> {
-    let namespace = match NetworkNamespace::open(path) {
-        Ok(namespace) => namespace,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    if namespace.identity()? != identity {
-        return Ok(());
-    }
-    let interface = interface.to_owned();
-    namespace
-        .within_blocking(|handle| async move { tcfilter::disconnect(&handle, &interface).await })
-        .map_err(std::io::Error::other)
 }
 
 fn mac_text(mac: [u8; 6]) -> String {

@@ -5,12 +5,12 @@ use std::fs;
 use std::os::fd::OwnedFd;
 
 use futures_util::TryStreamExt;
-use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::tc::TcAttribute;
 use rtnetlink::{Handle, LinkUnspec};
 
 use super::scan::Link;
-use super::{failed, tap};
+use super::{failed, macvtap, tap};
 use crate::Error;
 
 /// `ETH_P_ALL`, in network byte order as the kernel wants it here.
@@ -18,33 +18,31 @@ const ALL_PROTOCOLS: u16 = 0x0003_u16.to_be();
 /// Where an ingress qdisc hangs (tc-actions: `parent ffff:`).
 const INGRESS: u32 = 0xffff_0000;
 
-/// Whether somebody redirects the link's traffic already.
+/// Whether somebody takes the link's traffic already: by a redirection, or by a macvtap on top.
 pub(super) async fn is_taken(handle: &Handle, link: &Link) -> Result<bool, Error> {
-    let all: Vec<_> = handle
-        .qdisc()
-        .get()
-        .index(link.index as i32)
-        .ingress()
-        .execute()
-        .try_collect()
-        .await
-        .map_err(failed(format!("queueing disciplines of {}", link.name)))?;
-    Ok(all.iter().any(|message| {
+    let what = || failed(format!("queueing disciplines of {}", link.name));
+    let all: Vec<_> =
+        handle.qdisc().get().index(link.index as i32).ingress().execute().try_collect().await.map_err(what())?;
+    let is_redirected = all.iter().any(|message| {
         message.header.index == link.index as i32
             && message
                 .attributes
                 .iter()
                 .any(|attribute| matches!(attribute, TcAttribute::Kind(kind) if kind == "ingress" || kind == "clsact"))
-    }))
+    });
+    if is_redirected {
+        return Ok(true);
+    }
+    let links: Vec<_> = handle.link().get().execute().try_collect().await.map_err(what())?;
+    Ok(links.iter().any(|other| macvtap::is_on(other, link.index)))
 }
 
 /// Joins; the caller has written the undo down. Returns the tap's descriptors, one a queue.
 pub(super) async fn connect(handle: &Handle, link: &Link, name: &str, queues: u32) -> Result<Vec<OwnedFd>, Error> {
     let what = |step: &str| failed(format!("{step} of interface {}", link.name));
     let fds = tap::open(name, queues).map_err(Error::host(format!("tap {name}")))?;
-    // the host's end of a wire that is the guest's: it shall not speak by itself. A kernel without IPv6 has no such file.
-    let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
-    let tap = index(handle, name).await?;
+    silence(name);
+    let tap = find(handle, name).await?.header.index;
     let up = LinkUnspec::new_with_index(tap).mtu(link.mtu).up().build();
     handle.link().set(up).execute().await.map_err(what("raising the tap"))?;
     for (from, to) in [(link.index, tap), (tap, link.index)] {
@@ -64,27 +62,41 @@ pub(super) async fn connect(handle: &Handle, link: &Link, name: &str, queues: u3
     Ok(fds)
 }
 
-/// Takes the redirection away, with what hangs on it. Nothing there is success.
-pub(super) async fn disconnect(handle: &Handle, name: &str) -> Result<(), Error> {
-    let Ok(link) = index(handle, name).await else { return Ok(()) };
-    let mut request = handle.qdisc().del(link as i32);
+/// Takes the redirection of the link with this index away, with what hangs on it. Nothing there is success.
+pub(super) async fn disconnect(handle: &Handle, index: u32) -> Result<(), Error> {
+    let mut request = handle.qdisc().del(index as i32);
     request.message_mut().header.parent = rtnetlink::packet_route::tc::TcHandle::INGRESS;
     match request.execute().await {
-        // no such qdisc
-        Err(rtnetlink::Error::NetlinkError(error)) if matches!(-error.raw_code(), libc::ENOENT | libc::EINVAL) => {
+        // no such link, no such qdisc
+        Err(rtnetlink::Error::NetlinkError(error))
+            if matches!(-error.raw_code(), libc::ENODEV | libc::ENOENT | libc::EINVAL) =>
+        {
             Ok(())
         }
-        other => other.map_err(failed(format!("the ingress queue of interface {name}"))),
+        other => other.map_err(failed(format!("the ingress queue of interface {index}"))),
     }
 }
 
-async fn index(handle: &Handle, name: &str) -> Result<u32, Error> {
+/// Follows a changed MTU.
+pub(super) async fn set_mtu(handle: &Handle, name: &str, mtu: u32) -> Result<(), Error> {
+    let tap = find(handle, name).await?.header.index;
+    let change = LinkUnspec::new_with_index(tap).mtu(mtu).build();
+    handle.link().set(change).execute().await.map_err(failed(format!("MTU {mtu} of {name}")))
+}
+
+/// The host's end of a wire that is the guest's shall not speak by itself.
+pub(super) fn silence(name: &str) {
+    // a kernel without IPv6 has no such file
+    let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
+}
+
+/// The link of that name, which may be gone.
+pub(super) async fn find(handle: &Handle, name: &str) -> Result<LinkMessage, Error> {
     let found = handle.link().get().match_name(name.to_owned()).execute().try_collect::<Vec<_>>().await;
     let found = found.map_err(failed(format!("interface {name}")))?;
     let named = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(other) if other == name);
     found
-        .iter()
+        .into_iter()
         .find(|message| message.attributes.iter().any(named))
-        .map(|message| message.header.index)
         .ok_or_else(|| Error::NotFound(format!("interface {name}")))
 }

@@ -70,11 +70,13 @@ enum Slot {
 
 /// The host's side of a running sandbox.
 struct Host {
-    vm: Box<dyn Vm>,
+    vm: Arc<dyn Vm>,
     share: Share,
     run: RunDir,
     /// Ends with the sandbox.
     forwarding: Option<crate::network::Forwarding>,
+    /// Ends with the VM.
+    following: Option<crate::network::Following>,
 }
 
 impl Sandbox {

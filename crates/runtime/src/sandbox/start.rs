@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use agent_api::agent as api;
 use agent_api::paths;
-use hypervisor::{Boot, Channel, NetDevice, SharedDir, VmSpec};
+use hypervisor::{Boot, Channel, SharedDir, Vm, VmSpec};
 use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, mpsc};
 
@@ -43,8 +43,9 @@ impl Sandbox {
             () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
         };
         match booted {
-            Ok(Booted { vm, share, agent, container, forwarding, shm }) => {
+            Ok(Booted { vm, share, agent, container, network, forwarding, shm }) => {
                 let pid = vm.pid();
+                let following = network.follow(&agent, &vm);
                 let containers = HashMap::from([(first.id.clone(), Slot::Made(Arc::new(container)))]);
                 let inner = Arc::new(Inner {
                     env,
@@ -53,7 +54,7 @@ impl Sandbox {
                     containers: Mutex::new(containers),
                     events,
                     shm,
-                    host: tokio::sync::Mutex::new(Some(Host { vm, share, run, forwarding })),
+                    host: tokio::sync::Mutex::new(Some(Host { vm, share, run, forwarding, following })),
                 });
                 watch::virtiofsd(&inner).await;
                 watch::memory(&inner);
@@ -72,10 +73,11 @@ impl Sandbox {
 
 /// A pod that runs, with its first container made.
 struct Booted {
-    vm: Box<dyn hypervisor::Vm>,
+    vm: Arc<dyn Vm>,
     share: Share,
     agent: AgentClient,
     container: crate::container::Container,
+    network: network::PodNetwork,
     forwarding: Option<network::Forwarding>,
     shm: Option<Shm>,
 }
@@ -97,14 +99,14 @@ async fn boot(
     let config = &env.config.hypervisor;
     let (channel, device) = AgentChannel::open(env.config.agent.channel)?;
     let params = channel.kernel_params();
-    let network = network::connect(&env.config, oci, run).await?;
-    if !network.found.is_empty() {
+    let mut network = network::connect(&env.config, oci, run).await?;
+    if !network.is_empty() {
         trace.step("network-connected");
     }
     let cgroup = host_cgroup(&env.config, id, oci, run)?;
     let (share, socket) = Share::start(config, run)?;
     trace.step("virtiofsd-started");
-    let spec = vm_spec(env, id, Limits::of(oci, &role), (device, &params), socket, network.devices);
+    let spec = vm_spec(env, id, Limits::of(oci, &role), (device, &params), socket, &mut network);
     let mut vm = env.hypervisor.launch(spec).await?;
     run.push(crate::cleanup::Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
     trace.step("vmm-started");
@@ -133,8 +135,8 @@ async fn boot(
         vm.booted();
         tokio::try_join!(create_sandbox(&agent, id, oci, shm.as_ref()), set_clock(&agent))?;
         trace.step("sandbox-created");
-        if !network.found.is_empty() {
-            network::configure(&agent, &network.found).await?;
+        if !network.is_empty() {
+            network.tell(&agent, vm.as_ref()).await?;
             trace.step("network-configured");
         }
         let limit = env.config.runtime.create_container_timeout;
@@ -152,7 +154,7 @@ async fn boot(
         }
     };
     let forwarding = if role == Role::Sandbox { network::forward(oci, &agent) } else { None };
-    Ok(Booted { vm, share, agent, container, forwarding, shm })
+    Ok(Booted { vm: vm.into(), share, agent, container, network, forwarding, shm })
 }
 
 /// Where the pod counts on the host; `None` for one that names no place.
@@ -175,7 +177,7 @@ fn vm_spec(
     limits: Limits,
     (channel, channel_params): (Channel, &str),
     socket: OwnedFd,
-    network: Vec<NetDevice>,
+    network: &mut network::PodNetwork,
 ) -> VmSpec {
     let config = &env.config.hypervisor;
     let log = if env.config.agent.enable_debug { "debug" } else { "info" };
@@ -190,7 +192,8 @@ fn vm_spec(
         size: sizing::plan(config, limits),
         channel,
         shared_dirs: vec![SharedDir { tag: paths::SHARE_TAG, socket, queue_size: config.virtio_fs_queue_size }],
-        network,
+        devices: network.take_devices(),
+        pluggable: network.may_change(),
         entropy_source: config.entropy_source.clone(),
         debug: config.enable_debug || env.config.agent.enable_debug,
     }

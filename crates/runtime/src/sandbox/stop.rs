@@ -28,6 +28,9 @@ pub(super) async fn stop(inner: &Arc<Inner>) -> Result<(), Error> {
     }
     // the answer says that everything is on the host: there is nothing to wait for
     host.vm.stop(Duration::ZERO).await?;
+    if let Some(following) = host.following.take() {
+        following.end().await;
+    }
     host.share.daemon.stop(Duration::ZERO).await;
     let run = host.run;
     tokio::task::spawn_blocking(move || run.undo())

@@ -1,0 +1,110 @@
+//! Devices that come and go while the guest runs.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::pci::{Bridge, Place};
+use super::{QemuVm, device};
+use crate::{Device, Error, NetDevice};
+
+/// How long a guest may take to let go of a device; a healthy one takes milliseconds.
+const LETTING_GO: Duration = Duration::from_secs(10);
+
+impl QemuVm {
+    pub(super) fn lock_bridge(&self) -> MutexGuard<'_, Bridge> {
+        self.bridge.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) async fn plug_device(&self, device: Device) -> Result<(), Error> {
+        let _alone = self.plugging.lock().await;
+        let id = device.id().to_owned();
+        let place = self.lock_bridge().take(&id).ok_or_else(|| Error::NoSlot { device: id.clone() })?;
+        let plugged = match device {
+            Device::Net(card) => self.plug_card(card, place).await,
+            Device::Host(host) => {
+                self.qmp.execute("device_add", device::host(&id, &host.address, Some(place)).object()).await.map(drop)
+            }
+        };
+        if plugged.is_err() {
+            self.lock_bridge().free(&id);
+        }
+        plugged
+    }
+
+    async fn plug_card(&self, card: NetDevice, place: Place) -> Result<(), Error> {
+        let (id, count) = (card.id, card.queues.len());
+        let mut given = Vec::new();
+        let plugged = async {
+            let queues = self.give(&id, "queue", card.queues, &mut given).await?;
+            let vhost = self.give(&id, "vhost", card.vhost, &mut given).await?;
+            self.qmp.execute("netdev_add", device::tap(&id, &queues, &vhost).object()).await?;
+            // they are the network's now
+            given.clear();
+            let added = self.qmp.execute("device_add", device::card(&id, &card.mac, count, Some(place)).object()).await;
+            if added.is_err() {
+                self.close_backend(&id).await;
+            }
+            added.map(drop)
+        }
+        .await;
+        for name in given {
+            if let Err(error) = self.qmp.execute("closefd", json!({"fdname": name})).await {
+                tracing::debug!(%error, name, "closing a descriptor in QEMU");
+            }
+        }
+        plugged
+    }
+
+    /// Passes descriptors; `given` has the names of those that QEMU holds.
+    async fn give(
+        &self,
+        id: &str,
+        what: &str,
+        fds: Vec<OwnedFd>,
+        given: &mut Vec<String>,
+    ) -> Result<Vec<String>, Error> {
+        let mut names = Vec::new();
+        for (number, fd) in fds.into_iter().enumerate() {
+            // not beginning with a digit, which would be read as a descriptor's number
+            let name = format!("{id}-{what}{number}");
+            self.qmp.give(&name, fd.as_fd()).await?;
+            given.push(name.clone());
+            names.push(name);
+        }
+        Ok(names)
+    }
+
+    async fn close_backend(&self, id: &str) {
+        // a device without one is no mistake
+        if let Err(error) = self.qmp.execute("netdev_del", json!({"id": device::tap_name(id)})).await {
+            tracing::debug!(%error, id, "closing the host's side of a device");
+        }
+    }
+
+    pub(super) async fn unplug_device(&self, id: &str) -> Result<(), Error> {
+        let departure = self.qmp.departure(id)?;
+        let asked = self.qmp.execute("device_del", json!({"id": id})).await;
+        // whatever the guest does, nothing of the host is in its hands any longer
+        self.close_backend(id).await;
+        asked?;
+        // the place is free when the guest says so, even if nobody waits for it then
+        let (bridge, name) = (Arc::clone(&self.bridge), id.to_owned());
+        let gone = tokio::spawn(async move {
+            let outcome = departure.await;
+            if matches!(outcome, Ok(Ok(()))) {
+                bridge.lock().unwrap_or_else(PoisonError::into_inner).free(&name);
+            }
+            outcome
+        });
+        let call = || format!("device_del of {id}");
+        match tokio::time::timeout(LETTING_GO, gone).await {
+            Err(_) => Err(Error::Timeout { call: call(), after: LETTING_GO }),
+            Ok(Ok(Ok(Ok(())))) => Ok(()),
+            Ok(Ok(Ok(Err(answer)))) => Err(Error::Refused { call: call(), answer }),
+            Ok(_) => Err(Error::Gone),
+        }
+    }
+}
