@@ -1,9 +1,12 @@
-//! Copies of the host's mounts for the share. They get what the host mounts later, where that is wanted, and give nothing
-//! back: taking a copy off must never take the host's own off.
+//! Copies of the host's mounts for the share. They follow what the host mounts and unmounts, and give nothing back:
+//! taking a copy off must never take the host's own off.
 //!
 //! A bind mount of a shared mount is the same to the kernel as that mount: what is mounted or unmounted below the one is
 //! below the other (mount_namespaces(7)). So a copy is made apart from every tree, where nothing is propagated, becomes
-//! what it shall be, and is put in its place only then. That takes Linux 5.12.
+//! a slave, and is put in its place only then. That takes Linux 5.12.
+//!
+//! None is private, though a volume may ask for it: the copies are in the host's own mount namespace, where a mount
+//! point that only a copy keeps could not be removed by whoever made it.
 #![allow(unsafe_code, reason = "open_tree, mount_setattr and move_mount have no safe wrapper")]
 
 use std::ffi::{CStr, CString};
@@ -19,8 +22,6 @@ use crate::Error;
 pub(crate) struct How {
     /// With the mounts below.
     pub(crate) recursive: bool,
-    /// Without what is mounted there later.
-    pub(crate) private: bool,
     pub(crate) read_only: ReadOnly,
 }
 
@@ -42,7 +43,6 @@ impl How {
         let has = |wanted: &[&str]| options.iter().any(|option| wanted.contains(&option.as_str()));
         Self {
             recursive: has(&["rbind"]),
-            private: has(&["private", "rprivate", "unbindable", "runbindable"]),
             read_only: match (has(&["rro"]), has(&["ro"])) {
                 (true, _) => ReadOnly::All,
                 (false, true) => ReadOnly::Top,
@@ -64,8 +64,8 @@ pub(crate) fn copy(from: &Path, to: &Path, how: How) -> Result<(), Error> {
 fn make(from: &Path, to: &Path, how: How) -> io::Result<()> {
     let (from, to) = (CString::new(from.as_os_str().as_bytes())?, CString::new(to.as_os_str().as_bytes())?);
     let tree = open(&from, how.recursive)?;
-    let propagation = if how.private { libc::MS_PRIVATE } else { libc::MS_SLAVE };
-    change(&tree, &libc::mount_attr { attr_set: 0, attr_clr: 0, propagation, userns_fd: 0 }, true)?;
+    let slave = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_SLAVE, userns_fd: 0 };
+    change(&tree, &slave, true)?;
     if how.read_only != ReadOnly::AsIs {
         let read_only =
             libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
@@ -122,8 +122,7 @@ mod tests {
         let how = |options: &[&str]| How::of(&options.iter().map(ToString::to_string).collect::<Vec<_>>());
         assert_eq!(how(&["bind"]), How::default());
         let cri = how(&["rbind", "rprivate", "ro"]);
-        assert_eq!(cri, How { recursive: true, private: true, read_only: ReadOnly::Top });
+        assert_eq!(cri, How { recursive: true, read_only: ReadOnly::Top });
         assert_eq!(how(&["rbind", "rslave", "rro"]).read_only, ReadOnly::All);
-        assert!(!how(&["rshared"]).private);
     }
 }

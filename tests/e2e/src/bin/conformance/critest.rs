@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result, bail};
 use e2e::{Runtime, containerd::client, cri::Cri, mounts};
+use nix::mount::{MsFlags, mount};
 use serde::Deserialize;
 use std::{
     collections::BTreeMap,
@@ -44,6 +45,9 @@ pub(crate) fn run(cri: &Cri<'_>, runtime: Runtime, focus: Option<&str>, folder: 
     let _ = fs::remove_file(&report);
     let temporary = cri.node.dir().join("tmp");
     fs::create_dir_all(&temporary)?;
+    // as systemd makes every mount of a host
+    mount(Some(&temporary), &temporary, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    mount(None::<&str>, &temporary, None::<&str>, MsFlags::MS_SHARED, None::<&str>)?;
     let mut log = File::create(at("log"))?;
     let address = format!("unix://{}", cri.node.address());
     let mut command = Command::new(client("cri-tools")?.join("critest"));
