@@ -18,6 +18,7 @@ pub mod node;
 pub mod pod_network;
 pub mod processes;
 pub mod pty;
+pub mod tap;
 pub mod task_api;
 
 pub use containerd::Containerd;

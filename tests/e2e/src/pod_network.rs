@@ -39,12 +39,14 @@ pub struct Pod {
     /// The bridge's name; it has the addresses `10.89.N.1` and `fd89:N::1`.
     pub bridge: String,
     network: u8,
+    kept: Vec<Box<dyn std::any::Any>>,
 }
 
 impl Pod {
     /// Without an interface but `lo`. `network` is the N of its addresses.
     pub fn bare(network: u8, mtu: u32) -> Result<Self> {
-        let pod = Self { namespace: format!("ke{network}"), bridge: format!("kebr{network}"), network };
+        let pod =
+            Self { namespace: format!("ke{network}"), bridge: format!("kebr{network}"), network, kept: Vec::new() };
         pod.unmake();
         let Self { namespace, bridge, .. } = &pod;
         for line in [
@@ -58,6 +60,11 @@ impl Pod {
             ip(&line)?;
         }
         Ok(pod)
+    }
+
+    /// Holds something for as long as the namespace is there.
+    pub fn keep(&mut self, thing: impl std::any::Any) {
+        self.kept.push(Box::new(thing));
     }
 
     /// With `eth0`, `10.89.N.2` and `fd89:N::2`, and routes.
