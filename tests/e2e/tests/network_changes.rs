@@ -23,6 +23,7 @@ for_both_models!(
     twenty_times_leaves_nothing,
     an_interface_that_vanishes_at_once_does_no_harm,
     a_burst_ends_as_the_host_has_it,
+    what_does_not_fit_comes_when_there_is_room,
     a_crash_after_a_change_leaves_nothing,
 );
 
@@ -328,6 +329,41 @@ fn a_burst_ends_as_the_host_has_it(model: Model) -> Result<()> {
             })?;
             pings(node, "eth0", "10.89.39.1")?;
             node.remove("pod")
+        },
+    )
+}
+
+/// A VM has thirty places for cards.
+fn what_does_not_fit_comes_when_there_is_room(model: Model) -> Result<()> {
+    with_pod(
+        model,
+        || Pod::make(41, 1500),
+        |node, pod| {
+            start(node, pod)?;
+            let from = node.log.len();
+            let all = "test $(ls /sys/class/net | wc -l) = 31";
+            let took = seen_in(node, "pod", all, || {
+                for number in 1..=30 {
+                    pod.add_second_veth(&format!("net{number}"), 1500)?;
+                    pod.ip(&format!("link set net{number} up"))?;
+                }
+                Ok(())
+            })?;
+            eprintln!("29 interfaces after {took:?}");
+            let told = node.log.wait_from(from, LIMIT, |line| line.contains("no slot is free"));
+            let (_, left_out) = told.context("nothing is said about the last one")?;
+            let name = (1..=30).map(|number| format!("interface net{number} ")).find(|name| left_out.contains(name));
+            let name = name.with_context(|| format!("which one? {left_out}"))?.replace("interface ", "");
+            let gone = if name == "net1 " { "net2" } else { "net1" };
+            seen(node, &format!("test -e /sys/class/net/{name} && ! test -e /sys/class/net/{gone}"), || {
+                pod.ip(&format!("link del {gone}")).map(drop)
+            })?;
+            pings(node, "eth0", "10.89.41.1")?;
+            node.remove("pod")?;
+            for number in 1..=30 {
+                let _ = pod.ip(&format!("link del net{number}"));
+            }
+            Ok(())
         },
     )
 }

@@ -11,6 +11,9 @@ use std::time::Duration;
 for_both_models!(
     a_macvlan_is_as_with_runc,
     an_ipvlan_is_as_with_runc,
+    a_vlan_is_as_with_runc,
+    a_dummy_is_as_with_runc,
+    one_on_top_of_another_is_refused,
     a_tap_of_a_program_is_as_with_runc,
     two_cards_with_one_mac_address_are_told_apart,
     nobody_is_asked_where_nobody_answers,
@@ -83,17 +86,85 @@ fn a_macvlan_is_as_with_runc(model: Model) -> Result<()> {
     on_top(model, 51, "type macvlan mode bridge")
 }
 
-/// Where the host's kernel has it.
+/// Whether the host's kernel has that kind of link; `make nested` makes a host whose kernel has all.
+fn has(kind: &str) -> Result<bool> {
+    let _below = Link::add("keprobe type veth peer name keprobeb")?;
+    let on = if kind.contains("dummy") { "" } else { "link keprobe" };
+    match Link::add(&format!("keprobei {on} {kind}")) {
+        Ok(_) => Ok(true),
+        Err(error) => {
+            ensure!(format!("{error:#}").contains("Unknown device type"), "{error:#}");
+            eprintln!("skipped: the kernel of this host has no {kind}");
+            Ok(false)
+        }
+    }
+}
+
 fn an_ipvlan_is_as_with_runc(model: Model) -> Result<()> {
-    let below = Link::add("keprobe type veth peer name keprobeb")?;
-    let probe = Link::add("keprobei link keprobe type ipvlan mode l2");
-    if let Err(error) = probe {
-        ensure!(format!("{error:#}").contains("Unknown device type"), "{error:#}");
-        eprintln!("skipped: the kernel of this host has no ipvlan");
+    let kind = "type ipvlan mode l2";
+    if has(kind)? { on_top(model, 52, kind) } else { Ok(()) }
+}
+
+fn a_vlan_is_as_with_runc(model: Model) -> Result<()> {
+    if !has("type vlan id 5")? {
         return Ok(());
     }
-    drop((probe, below));
-    on_top(model, 52, "type ipvlan mode l2")
+    let make = || {
+        let mut pod = Pod::bare(56, 1500)?;
+        pod.keep(uplink(&pod, "keup56")?);
+        pod.keep(Link::add(&format!("kevl56 link {} type vlan id 5", pod.bridge))?);
+        ip("addr add 10.88.56.1/24 dev kevl56")?;
+        ip("link set kevl56 up")?;
+        ip(&format!("link add link keup56 name eth0 netns {} type vlan id 5", pod.namespace))?;
+        pod.ip("addr add 10.88.56.2/24 brd + dev eth0")?;
+        pod.ip("link set eth0 up")?;
+        Ok(pod)
+    };
+    with_pod(model, make, |node, pod| {
+        let [runc, kata] = [Runtime::Runc, Runtime::Kata].map(|runtime| pod.run(node, runtime, runtime.tag(), LOOK));
+        let (runc, kata) = (runc?, kata?);
+        ensure!(runc == kata, "runc:\n{runc}\nkata:\n{kata}");
+        let shown = pod.run(node, Runtime::Kata, "ping", "ping -c 3 -W 3 10.88.56.1")?;
+        ensure!(shown.contains(" 0% packet loss"), "{shown}");
+        Ok(())
+    })
+}
+
+fn a_dummy_is_as_with_runc(model: Model) -> Result<()> {
+    if !has("type dummy")? {
+        return Ok(());
+    }
+    let make = || {
+        let pod = Pod::make(57, 1500)?;
+        pod.ip("link add net1 type dummy")?;
+        pod.ip("addr add 10.88.57.2/24 brd + dev net1")?;
+        pod.ip("link set net1 up")?;
+        Ok(pod)
+    };
+    with_pod(model, make, |node, pod| {
+        let look = LOOK.replace("eth0", "net1") + "; ping -c 1 -W 3 10.88.57.2 | grep packets";
+        let [runc, kata] = [Runtime::Runc, Runtime::Kata].map(|runtime| pod.run(node, runtime, runtime.tag(), &look));
+        let (runc, kata) = (runc?, kata?);
+        ensure!(runc == kata, "runc:\n{runc}\nkata:\n{kata}");
+        Ok(())
+    })
+}
+
+fn one_on_top_of_another_is_refused(model: Model) -> Result<()> {
+    with_pod(
+        model,
+        || Pod::make(58, 1500),
+        |node, pod| {
+            pod.ip("link add link eth0 name top type macvlan mode bridge")?;
+            pod.ip("addr add 10.88.58.2/24 dev top")?;
+            let options = pod.options();
+            let options: Vec<_> = options.iter().map(String::as_str).collect();
+            let refused = node.run(Runtime::Kata, "top", &options, &["true"]).output()?;
+            pod.ip("link del top")?;
+            ensure!(refused.code != 0 && refused.stderr.contains("top is on top of eth0"), "{}", refused.stderr);
+            Ok(())
+        },
+    )
 }
 
 fn a_tap_of_a_program_is_as_with_runc(model: Model) -> Result<()> {

@@ -2,6 +2,8 @@
 
 mod find;
 mod routes;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 use std::net::IpAddr;

@@ -150,6 +150,7 @@ impl Attached {
             self.told.neighbours = neighbours;
             told.or_else(|error| fatal("the guest's neighbours", error))?;
         }
+        self.remember_away();
         Ok(())
     }
 

@@ -58,6 +58,7 @@ mod tests {
             mtu: 1500,
             no_arp: false,
             idle: false,
+            below: None,
             addresses: vec![(format!("10.0.0.{index}").parse().expect("an address"), 24)],
         }
     }

@@ -1,7 +1,7 @@
 //! What an interface of the pod is, and thereby how it gets into the VM.
 
 use config::Internetworking;
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::link::{InfoData, InfoIpVlan, InfoKind, IpVlanMode, LinkAttribute, LinkInfo, LinkMessage};
 
 /// A kind of Ethernet interface that a VM can have. What is not here cannot be brought in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -11,8 +11,8 @@ pub(crate) enum Kind {
     /// A MAC address of its own on an interface of the host.
     MacVlan,
     /// The MAC address of an interface of the host, told apart by IP addresses. The frames of the VM carry that MAC, which
-    /// is what the kernel expects in mode `l2`. In `l3` and `l3s` nobody answers ARP: the interface says so by its flag
-    /// `NOARP`, which the guest's gets as well.
+    /// is what the kernel expects in mode `l2`. In `l3` nobody answers ARP: the interface says so by its flag `NOARP`, which
+    /// the guest's gets as well. In `l3s` what comes in goes to the namespace's IP layer past every hook for frames.
     IpVlan,
     /// A VLAN of an interface that is in the pod's namespace too.
     Vlan,
@@ -38,11 +38,15 @@ pub(crate) enum Way {
 impl Kind {
     /// Reads it from the kernel's answer; the error says in words what it is instead.
     pub(super) fn of(message: &LinkMessage) -> Result<Self, String> {
-        let (mut kind, mut bus, mut device) = (None, None, None);
+        let (mut kind, mut bus, mut device, mut is_l3s) = (None, None, None, false);
         for attribute in &message.attributes {
             match attribute {
                 LinkAttribute::LinkInfo(infos) => {
                     kind = infos.iter().find_map(|one| if let LinkInfo::Kind(kind) = one { Some(kind) } else { None });
+                    let mode = InfoIpVlan::Mode(IpVlanMode::L3S);
+                    is_l3s = infos
+                        .iter()
+                        .any(|one| matches!(one, LinkInfo::Data(InfoData::IpVlan(all)) if all.contains(&mode)));
                 }
                 LinkAttribute::ParentDevBusName(name) => bus = Some(name.as_str()),
                 LinkAttribute::ParentDevName(name) => device = Some(name),
@@ -52,6 +56,10 @@ impl Kind {
         match (kind, bus, device) {
             (Some(InfoKind::Veth), ..) => Ok(Self::Veth),
             (Some(InfoKind::MacVlan), ..) => Ok(Self::MacVlan),
+            (Some(InfoKind::IpVlan), ..) if is_l3s => Err(
+                "is an ipvlan in the mode l3s, whose packets cannot be led into a virtual machine: use its mode l2 or l3"
+                    .into(),
+            ),
             (Some(InfoKind::IpVlan), ..) => Ok(Self::IpVlan),
             (Some(InfoKind::Vlan), ..) => Ok(Self::Vlan),
             (Some(InfoKind::Dummy), ..) => Ok(Self::Dummy),
@@ -127,5 +135,11 @@ mod tests {
         assert!(virtual_one(InfoKind::Bridge).expect_err("refused").contains("bridge"));
         assert!(real("virtio", "virtio2").expect_err("refused").contains("virtio"));
         of(Vec::new()).expect_err("refused");
+        let ipvlan = |mode: IpVlanMode| {
+            let data = LinkInfo::Data(InfoData::IpVlan(vec![InfoIpVlan::Mode(mode)]));
+            of(vec![LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::IpVlan), data])])
+        };
+        assert_eq!((ipvlan(IpVlanMode::L2), ipvlan(IpVlanMode::L3)), (Ok(Kind::IpVlan), Ok(Kind::IpVlan)));
+        assert!(ipvlan(IpVlanMode::L3S).expect_err("refused").contains("l3s"));
     }
 }

@@ -26,6 +26,8 @@ pub(crate) struct Link {
     pub(super) no_arp: bool,
     /// It carries nothing, being down and without an address: it gets no place in the VM, but keeps one that it has.
     pub(super) idle: bool,
+    /// The link of the same namespace that it is on top of, or whose other end it is.
+    pub(super) below: Option<u32>,
     pub(super) addresses: Vec<(IpAddr, u8)>,
 }
 
@@ -84,11 +86,31 @@ pub(super) async fn scan(handle: &Handle) -> Result<Found, Error> {
             Err(refused) => found.refused.push(refused),
         }
     }
+    refuse_stacked(&mut found);
     if !found.links.is_empty() {
         found.routes = routes::routes(handle, &found.links).await?;
         found.neighbours = routes::neighbours(handle, &found.links).await?;
     }
     Ok(found)
+}
+
+/// All frames of an interface that the VM has go there, so nothing comes to another one on top of it.
+fn refuse_stacked(found: &mut Found) {
+    let below = |link: &Link| {
+        let is_stacked = !link.idle && matches!(link.kind, Kind::Vlan | Kind::MacVlan | Kind::IpVlan);
+        let index = link.below.filter(|_| is_stacked)?;
+        found.links.iter().find(|other| other.index == index && !other.idle).map(|other| other.name.clone())
+    };
+    let refused: Vec<_> =
+        found.links.iter().filter_map(|link| Some((link.index, link.name.clone(), below(link)?))).collect();
+    for (index, name, below) in refused {
+        found.links.retain(|link| link.index != index);
+        let why = format!(
+            "network interface {name} is on top of {below}, whose frames all go to the virtual machine: make it on an \
+             interface outside the pod's network namespace, or inside a container"
+        );
+        found.refused.push(Refused { index, why });
+    }
 }
 
 /// Of all links, by index.
@@ -145,12 +167,15 @@ fn link(message: &LinkMessage, addresses: &[(u32, IpAddr, u8)]) -> Result<Option
     let own = addresses.iter().filter(|(link, ..)| *link == index).map(|(_, address, prefix)| (*address, *prefix));
     let own: Vec<_> = own.collect();
     let (mut name, mut mac, mut mtu, mut is_port) = (String::new(), None, 1500, false);
+    let (mut below, mut is_elsewhere) = (None, false);
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(text) => name.clone_from(text),
             LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(bytes.as_slice()).ok(),
             LinkAttribute::Mtu(bytes) => mtu = *bytes,
             LinkAttribute::Controller(_) => is_port = true,
+            LinkAttribute::Link(index) => below = Some(*index),
+            LinkAttribute::LinkNetNsId(_) => is_elsewhere = true,
             _ => {}
         }
     }
@@ -173,12 +198,54 @@ fn link(message: &LinkMessage, addresses: &[(u32, IpAddr, u8)]) -> Result<Option
     // the guest's kernel makes that one itself
     let addresses = own.into_iter().filter(|(address, _)| !is_made_from(*address, mac)).collect();
     let no_arp = flags.contains(LinkFlags::Noarp);
-    Ok(Some(Link { index, name, kind, mac, mtu, no_arp, idle, addresses }))
+    let below = below.filter(|_| !is_elsewhere);
+    Ok(Some(Link { index, name, kind, mac, mtu, no_arp, idle, below, addresses }))
 }
 
 impl Link {
     /// As people and QEMU write it.
     pub(super) fn mac_text(&self) -> String {
         mac_text(self.mac)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_on_top_of_another_is_refused() {
+        let link = |index: u32, kind: Kind, below: Option<u32>| Link {
+            index,
+            name: format!("link{index}"),
+            kind,
+            mac: [2; 6],
+            mtu: 1500,
+            no_arp: false,
+            idle: false,
+            below,
+            addresses: Vec::new(),
+        };
+        // a pair of veths, a VLAN on one of them, a VLAN on nothing that the VM has
+        let links = vec![
+            link(2, Kind::Veth, Some(3)),
+            link(3, Kind::Veth, Some(2)),
+            link(4, Kind::Vlan, Some(2)),
+            link(5, Kind::Vlan, Some(9)),
+            Link { idle: true, ..link(6, Kind::MacVlan, Some(2)) },
+        ];
+        let mut found = Found { links, ..Found::default() };
+        refuse_stacked(&mut found);
+        let left: Vec<_> = found.links.iter().map(|link| link.index).collect();
+        assert_eq!(left, [2, 3, 5, 6]);
+        assert_eq!(found.refused.len(), 1);
+        assert!(found.refused[0].why.contains("link4 is on top of link2"), "{}", found.refused[0].why);
+    }
+
+    #[test]
+    fn the_kernels_own_address_is_known() {
+        let mac = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
+        assert!(is_made_from("fe80::5054:ff:fe12:3456".parse().expect("an address"), mac));
+        assert!(!is_made_from("fe80::1".parse().expect("an address"), mac));
     }
 }
