@@ -5,6 +5,7 @@
 //! Runs nothing.
 
 pub mod limits;
+pub mod mount_options;
 #[cfg(feature = "oci")]
 pub mod oci_convert;
 pub mod paths;

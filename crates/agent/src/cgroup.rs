@@ -115,8 +115,10 @@ impl Cgroup {
         };
         let cpu = pairs(&text("cpu.stat"));
         let of = |name: &str| cpu.get(name).copied().unwrap_or_default();
-        let memory = pairs(&text("memory.stat"));
+        let mut memory = pairs(&text("memory.stat"));
         let events = pairs(&text("memory.events"));
+        // version 1's messages have no place for them
+        memory.extend(events.iter().map(|(name, count)| (format!("events.{name}"), *count)));
         api::CgroupStats {
             cpu_stats: Some(api::CpuStats {
                 cpu_usage: Some(api::CpuUsage {

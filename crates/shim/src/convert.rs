@@ -3,15 +3,10 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::api::{ExecProcessRequest, Status as WireStatus, UpdateTaskRequest};
-use containerd_shim_protos::cgroups::metrics::{
-    BlkIOEntry, BlkIOStat, CPUStat, CPUUsage, HugetlbStat, MemoryEntry, MemoryStat, Metrics, PidsStat, Throttle,
-};
-use containerd_shim_protos::cgroups_v2::metrics as v2;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
-use containerd_shim_protos::protobuf::{Message, MessageField, MessageFull};
+use containerd_shim_protos::protobuf::{Message, MessageFull};
 use containerd_shim_protos::ttrpc::{self, Code};
-use runtime::agent_api::agent as api;
 use runtime::{ContainerId, Error, ExecId, ProcessRef, Status};
 
 pub(crate) type Rpc<T> = ttrpc::Result<T>;
@@ -100,144 +95,6 @@ pub(crate) fn any(message: &impl MessageFull) -> Rpc<Any> {
 
 fn descriptor_name<M: MessageFull>(_: &M) -> String {
     M::descriptor().full_name().to_owned()
-}
-
-/// The guest's numbers in the form that clients on this host expect: that of the host's own cgroup version.
-pub(crate) fn metrics(stats: &api::StatsContainerResponse, host_is_v2: bool) -> Rpc<Any> {
-    let cgroup = &stats.cgroup_stats;
-    if host_is_v2 { any(&metrics_v2(cgroup)) } else { any(&metrics_v1(cgroup)) }
-}
-
-fn metrics_v1(stats: &api::CgroupStats) -> Metrics {
-    let (cpu, memory) = (&stats.cpu_stats, &stats.memory_stats);
-    let detail = |name: &str| memory.stats.get(name).copied().unwrap_or_default();
-    let entry = |data: &api::MemoryData| MemoryEntry {
-        limit: data.limit,
-        usage: data.usage,
-        max: data.max_usage,
-        failcnt: data.failcnt,
-        ..Default::default()
-    };
-    Metrics {
-        hugetlb: stats
-            .hugetlb_stats
-            .iter()
-            .map(|(size, data)| HugetlbStat {
-                usage: data.usage,
-                max: data.max_usage,
-                failcnt: data.failcnt,
-                pagesize: size.clone(),
-                ..Default::default()
-            })
-            .collect(),
-        pids: MessageField::some(PidsStat {
-            current: stats.pids_stats.current,
-            limit: stats.pids_stats.limit,
-            ..Default::default()
-        }),
-        cpu: MessageField::some(CPUStat {
-            usage: MessageField::some(CPUUsage {
-                total: cpu.cpu_usage.total_usage,
-                kernel: cpu.cpu_usage.usage_in_kernelmode,
-                user: cpu.cpu_usage.usage_in_usermode,
-                per_cpu: cpu.cpu_usage.percpu_usage.clone(),
-                ..Default::default()
-            }),
-            throttling: MessageField::some(Throttle {
-                periods: cpu.throttling_data.periods,
-                throttled_periods: cpu.throttling_data.throttled_periods,
-                throttled_time: cpu.throttling_data.throttled_time,
-                ..Default::default()
-            }),
-            ..Default::default()
-        }),
-        memory: MessageField::some(MemoryStat {
-            cache: detail("file"),
-            rss: detail("anon"),
-            mapped_file: detail("file_mapped"),
-            dirty: detail("file_dirty"),
-            writeback: detail("file_writeback"),
-            pg_fault: detail("pgfault"),
-            pg_maj_fault: detail("pgmajfault"),
-            inactive_anon: detail("inactive_anon"),
-            active_anon: detail("active_anon"),
-            inactive_file: detail("inactive_file"),
-            active_file: detail("active_file"),
-            unevictable: detail("unevictable"),
-            total_inactive_file: detail("inactive_file"),
-            total_active_file: detail("active_file"),
-            total_cache: detail("file"),
-            total_rss: detail("anon"),
-            usage: MessageField::some(entry(&memory.usage)),
-            swap: MessageField::some(entry(&memory.swap_usage)),
-            kernel: MessageField::some(entry(&memory.kernel_usage)),
-            ..Default::default()
-        }),
-        blkio: MessageField::some(BlkIOStat {
-            io_service_bytes_recursive: blkio(&stats.blkio_stats.io_service_bytes_recursive),
-            io_serviced_recursive: blkio(&stats.blkio_stats.io_serviced_recursive),
-            ..Default::default()
-        }),
-        ..Default::default()
-    }
-}
-
-fn blkio(entries: &[api::BlkioStatsEntry]) -> Vec<BlkIOEntry> {
-    entries
-        .iter()
-        .map(|entry| BlkIOEntry {
-            op: entry.op.clone(),
-            major: entry.major,
-            minor: entry.minor,
-            value: entry.value,
-            ..Default::default()
-        })
-        .collect()
-}
-
-fn metrics_v2(stats: &api::CgroupStats) -> v2::Metrics {
-    let (cpu, memory) = (&stats.cpu_stats, &stats.memory_stats);
-    let detail = |name: &str| memory.stats.get(name).copied().unwrap_or_default();
-    v2::Metrics {
-        pids: MessageField::some(v2::PidsStat {
-            current: stats.pids_stats.current,
-            limit: stats.pids_stats.limit,
-            ..Default::default()
-        }),
-        cpu: MessageField::some(v2::CPUStat {
-            usage_usec: cpu.cpu_usage.total_usage / 1000,
-            user_usec: cpu.cpu_usage.usage_in_usermode / 1000,
-            system_usec: cpu.cpu_usage.usage_in_kernelmode / 1000,
-            nr_periods: cpu.throttling_data.periods,
-            nr_throttled: cpu.throttling_data.throttled_periods,
-            throttled_usec: cpu.throttling_data.throttled_time / 1000,
-            ..Default::default()
-        }),
-        memory: MessageField::some(v2::MemoryStat {
-            anon: detail("anon"),
-            file: detail("file"),
-            kernel_stack: detail("kernel_stack"),
-            slab: detail("slab"),
-            sock: detail("sock"),
-            shmem: detail("shmem"),
-            file_mapped: detail("file_mapped"),
-            file_dirty: detail("file_dirty"),
-            file_writeback: detail("file_writeback"),
-            inactive_anon: detail("inactive_anon"),
-            active_anon: detail("active_anon"),
-            inactive_file: detail("inactive_file"),
-            active_file: detail("active_file"),
-            unevictable: detail("unevictable"),
-            pgfault: detail("pgfault"),
-            pgmajfault: detail("pgmajfault"),
-            usage: memory.usage.usage,
-            usage_limit: memory.usage.limit,
-            swap_usage: memory.swap_usage.usage,
-            swap_limit: memory.swap_usage.limit,
-            ..Default::default()
-        }),
-        ..Default::default()
-    }
 }
 
 #[cfg(test)]

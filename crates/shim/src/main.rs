@@ -5,7 +5,9 @@ mod bootstrap;
 mod convert;
 mod events;
 mod handshake;
+mod info;
 mod logger;
+mod metrics;
 mod server;
 mod task;
 
@@ -13,8 +15,6 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use containerd_shim_protos::protobuf::Message;
-use containerd_shim_protos::types::introspection::RuntimeInfo;
 
 fn main() -> ExitCode {
     match run() {
@@ -34,8 +34,7 @@ fn run() -> Result<()> {
         return Ok(());
     }
     if args.info {
-        let info = RuntimeInfo { name: "io.containerd.kata.v2".into(), ..Default::default() };
-        std::io::stdout().write_all(&info.write_to_bytes()?)?;
+        std::io::stdout().write_all(&info::answer()?)?;
         return Ok(());
     }
     match args.action.as_str() {

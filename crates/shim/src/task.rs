@@ -25,6 +25,7 @@ use tokio::sync::{Notify, mpsc, watch};
 
 use crate::convert::{self, Rpc, rpc_error, status, timestamp};
 use crate::events::Publisher;
+use crate::metrics;
 
 /// The pod behind the API.
 pub(crate) struct TaskService {
@@ -389,7 +390,7 @@ impl Task for TaskService {
         let name = convert::process(&request.id, "")?;
         let stats = self.sandbox()?.stats(&name.container).await.map_err(plain)?;
         let host_is_v2 = std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-        let stats = convert::metrics(&stats, host_is_v2)?;
+        let stats = metrics::of(&stats, host_is_v2)?;
         Ok(StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 /// Chooses one generation for a run of the tests, by its name here; unset means all.
 const CHOICE: &str = "KATA_CONTAINERD";
 
+/// The socket for its plugins, in a node's folder.
+pub const NRI_SOCKET: &str = "nri.sock";
+
 /// A containerd, with the `ctr` and the shim for runc that belong to it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Containerd {
@@ -77,15 +80,16 @@ impl Containerd {
                 (3, &["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images"][..])
             }
         };
-        // its socket is the machine's; only 2.x opens it unasked
-        let mut disabled = vec!["io.containerd.nri.v1.nri"];
+        let at = |name: &str| dir.join(name).display().to_string();
+        let mut disabled = Vec::new();
         let more = if cri {
-            crate::cri::settings(self, dir)
+            crate::cri::settings(self, dir) + &self.nri(dir)
         } else {
+            // its socket is the machine's; only 2.x opens it unasked
+            disabled.push("io.containerd.nri.v1.nri");
             disabled.extend(names);
             String::new()
         };
-        let at = |name: &str| dir.join(name).display().to_string();
         format!(
             "version = {version}\nroot = {:?}\nstate = {:?}\ndisabled_plugins = {disabled:?}\n[grpc]\naddress = {:?}\n\
              [debug]\nlevel = \"debug\"\n[plugins.\"io.containerd.internal.v1.opt\"]\npath = {:?}\n{more}",
@@ -93,6 +97,28 @@ impl Containerd {
             at("state"),
             at("c.sock"),
             at("opt"),
+        )
+    }
+}
+
+impl Containerd {
+    /// Whether plugins can take part in what CRI does (NRI).
+    pub fn has_nri(self) -> bool {
+        self != Containerd::Debian
+    }
+
+    /// Makes it serve them by a socket below `dir`, and look for none of the machine's.
+    fn nri(self, dir: &Path) -> String {
+        if !self.has_nri() {
+            return String::new();
+        }
+        let at = |name: &str| dir.join(name).display().to_string();
+        format!(
+            "[plugins.\"io.containerd.nri.v1.nri\"]\ndisable = false\nsocket_path = {:?}\nplugin_path = {:?}\n\
+             plugin_config_path = {:?}\n",
+            at(NRI_SOCKET),
+            at("nri/plugins"),
+            at("nri/conf"),
         )
     }
 }

@@ -89,6 +89,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_promised_is_understood() {
+        for name in agent_api::mount_options::NAMES {
+            assert_eq!(parse(&[name.to_owned()]).data, "", "{name}");
+        }
+        assert_eq!(parse(&["ratime".to_owned()]).data, "ratime");
+    }
+
+    #[test]
     fn flags_data_and_propagation() {
         let words: Vec<String> = ["nosuid", "mode=755", "size=64k", "rslave", "ro", "rw"].map(String::from).into();
         let parsed = parse(&words);

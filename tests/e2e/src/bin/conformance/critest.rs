@@ -1,7 +1,12 @@
 //! One run of critest against one runtime: started, followed, and its report read.
 
 use anyhow::{Context as _, Result, bail};
-use e2e::{Runtime, containerd::client, cri::Cri, mounts};
+use e2e::{
+    Runtime,
+    containerd::{NRI_SOCKET, client},
+    cri::Cri,
+    mounts,
+};
 use nix::mount::{MsFlags, mount};
 use serde::Deserialize;
 use std::{
@@ -56,6 +61,12 @@ pub(crate) fn run(cri: &Cri<'_>, runtime: Runtime, focus: Option<&str>, folder: 
         // the order is random, but the same each time
         .args(["--ginkgo.v", "--ginkgo.no-color", "--ginkgo.seed=1", TIME_LIMIT, "--ginkgo.json-report"])
         .arg(&report)
+        .args(
+            cri.node
+                .containerd()
+                .has_nri()
+                .then(|| format!("--nri-socket={}", cri.node.dir().join(NRI_SOCKET).display())),
+        )
         .args(focus.map(|focus| format!("--ginkgo.focus={focus}")))
         .env("TMPDIR", &temporary)
         .current_dir(&temporary)
