@@ -261,7 +261,7 @@ impl Sandbox {
         }
         if process.exit().is_some() {
             // what was written before the exit is delivered before the process is forgotten
-            process.output_done().await;
+            process.output.before_the_delete().await;
         }
         if let Some(exec) = &name.exec {
             container.remove(exec);
