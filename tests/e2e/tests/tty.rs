@@ -118,9 +118,17 @@ fn exec_with_a_terminal() -> Result<()> {
             shell.send("stty size; test -t 0 && echo tty-$((1 + 1))\r")?;
             shell.expect("24 80\n", SOON)?;
             shell.expect("tty-2\n", SOON)?;
-            shell.resize(30, 99)?;
             shell.send("while [ \"$(stty size)\" != '30 99' ]; do sleep 0.02; done; echo now-$((1 + 2))\r")?;
-            shell.expect("now-3\n", SOON)?;
+            // ctr looks at its window's size only from some time after the shell's first output on
+            for left in (0..5).rev() {
+                shell.resize(30, 100)?;
+                shell.resize(30, 99)?;
+                match shell.expect("now-3\n", Duration::from_secs(2)) {
+                    Err(error) if left == 0 => return Err(error),
+                    Err(_) => {}
+                    Ok(_) => break,
+                }
+            }
             shell.send("exit 7\r")?;
             let (code, _) = shell.finish(SOON)?;
             ensure!(code == 7, "{runtime:?}: exit code {code} instead of 7");

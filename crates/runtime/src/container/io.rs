@@ -1,6 +1,8 @@
 //! A process's streams: from the guest to containerd's named pipes and back, a chunk at a time, so that a slow reader
 //! slows the writer and nothing is held in between. Output ends at the guest's end of file, never at the exit.
 
+use std::io;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -10,6 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 
 use super::Process;
+use super::output::{Deletion, Output};
 use crate::Error;
 use crate::agent_client::AgentClient;
 
@@ -53,23 +56,31 @@ pub(crate) fn start(agent: &AgentClient, process: &Arc<Process>, pipes: Pipes) {
     }
     let (agent, process) = (agent.clone(), Arc::clone(process));
     tokio::spawn(async move {
-        tokio::join!(
-            copy_out(&agent, &process, pipes.stdout, Output::Stdout),
-            copy_out(&agent, &process, pipes.stderr, Output::Stderr)
-        );
-        process.output_is_done();
+        let copied = async {
+            tokio::join!(
+                copy_out(&agent, &process, pipes.stdout, Stream::Stdout),
+                copy_out(&agent, &process, pipes.stderr, Stream::Stderr)
+            )
+        };
+        tokio::select! {
+            _ = copied => {}
+            // a child of a deleted exec may have its output for as long as the container lives
+            () = process.output.deletion(Deletion::Done) => {}
+        }
+        process.output.is_done();
     });
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Output {
+enum Stream {
     Stdout,
     Stderr,
 }
 
-async fn copy_out(agent: &AgentClient, process: &Process, mut to: Option<pipe::Sender>, which: Output) {
+async fn copy_out(agent: &AgentClient, process: &Process, to: Option<pipe::Sender>, which: Stream) {
+    let mut to = to.map(Outlet::Patient);
     // a terminal has one output; and without a reader the guest's pipe must be emptied all the same
-    if which == Output::Stderr && process.stdio.terminal {
+    if which == Stream::Stderr && process.stdio.terminal {
         return;
     }
     let request = ReadStreamRequest {
@@ -82,8 +93,8 @@ async fn copy_out(agent: &AgentClient, process: &Process, mut to: Option<pipe::S
         let answer = agent
             .call_within("reading output", None, |client, context| async {
                 match which {
-                    Output::Stdout => client.read_stdout(context, &request).await,
-                    Output::Stderr => client.read_stderr(context, &request).await,
+                    Stream::Stdout => client.read_stdout(context, &request).await,
+                    Stream::Stderr => client.read_stderr(context, &request).await,
                 }
             })
             .await;
@@ -92,12 +103,45 @@ async fn copy_out(agent: &AgentClient, process: &Process, mut to: Option<pipe::S
             // the end, or a process that is no more
             _ => break,
         };
-        if let Some(pipe) = &mut to
-            && let Err(error) = pipe.write_all(&data).await
+        process.output.hold();
+        if let Some(outlet) = &mut to
+            && let Err(error) = outlet.pass_on(&data, &process.output).await
         {
             tracing::debug!(%error, "output pipe");
             to = None;
         }
+        process.output.let_go();
+    }
+}
+
+/// The host's end of an output pipe.
+enum Outlet {
+    /// Open for reading too, so that a reader may come late or again.
+    Patient(pipe::Sender),
+    /// Not any more: without a reader a write fails.
+    Last(pipe::Sender),
+}
+
+impl Outlet {
+    async fn pass_on(&mut self, mut data: &[u8], output: &Output) -> io::Result<()> {
+        while !data.is_empty() {
+            let count = match self {
+                Self::Last(pipe) => pipe.write(data).await?,
+                Self::Patient(pipe) => tokio::select! {
+                    biased;
+                    count = pipe.write(data) => count?,
+                    () = output.deletion(Deletion::Asked) => {
+                        // the same pipe once more, whatever has become of its name
+                        let same = format!("/proc/self/fd/{}", pipe.as_raw_fd());
+                        *self = Self::Last(pipe::OpenOptions::new().open_sender(same)?);
+                        continue;
+                    }
+                },
+            };
+            output.pass(count);
+            data = data.get(count..).unwrap_or_default();
+        }
+        Ok(())
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub(crate) mod create;
 pub(crate) mod io;
+mod output;
 mod process;
 pub(crate) mod spec;
 

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use agent_api::oci;
 use tokio::sync::watch;
 
+use super::output::Output;
 use crate::{ContainerId, Error, ExecId};
 
 /// Names a process: a container's first, or an exec.
@@ -81,8 +82,8 @@ pub(crate) struct Process {
     pub(crate) spec: Option<oci::Process>,
     status: Mutex<Status>,
     exit: watch::Sender<Option<Exit>>,
-    /// `true` when all output has been delivered.
-    drained: watch::Sender<bool>,
+    /// How far its output is.
+    pub(crate) output: Output,
     /// Ends the copying of its input.
     pub(crate) close_stdin: tokio::sync::Notify,
 }
@@ -95,7 +96,7 @@ impl Process {
             spec,
             status: Mutex::new(Status::Created),
             exit: watch::Sender::new(None),
-            drained: watch::Sender::new(false),
+            output: Output::default(),
             close_stdin: tokio::sync::Notify::new(),
         }
     }
@@ -139,7 +140,7 @@ impl Process {
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
         // its output is read from the start on; nobody would ever say that there is no more
         if *status == Status::Created {
-            self.output_is_done();
+            self.output.is_done();
         }
         *status = Status::Stopped;
         first.then_some(exit)
@@ -151,14 +152,6 @@ impl Process {
 
     pub(crate) async fn wait(&self) -> Option<Exit> {
         self.exit.subscribe().wait_for(Option::is_some).await.ok().and_then(|exit| *exit)
-    }
-
-    pub(crate) fn output_is_done(&self) {
-        self.drained.send_replace(true);
-    }
-
-    pub(crate) async fn output_done(&self) {
-        let _ = self.drained.subscribe().wait_for(|done| *done).await;
     }
 }
 
@@ -195,18 +188,13 @@ mod tests {
 
     #[test]
     fn the_output_of_what_was_never_started_is_complete() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
-        let delivered = |process: Process| {
-            let soon = std::time::Duration::from_millis(10);
-            runtime.block_on(async { tokio::time::timeout(soon, process.output_done()).await.is_ok() })
-        };
         let unborn = process();
         unborn.ended(137);
-        assert!(delivered(unborn));
+        assert!(unborn.output.done());
         let quick = process();
         quick.advance(Status::Running).expect("started");
         quick.ended(0);
-        assert!(!delivered(quick), "what it wrote may still be on its way");
+        assert!(!quick.output.done(), "what it wrote may still be on its way");
     }
 
     proptest! {

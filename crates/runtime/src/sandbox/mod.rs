@@ -261,11 +261,8 @@ impl Sandbox {
             return Err(Error::WrongState(format!("cannot delete a {} process", process.status().name())));
         }
         if process.exit().is_some() {
-            // what was written before the exit is delivered before the process is forgotten; but a client that has gone
-            // without reading it must not keep the process for ever
-            if tokio::time::timeout(OUTPUT_LIMIT, process.output_done()).await.is_err() {
-                tracing::warn!(container = %name.container, "nobody reads the last of the output");
-            }
+            // what was written before the exit is delivered before the process is forgotten
+            process.output.before_the_delete().await;
         }
         if let Some(exec) = &name.exec {
             container.remove(exec);
@@ -459,10 +456,6 @@ impl Sandbox {
         self.container(&name.container)?.process(name)
     }
 }
-
-/// How long the last of a process's output may wait for its reader once the process is to be deleted (runc's shim gives
-/// it 2 s).
-const OUTPUT_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the guest may take to write its caches back before its VM is ended.
 const GOODBYE: Duration = Duration::from_secs(5);

@@ -28,7 +28,10 @@ pub(super) fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
             })
             .await;
         let status = match answer {
-            Ok(answer) => answer.status as u32,
+            Ok(answer) => {
+                process.output.before_the_exit().await;
+                answer.status as u32
+            }
             Err(error) => {
                 tracing::error!(container = %process.name.container, %error, "the process is lost");
                 LOST
