@@ -1,18 +1,21 @@
 //! A process's streams: from the guest to containerd's named pipes and back, a chunk at a time, so that a slow reader
 //! slows the writer and nothing is held in between. Output ends at the guest's end of file, never at the exit.
+#![allow(unsafe_code, reason = "asking a pipe how full it is")]
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use agent_api::agent::{CloseStdinRequest, ReadStreamRequest, WriteStreamRequest};
 use agent_api::limits::STREAM_CHUNK;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 
 use super::Process;
-use super::output::{Deletion, Output};
+use super::output::{Deletion, Output, QUIET};
 use crate::Error;
 use crate::agent_client::AgentClient;
 
@@ -112,6 +115,9 @@ async fn copy_out(agent: &AgentClient, process: &Process, to: Option<pipe::Sende
         }
         process.output.let_go();
     }
+    if let Some(outlet) = to {
+        outlet.emptied(&process.output).await;
+    }
 }
 
 /// The host's end of an output pipe.
@@ -131,9 +137,7 @@ impl Outlet {
                     biased;
                     count = pipe.write(data) => count?,
                     () = output.deletion(Deletion::Asked) => {
-                        // the same pipe once more, whatever has become of its name
-                        let same = format!("/proc/self/fd/{}", pipe.as_raw_fd());
-                        *self = Self::Last(pipe::OpenOptions::new().open_sender(same)?);
+                        *self = Self::Last(write_only(pipe)?);
                         continue;
                     }
                 },
@@ -143,6 +147,55 @@ impl Outlet {
         }
         Ok(())
     }
+
+    /// Until the reader has taken everything, if there is one: `ctr` of containerd 1.7 and later closes its end when it
+    /// hears of the exit, and what is still in the pipe is lost then.
+    async fn emptied(self, output: &Output) {
+        let Ok(pipe) = (match self {
+            Self::Last(pipe) => Ok(pipe),
+            Self::Patient(pipe) => write_only(&pipe),
+        }) else {
+            return;
+        };
+        let emptied = async {
+            let (mut left, mut moved) = (unread(&pipe), Instant::now());
+            while left > 0 && has_reader(&pipe) && moved.elapsed() < QUIET {
+                // the kernel tells a writer that there is room, not that nothing is left
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                let now = unread(&pipe);
+                if now < left {
+                    output.pass(left - now);
+                    moved = Instant::now();
+                }
+                left = now;
+            }
+        };
+        tokio::select! {
+            () = emptied => {}
+            // what is in the pipe stays there for its reader
+            () = output.deletion(Deletion::Asked) => {}
+        }
+    }
+}
+
+/// The same pipe once more, whatever has become of its name.
+fn write_only(pipe: &pipe::Sender) -> io::Result<pipe::Sender> {
+    pipe::OpenOptions::new().open_sender(format!("/proc/self/fd/{}", pipe.as_raw_fd()))
+}
+
+/// Bytes in the pipe.
+fn unread(pipe: &pipe::Sender) -> usize {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD writes an int, and the descriptor is open for as long as `pipe` is borrowed.
+    let done = unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut count) };
+    if done == 0 { usize::try_from(count).unwrap_or_default() } else { 0 }
+}
+
+/// Whether anybody has the other end open; `pipe` must not have it itself.
+fn has_reader(pipe: &pipe::Sender) -> bool {
+    let mut asked = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
+    poll(&mut asked, PollTimeout::ZERO).is_ok()
+        && !asked[0].revents().is_some_and(|told| told.contains(PollFlags::POLLERR))
 }
 
 async fn copy_in(agent: AgentClient, process: Arc<Process>, mut from: pipe::Receiver) {
@@ -202,4 +255,60 @@ async fn write(agent: &AgentClient, process: &Process, mut data: &[u8]) -> Resul
         data = &data[taken..];
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    /// Named pipe, its reader, and what the shim opens.
+    fn open(folder: &Path) -> (std::fs::File, pipe::Sender) {
+        let path = folder.join("stdout");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("made");
+        let ours = pipe::OpenOptions::new().read_write(true).open_sender(&path).expect("opened");
+        (std::fs::File::open(&path).expect("opened"), ours)
+    }
+
+    fn run<F: Future>(work: F) -> F::Output {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(work)
+    }
+
+    #[test]
+    fn a_stream_ends_when_its_reader_has_taken_everything() {
+        let folder = tempfile::tempdir().expect("a folder");
+        run(async {
+            let (mut reader, ours) = open(folder.path());
+            let output = Output::default();
+            let mut outlet = Outlet::Patient(ours);
+            outlet.pass_on(&[7; 1000], &output).await.expect("written");
+            let mut emptied = std::pin::pin!(outlet.emptied(&output));
+            let soon = Duration::from_millis(50);
+            tokio::time::timeout(soon, &mut emptied).await.expect_err("nothing was read");
+            reader.read_exact(&mut [0; 1000]).expect("read");
+            tokio::time::timeout(soon, emptied).await.expect("everything was read");
+        });
+    }
+
+    #[test]
+    fn nobody_is_not_waited_for() {
+        let folder = tempfile::tempdir().expect("a folder");
+        run(async {
+            let (reader, ours) = open(folder.path());
+            drop(reader);
+            let output = Output::default();
+            let mut outlet = Outlet::Patient(ours);
+            // more than the pipe holds, so that it has to wait: for a reader to come, until the delete
+            let plenty = vec![7; 1 << 20];
+            let write = outlet.pass_on(&plenty, &output);
+            let (written, ()) = tokio::join!(write, async {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                output.before_the_delete().await;
+            });
+            assert_eq!(written.expect_err("nobody reads").kind(), io::ErrorKind::BrokenPipe);
+            let from = Instant::now();
+            outlet.emptied(&output).await;
+            assert!(from.elapsed() < QUIET);
+        });
+    }
 }

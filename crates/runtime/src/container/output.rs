@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 /// Output that has not moved for so long has either come to its end, or belongs to a child that lives on.
-const QUIET: Duration = Duration::from_millis(250);
+pub(crate) const QUIET: Duration = Duration::from_millis(250);
 
 /// The most by which the word of an exit is held back.
 const BEFORE_THE_EXIT: Duration = Duration::from_secs(2);
