@@ -143,7 +143,8 @@ impl Pod {
         let qdiscs = Invocation::new("tc", ["-n", &self.namespace, "qdisc", "show"]).output()?.ok()?.text();
         let show = |line: &str| self.ip(line).map(|text| text + "\n");
         let all = show("-o link show")? + &show("-o addr show")? + &show("route show")? + &show("-6 route show")?;
-        // the kernel makes these in its own time
+        // the kernel makes these, and says that a link is up, in its own time
+        let all = all.replace(" state UNKNOWN ", " state UP ");
         let mut lines: Vec<_> = all.lines().chain(qdiscs.lines()).filter(|line| !line.contains("fe80:")).collect();
         lines.sort_unstable();
         Ok(lines.join("\n"))
