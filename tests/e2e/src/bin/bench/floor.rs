@@ -15,10 +15,10 @@ use std::{
 const LINE: &str = "floor-user-space-up";
 
 /// The leanest q35, so that the floor is a floor.
-const MACHINE: &str = "q35,hpet=off,sata=off,smbus=off,usb=off,vmport=off,graphics=off,i8042=off";
+pub(crate) const MACHINE: &str = "q35,hpet=off,sata=off,smbus=off,usb=off,vmport=off,graphics=off,i8042=off";
 
 /// What makes this kernel boot fastest.
-const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 no_timer_check tsc=reliable rcupdate.rcu_expedited=1 \
+pub(crate) const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 no_timer_check tsc=reliable rcupdate.rcu_expedited=1 \
     cryptomgr.notests noreplace-smp pci=lastbus=0 random.trust_cpu=on nr_cpus=1";
 
 /// A program that says so, and waits to be killed with its VM.
@@ -64,7 +64,7 @@ pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> 
 }
 
 /// The accelerator that the product found to work, so that both are measured with the same.
-fn accelerator() -> &'static str {
+pub(crate) fn accelerator() -> &'static str {
     let answers = fs::read_dir("/run/kata-containers/kvm-probe").into_iter().flatten().flatten();
     // the answer and why, a file for each guest that was tried
     let is_kvm = |answer: fs::DirEntry| fs::read_to_string(answer.path()).is_ok_and(|text| text.starts_with("kvm "));

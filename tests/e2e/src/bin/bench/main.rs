@@ -4,6 +4,8 @@
 mod cost;
 mod floor;
 mod initrd;
+mod network;
+mod pod;
 mod report;
 mod sample;
 
@@ -31,6 +33,10 @@ fn main() -> Result<()> {
         cost::memory(node, rounds, &mut report)
     })?;
     cost::agent(&install, rounds, &mut report)?;
+    eprintln!("pods of Kubernetes");
+    pod::measure(rounds, &mut report)?;
+    eprintln!("the network of a pod");
+    network::measure(&install, rounds, &mut report)?;
     cost::sizes(&install, &mut report);
     report.judge();
     print!("{report}");

@@ -17,9 +17,17 @@ struct Row {
 #[derive(Debug)]
 struct Bar {
     name: &'static str,
+    side: Side,
     limit: f64,
     value: Option<f64>,
     unit: &'static str,
+}
+
+/// On which side of its limit a value is good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    AtMost,
+    AtLeast,
 }
 
 /// Everything that was measured.
@@ -42,20 +50,28 @@ impl Report {
     pub(crate) fn judge(&mut self) {
         let floor = self.rows.iter().filter(|r| r.key.starts_with("floor.")).map(|r| r.sample.median());
         let floor = floor.fold(f64::NAN, f64::min);
-        let runc = |key| self.median(key).unwrap_or(f64::NAN);
-        let start = floor * 1.25 + runc("run.runc");
-        let exec = runc("exec.runc") + 60.0;
-        let bars = [
+        let median = |key| self.median(key).unwrap_or(f64::NAN);
+        let start = floor * 1.25 + median("run.runc");
+        let exec = median("exec.runc") + 60.0;
+        let pod = median("pod.runc") + floor + 300.0;
+        let most = [
             ("start ≤ floor × 1.25 + runc's start", start, "run.kata", "ms"),
             ("exec ≤ runc's exec + 60 ms", exec, "exec.kata", "ms"),
             ("PSS of all host processes of an idle container ≤ 120 MiB", 120.0, "pss.sum", "MiB"),
             ("PSS of the shim ≤ 8 MiB", 8.0, "pss.shim", "MiB"),
             ("RSS of the agent ≤ 8 MiB", 8.0, "rss.agent", "MiB"),
             ("initrd ≤ 8 MiB", 8.0, "size.initrd", "MiB"),
+            ("pod start ≤ runc's + floor + 300 ms", pod, "pod.kata", "ms"),
+            ("TCP round trip ≤ 1.05 × raw QEMU's", median("net.trip.raw") * 1.05, "net.trip.kata", "µs"),
         ];
-        self.bars = bars
-            .into_iter()
-            .map(|(name, limit, key, unit)| Bar { name, limit, value: self.median(key), unit })
+        let least = [
+            ("TCP out of the pod ≥ 0.9 × raw QEMU's", median("net.out.raw") * 0.9, "net.out.kata", "MiB/s"),
+            ("TCP into the pod ≥ 0.9 × raw QEMU's", median("net.in.raw") * 0.9, "net.in.kata", "MiB/s"),
+        ];
+        let most = most.map(|bar| (Side::AtMost, bar));
+        let all = most.into_iter().chain(least.map(|bar| (Side::AtLeast, bar)));
+        self.bars = all
+            .map(|(side, (name, limit, key, unit))| Bar { name, side, limit, value: self.median(key), unit })
             .collect();
     }
 
@@ -79,7 +95,10 @@ impl Report {
 
 impl Bar {
     fn holds(&self) -> Option<bool> {
-        self.value.map(|v| v <= self.limit)
+        self.value.map(|v| match self.side {
+            Side::AtMost => v <= self.limit,
+            Side::AtLeast => v >= self.limit,
+        })
     }
 }
 
@@ -97,11 +116,11 @@ impl fmt::Display for Report {
         }
         writeln!(f)?;
         for bar in &self.bars {
-            let Bar { name, limit, value, unit } = bar;
-            match value {
-                Some(v) if v <= limit => writeln!(f, "PASS    {name}: {v:.1} of {limit:.1} {unit}")?,
-                Some(v) => writeln!(f, "MISSED  {name}: {v:.1} of {limit:.1} {unit}, by {:.1}", v - limit)?,
-                None => writeln!(f, "n/a     {name}: could not be measured")?,
+            let Bar { name, limit, value, unit, .. } = bar;
+            match (value, bar.holds()) {
+                (Some(v), Some(true)) => writeln!(f, "PASS    {name}: {v:.1} of {limit:.1} {unit}")?,
+                (Some(v), _) => writeln!(f, "MISSED  {name}: {v:.1} of {limit:.1} {unit}, by {:.1}", (v - limit).abs())?,
+                (None, _) => writeln!(f, "n/a     {name}: could not be measured")?,
             }
         }
         Ok(())
