@@ -29,11 +29,21 @@ pub(crate) struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes it, with its limits and its device rules.
-    pub(crate) fn create(id: &str, resources: Option<&LinuxResources>) -> Result<Self, Error> {
-        let path = PathBuf::from(ROOT).join(id);
+    /// One that has no container yet.
+    pub(crate) fn unused() -> Result<Self, Error> {
+        // no container's id has this sign
+        Self::make("+unused")
+    }
+
+    fn make(name: &str) -> Result<Self, Error> {
+        let path = PathBuf::from(ROOT).join(name);
         fs::create_dir(&path).map_err(Error::failed(format!("cgroup {}", path.display())))?;
-        let cgroup = Self { path };
+        Ok(Self { path })
+    }
+
+    /// Makes it, or takes the unused one, with its limits and its device rules.
+    pub(crate) fn create(id: &str, unused: Option<Self>, resources: Option<&LinuxResources>) -> Result<Self, Error> {
+        let cgroup = unused.map_or_else(|| Self::make(id), Ok)?;
         let none = Vec::<LinuxDeviceCgroup>::new();
         let folder = File::open(&cgroup.path).map_err(Error::failed("cgroup"))?;
         crate::device_filter::attach(folder.as_fd(), resources.map_or(&none, |all| &all.Devices))
@@ -74,14 +84,19 @@ impl Cgroup {
     /// Kills every process in it and waits until the last is gone.
     pub(crate) async fn end(&self) -> Result<(), Error> {
         use io::{Read, Seek};
-        self.freeze(false)?;
         let failed = || Error::failed("cgroup.events");
-        let events = File::open(self.path.join("cgroup.events")).map_err(failed())?;
+        let mut events = File::open(self.path.join("cgroup.events")).map_err(failed())?;
+        let mut text = String::new();
+        events.read_to_string(&mut text).map_err(failed())?;
+        if text.contains("populated 0") {
+            return Ok(());
+        }
+        self.freeze(false)?;
         // a change of `populated` is an exceptional condition of this file (cgroup-v2.rst)
         let events = crate::io::watch_changes(events).map_err(failed())?;
         self.kill()?;
         loop {
-            let mut text = String::new();
+            text.clear();
             let mut file = events.get_ref();
             file.rewind().and_then(|()| file.read_to_string(&mut text)).map_err(failed())?;
             if text.contains("populated 0") {

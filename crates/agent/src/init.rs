@@ -7,17 +7,22 @@ use std::os::unix::fs::symlink;
 
 use nix::mount::{MsFlags, mount};
 
-/// Mounts, a root that can be pivoted away from, cgroups, the loopback interface.
+const SAFE: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
+
+/// What it takes to find the host: a root that can be pivoted away from, the kernel's own file systems.
 pub(crate) fn prepare() -> io::Result<()> {
     movable_root()?;
-    let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    at("proc", "/proc", "proc", safe, "")?;
-    at("sysfs", "/sys", "sysfs", safe, "")?;
-    at("devtmpfs", "/dev", "devtmpfs", MsFlags::MS_NOSUID, "mode=0755")?;
+    at("proc", "/proc", "proc", SAFE, "")?;
+    at("sysfs", "/sys", "sysfs", SAFE, "")?;
+    at("devtmpfs", "/dev", "devtmpfs", MsFlags::MS_NOSUID, "mode=0755")
+}
+
+/// What containers need besides, before the first request: the host has been told that we are here, and is on its way.
+pub(crate) fn finish() -> io::Result<()> {
     at("devpts", "/dev/pts", "devpts", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, "mode=0620,ptmxmode=0666")?;
-    at("tmpfs", "/dev/shm", "tmpfs", safe, "mode=1777")?;
+    at("tmpfs", "/dev/shm", "tmpfs", SAFE, "mode=1777")?;
     at("tmpfs", "/run", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=0755")?;
-    at("cgroup2", "/sys/fs/cgroup", "cgroup2", safe, "")?;
+    at("cgroup2", "/sys/fs/cgroup", "cgroup2", SAFE, "")?;
     crate::cgroup::delegate()?;
     fs::create_dir_all(agent_api::paths::CONTAINERS)?;
     for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")] {

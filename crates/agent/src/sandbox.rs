@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use agent_api::agent as api;
 use agent_api::limits;
 
+use crate::cgroup::Cgroup;
 use crate::container::{Container, Plan};
 use crate::error::Error;
 use crate::oom::OomWatch;
@@ -24,6 +25,8 @@ pub(crate) struct Sandbox {
     first: Mutex<Option<Arc<Process>>>,
     /// Mount points of the sandbox that have caches to be written back.
     mounts: Mutex<Vec<String>>,
+    /// For the first container.
+    cgroup: Mutex<Option<Cgroup>>,
 }
 
 /// Ids become folder names.
@@ -43,8 +46,8 @@ pub(crate) fn check_id(kind: &str, id: &str) -> Result<(), Error> {
 
 impl Sandbox {
     pub(crate) fn new(reaper: Reaper, oom: OomWatch) -> Self {
-        let (containers, hostname, first, mounts) = Default::default();
-        Self { reaper, oom, containers, hostname, first, mounts }
+        let (containers, hostname, first, mounts, cgroup) = Default::default();
+        Self { reaper, oom, containers, hostname, first, mounts, cgroup }
     }
 
     fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
@@ -71,12 +74,22 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Makes ahead what the first container will need, while the host has still to ask for it: a kernel takes its time
+    /// for the first of everything.
+    pub(crate) fn prepare(&self) {
+        if self.containers().is_empty() {
+            // without one the container makes its own, and says why it can't
+            *self.cgroup.lock().unwrap_or_else(PoisonError::into_inner) = Cgroup::unused().ok();
+        }
+    }
+
     /// Ends every container and unmounts what has caches, so that everything written is on the host.
     ///
     /// Not virtio-fs, and no sync(2): it writes through, also for memory maps when they end (the kernel's fs/fuse), and
     /// asking it to sync makes the host write back the dirty data of everybody: seconds on a busy one.
     pub(crate) async fn destroy(&self) {
-        let all: Vec<_> = self.containers().drain().filter_map(|(_, container)| container).collect();
+        // they stay known: nothing is removed that goes with the machine
+        let all: Vec<_> = self.containers().values().flatten().cloned().collect();
         for container in all {
             if let Err(error) = container.end().await {
                 crate::log::warn(&error.to_string());
@@ -120,6 +133,7 @@ impl Sandbox {
             holder: request.namespace_holder,
             pids_of,
             submounts: request.submounts,
+            cgroup: self.cgroup.lock().unwrap_or_else(PoisonError::into_inner).take(),
         };
         let made = self.make(&id, plan, &request.storages).await;
         let mut containers = self.containers();

@@ -19,6 +19,7 @@ use async_trait::async_trait;
 
 use crate::error::Error;
 use crate::guest;
+use crate::init;
 use crate::io::Output;
 use crate::network::Network;
 use crate::oom::OomWatch;
@@ -28,17 +29,22 @@ use crate::reaper::Reaper;
 use crate::sandbox::Sandbox;
 use crate::transport;
 
+/// How often the runtime has been through its tasks when an answer has certainly been written.
+const ROUNDS_OF_AN_ANSWER: u32 = 8;
+
 type Rpc<T> = ttrpc::Result<T>;
 
 /// Serves for as long as the machine runs. Whoever started the machine ends it: after `DestroySandbox` everything is on
 /// the host, and a machine that switched itself off could do so before its answer is out.
 pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Error> {
+    // first of all, so that the host's answer and the rest of our start pass at the same time
+    let listener = transport::listen(params).map_err(Error::failed("the agent's channel"))?;
+    init::finish().map_err(Error::failed("preparing the guest"))?;
     transport::serve_log(params);
     let reaper = Reaper::start().map_err(Error::failed("reaper"))?;
     let oom = OomWatch::start().map_err(Error::failed("memory watch"))?;
     let sandbox = Arc::new(Sandbox::new(reaper, oom));
     let service = Arc::new(Service { sandbox, network: OnceLock::new(), hotplug_timeout: params.hotplug_timeout });
-    let listener = transport::listen(params).map_err(Error::failed("the agent's channel"))?;
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(create_agent_service(service))
@@ -86,6 +92,14 @@ impl Service {
 impl AgentService for Service {
     async fn create_sandbox(&self, _: &TtrpcContext, request: api::CreateSandboxRequest) -> Rpc<Empty> {
         self.sandbox.create(&request)?;
+        let sandbox = Arc::clone(&self.sandbox);
+        tokio::spawn(async move {
+            // the answer goes out first
+            for _ in 0..ROUNDS_OF_AN_ANSWER {
+                tokio::task::yield_now().await;
+            }
+            sandbox.prepare();
+        });
         Ok(Empty::new())
     }
 

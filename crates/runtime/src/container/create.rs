@@ -5,6 +5,7 @@ use std::sync::Arc;
 use agent_api::agent::CreateContainerRequest;
 use oci_spec::runtime::Spec;
 
+use super::io::Outputs;
 use super::process::Process;
 use super::{Container, ContainerSpec, ProcessRef, spec};
 use crate::Error;
@@ -102,8 +103,9 @@ pub(crate) async fn create(
     from: &ContainerSpec,
     prepared: Prepared,
     limit: std::time::Duration,
-) -> Result<Container, Error> {
+) -> Result<(Container, Outputs), Error> {
     let Prepared { request, shared, hooks } = prepared;
+    let outputs = Outputs::open(&from.stdio)?;
     if let Err(error) = hooks.create(pid).await {
         hooks.hide();
         return Err(error);
@@ -119,7 +121,7 @@ pub(crate) async fn create(
     }
     let name = ProcessRef { container: from.id.clone(), exec: None };
     let init = Arc::new(Process::new(name, from.stdio.clone(), None));
-    Ok(Container::new(from.bundle.clone(), init, shared, hooks))
+    Ok((Container::new(from.bundle.clone(), init, shared, hooks), outputs))
 }
 
 /// Takes a container's parts out of the share. Goes on past errors: the sandbox's journal has the whole folder.

@@ -14,24 +14,22 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 
-use super::Process;
 use super::output::{Deletion, Output, QUIET};
+use super::{Process, Stdio};
 use crate::Error;
 use crate::agent_client::AgentClient;
 
-/// The host's ends of a process's streams, open.
+/// The host's ends of a process's outputs, open.
 #[derive(Debug)]
-pub(crate) struct Pipes {
-    stdin: Option<pipe::Receiver>,
+pub(crate) struct Outputs {
     stdout: Option<pipe::Sender>,
     stderr: Option<pipe::Sender>,
 }
 
-impl Pipes {
-    /// Opens what is named. Output pipes are opened for reading too, so that a client that goes away and comes back
-    /// finds its stream, and a client that is late is waited for (as runc's shim does).
-    pub(crate) fn open(process: &Process) -> Result<Self, Error> {
-        let stdio = &process.stdio;
+impl Outputs {
+    /// Opens what is named, for reading too, so that a client that goes away and comes back finds its stream, and a
+    /// client that is late is waited for (as runc's shim does).
+    pub(crate) fn open(stdio: &Stdio) -> Result<Self, Error> {
         let out = |path: &str| match path {
             "" => Ok(None),
             path => pipe::OpenOptions::new()
@@ -40,38 +38,52 @@ impl Pipes {
                 .map(Some)
                 .map_err(Error::host(format!("named pipe {path}"))),
         };
-        let stdin = match stdio.stdin.as_str() {
+        Ok(Self { stdout: out(&stdio.stdout)?, stderr: if stdio.terminal { None } else { out(&stdio.stderr)? } })
+    }
+
+    /// Copies until both have ended, then says so in `process`.
+    pub(crate) fn copy(self, agent: &AgentClient, process: &Arc<Process>) {
+        let (agent, process) = (agent.clone(), Arc::clone(process));
+        tokio::spawn(async move {
+            let copied = async {
+                tokio::join!(
+                    copy_out(&agent, &process, self.stdout, Stream::Stdout),
+                    copy_out(&agent, &process, self.stderr, Stream::Stderr)
+                )
+            };
+            tokio::select! {
+                _ = copied => {}
+                // a child of a deleted exec may have its output for as long as the container lives
+                () = process.output.deletion(Deletion::Done) => {}
+            }
+            process.output.is_done();
+        });
+    }
+}
+
+/// The host's end of a process's input, open.
+#[derive(Debug)]
+pub(crate) struct Input(Option<pipe::Receiver>);
+
+impl Input {
+    /// Opens it, if it is named.
+    pub(crate) fn open(stdio: &Stdio) -> Result<Self, Error> {
+        Ok(Self(match stdio.stdin.as_str() {
             "" => None,
             path => Some(
                 pipe::OpenOptions::new()
                     .open_receiver(Path::new(path))
                     .map_err(Error::host(format!("named pipe {path}")))?,
             ),
-        };
-        Ok(Self { stdin, stdout: out(&stdio.stdout)?, stderr: if stdio.terminal { None } else { out(&stdio.stderr)? } })
+        }))
     }
-}
 
-/// Copies until both outputs have ended, then says so in `process`.
-pub(crate) fn start(agent: &AgentClient, process: &Arc<Process>, pipes: Pipes) {
-    if let Some(stdin) = pipes.stdin {
-        tokio::spawn(copy_in(agent.clone(), Arc::clone(process), stdin));
-    }
-    let (agent, process) = (agent.clone(), Arc::clone(process));
-    tokio::spawn(async move {
-        let copied = async {
-            tokio::join!(
-                copy_out(&agent, &process, pipes.stdout, Stream::Stdout),
-                copy_out(&agent, &process, pipes.stderr, Stream::Stderr)
-            )
-        };
-        tokio::select! {
-            _ = copied => {}
-            // a child of a deleted exec may have its output for as long as the container lives
-            () = process.output.deletion(Deletion::Done) => {}
+    /// Copies until it ends, or the process.
+    pub(crate) fn copy(self, agent: &AgentClient, process: &Arc<Process>) {
+        if let Some(stdin) = self.0 {
+            tokio::spawn(copy_in(agent.clone(), Arc::clone(process), stdin));
         }
-        process.output.is_done();
-    });
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

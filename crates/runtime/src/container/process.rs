@@ -82,6 +82,8 @@ pub(crate) struct Process {
     pub(crate) spec: Option<oci::Process>,
     status: Mutex<Status>,
     exit: watch::Sender<Option<Exit>>,
+    /// Held while it is being started: its end is told after its start.
+    pub(crate) starting: tokio::sync::Mutex<()>,
     /// How far its output is.
     pub(crate) output: Output,
     /// Ends the copying of its input.
@@ -96,6 +98,7 @@ impl Process {
             spec,
             status: Mutex::new(Status::Created),
             exit: watch::Sender::new(None),
+            starting: tokio::sync::Mutex::default(),
             output: Output::default(),
             close_stdin: tokio::sync::Notify::new(),
         }
@@ -138,7 +141,7 @@ impl Process {
             first
         });
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
-        // its output is read from the start on; nobody would ever say that there is no more
+        // an exec's output is read from the start on; nobody would ever say that there is no more
         if *status == Status::Created {
             self.output.is_done();
         }

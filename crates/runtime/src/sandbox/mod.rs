@@ -94,8 +94,10 @@ impl Sandbox {
         let made = self.make(&from).await;
         let mut containers = self.containers();
         match made {
-            Ok(container) => {
+            Ok((container, outputs)) => {
+                let init = Arc::clone(&container.init);
                 containers.insert(from.id, Slot::Made(Arc::new(container)));
+                watch::process(&self.0, init, outputs);
                 Ok(())
             }
             Err(error) => {
@@ -105,7 +107,7 @@ impl Sandbox {
         }
     }
 
-    async fn make(&self, from: &ContainerSpec) -> Result<Container, Error> {
+    async fn make(&self, from: &ContainerSpec) -> Result<(Container, io::Outputs), Error> {
         let oci = spec::read(&from.bundle)?;
         let keep_seccomp = !self.0.env.config.runtime.disable_guest_seccomp;
         // the host's side is held for the host's part only: a guest that does not answer must not hold up the stop
@@ -136,10 +138,12 @@ impl Sandbox {
     /// [`Error::WrongState`] unless it is created; or what the guest said.
     pub async fn start_process(&self, name: &ProcessRef) -> Result<(), Error> {
         let process = self.process(name)?;
+        let starting = process.starting.lock().await;
         if process.status() != Status::Created {
             return Err(Error::WrongState(format!("cannot start a {} process", process.status().name())));
         }
-        let pipes = io::Pipes::open(&process)?;
+        let input = io::Input::open(&process.stdio)?;
+        let outputs = name.exec.is_some().then(|| io::Outputs::open(&process.stdio)).transpose()?;
         match &process.spec {
             None => {
                 let request =
@@ -167,8 +171,11 @@ impl Sandbox {
             }
         }
         process.advance(Status::Running)?;
-        io::start(&self.0.agent, &process, pipes);
-        watch::exit(&self.0, process);
+        drop(starting);
+        input.copy(&self.0.agent, &process);
+        if let Some(outputs) = outputs {
+            watch::process(&self.0, process, outputs);
+        }
         if name.exec.is_none() {
             self.container(&name.container)?.hooks.started(self.0.pid).await;
         }
@@ -218,12 +225,8 @@ impl Sandbox {
         self.0
             .agent
             .call("sending a signal", |client, context| async { client.signal_process(context, &request).await })
-            .await?;
-        // a container that was never started has nobody who waits for it
-        if process.status() == Status::Created {
-            watch::exit(&self.0, process);
-        }
-        Ok(())
+            .await
+            .map(drop)
     }
 
     /// Waits until the process has ended.
@@ -263,6 +266,10 @@ impl Sandbox {
         if process.exit().is_some() {
             // what was written before the exit is delivered before the process is forgotten
             process.output.before_the_delete().await;
+        }
+        if process.status() == Status::Created {
+            // what never ran does not end either: nobody is told
+            process.ended(0);
         }
         if let Some(exec) = &name.exec {
             container.remove(exec);

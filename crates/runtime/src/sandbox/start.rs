@@ -16,6 +16,7 @@ use crate::agent_channel::AgentChannel;
 use crate::agent_client::{AgentClient, VmWatch};
 use crate::cgroup::{HostCgroup, Members};
 use crate::cleanup::RunDir;
+use crate::container::io::Outputs;
 use crate::container::{ContainerSpec, create, spec};
 use crate::pod::{Limits, Role};
 use crate::storage::share::Share;
@@ -43,9 +44,10 @@ impl Sandbox {
             () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
         };
         match booted {
-            Ok(Booted { vm, share, agent, container, network, forwarding, shm }) => {
+            Ok(Booted { vm, share, agent, container, outputs, network, forwarding, shm }) => {
                 let pid = vm.pid();
                 let following = network.follow(&agent, &vm);
+                let init = Arc::clone(&container.init);
                 let containers = HashMap::from([(first.id.clone(), Slot::Made(Arc::new(container)))]);
                 let inner = Arc::new(Inner {
                     env,
@@ -56,6 +58,7 @@ impl Sandbox {
                     shm,
                     host: tokio::sync::Mutex::new(Some(Host { vm, share, run, forwarding, following })),
                 });
+                watch::process(&inner, init, outputs);
                 watch::virtiofsd(&inner).await;
                 watch::memory(&inner);
                 trace.step("created");
@@ -77,6 +80,7 @@ struct Booted {
     share: Share,
     agent: AgentClient,
     container: crate::container::Container,
+    outputs: Outputs,
     network: network::PodNetwork,
     forwarding: Option<network::Forwarding>,
     shm: Option<Shm>,
@@ -140,12 +144,12 @@ async fn boot(
             trace.step("network-configured");
         }
         let limit = env.config.runtime.create_container_timeout;
-        let container = create::create(&agent, pid, first, prepared, limit).await?;
+        let (container, outputs) = create::create(&agent, pid, first, prepared, limit).await?;
         trace.step("container-created");
-        Ok::<_, Error>((agent, container))
+        Ok::<_, Error>((agent, container, outputs))
     };
     let mut daemon = share.daemon.exit();
-    let ((agent, container), ()) = tokio::select! {
+    let ((agent, container, outputs), ()) = tokio::select! {
         biased;
         made = async { tokio::try_join!(guest, counted) } => made?,
         end = daemon.wait_for(Option::is_some) => {
@@ -154,7 +158,7 @@ async fn boot(
         }
     };
     let forwarding = if role == Role::Sandbox { network::forward(oci, &agent) } else { None };
-    Ok(Booted { vm: vm.into(), share, agent, container, network, forwarding, shm })
+    Ok(Booted { vm: vm.into(), share, agent, container, outputs, network, forwarding, shm })
 }
 
 /// Where the pod counts on the host; `None` for one that names no place.

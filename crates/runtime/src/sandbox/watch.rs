@@ -7,13 +7,21 @@ use agent_api::agent as api;
 
 use super::{Event, Inner, Slot};
 use crate::container::Process;
+use crate::container::io::Outputs;
 use crate::{ContainerId, Error};
 
 /// Exit status of a process whose VM is gone (what containerd uses when it does not know).
 const LOST: u32 = 255;
 
+/// Copies its output and tells its end. For a container's first process that begins before the start, which then has
+/// less to wait for.
+pub(super) fn process(inner: &Arc<Inner>, process: Arc<Process>, outputs: Outputs) {
+    outputs.copy(&inner.agent, &process);
+    exit(inner, process);
+}
+
 /// Waits for the end of `process` and tells it. The end of the VM is the end of every process in it.
-pub(super) fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
+fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
     let inner = Arc::clone(inner);
     tokio::spawn(async move {
         let request = api::WaitProcessRequest {
@@ -33,10 +41,14 @@ pub(super) fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
                 answer.status as u32
             }
             Err(error) => {
-                tracing::error!(container = %process.name.container, %error, "the process is lost");
+                if process.exit().is_none() {
+                    tracing::error!(container = %process.name.container, %error, "the process is lost");
+                }
                 LOST
             }
         };
+        // a quick one ends before the answer to its start has been seen
+        drop(process.starting.lock().await);
         if let Some(exit) = process.ended(status) {
             let _ = inner.events.send(Event::Exit(process.name.clone(), exit));
         }

@@ -227,7 +227,18 @@ impl RawVm {
         let network = format!("tap,id=net0,ifname={tap},script=no,downscript=no,vhost=off");
         let device = "virtio-net-pci,netdev=net0,romfile=,mac=02:00:00:00:00:63";
         let process = Command::new("qemu-system-x86_64")
-            .args(["-machine", floor::MACHINE, "-accel", floor::accelerator(), "-cpu", "max", "-smp", "1", "-m", "2048"])
+            .args([
+                "-machine",
+                floor::MACHINE,
+                "-accel",
+                floor::accelerator(),
+                "-cpu",
+                "max",
+                "-smp",
+                "1",
+                "-m",
+                "2048",
+            ])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .args(["-netdev", &network, "-device", device])
             .args(["-append", &format!("{} -- {words}", floor::PARAMETERS)])

@@ -119,7 +119,9 @@ impl fmt::Display for Report {
             let Bar { name, limit, value, unit, .. } = bar;
             match (value, bar.holds()) {
                 (Some(v), Some(true)) => writeln!(f, "PASS    {name}: {v:.1} of {limit:.1} {unit}")?,
-                (Some(v), _) => writeln!(f, "MISSED  {name}: {v:.1} of {limit:.1} {unit}, by {:.1}", (v - limit).abs())?,
+                (Some(v), _) => {
+                    writeln!(f, "MISSED  {name}: {v:.1} of {limit:.1} {unit}, by {:.1}", (v - limit).abs())?
+                }
                 (None, _) => writeln!(f, "n/a     {name}: could not be measured")?,
             }
         }
