@@ -79,6 +79,17 @@ struct Host {
     following: Option<crate::network::Following>,
 }
 
+impl Inner {
+    /// Whether the guest has processes that have not told their end.
+    fn has_running(&self) -> bool {
+        let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
+        containers.values().any(|slot| match slot {
+            Slot::Making => true,
+            Slot::Made(container) => container.init.exit().is_none(),
+        })
+    }
+}
+
 impl Sandbox {
     /// The VMM's process id: what containerd gets for every process, since the guest's ids mean nothing on the host.
     pub fn pid(&self) -> u32 {

@@ -8,14 +8,16 @@ use agent_api::agent as api;
 use super::{GOODBYE, Inner};
 use crate::Error;
 
-/// The guest writes its caches back, the VM ends, the journal is undone.
+/// What still runs in the guest is ended there, so that its files are whole; the VM ends; the journal is undone.
+///
+/// A guest in which nothing runs has nothing to say: it writes through to virtio-fs, also memory maps when their process
+/// ends (the kernel's fs/fuse), and a process that has ended has told so after that.
 pub(super) async fn stop(inner: &Arc<Inner>) -> Result<(), Error> {
     let Some(mut host) = inner.host.lock().await.take() else { return Ok(()) };
     if let Some(forwarding) = host.forwarding.take() {
         forwarding.stop().await;
     }
-    let alive = host.vm.exit().borrow().is_none();
-    if alive {
+    if host.vm.exit().borrow().is_none() && inner.has_running() {
         let goodbye = inner
             .agent
             .call_within("saying goodbye to the guest", Some(GOODBYE), |client, context| async {
@@ -26,12 +28,12 @@ pub(super) async fn stop(inner: &Arc<Inner>) -> Result<(), Error> {
             tracing::warn!(%error, "the guest did not end by itself");
         }
     }
-    // the answer says that everything is on the host: there is nothing to wait for
-    host.vm.stop(Duration::ZERO).await?;
+    // everything is on the host: there is nothing to wait for
+    let (ended, ()) = tokio::join!(host.vm.stop(Duration::ZERO), host.share.daemon.stop(Duration::ZERO));
+    ended?;
     if let Some(following) = host.following.take() {
         following.end().await;
     }
-    host.share.daemon.stop(Duration::ZERO).await;
     let run = host.run;
     tokio::task::spawn_blocking(move || run.undo())
         .await
