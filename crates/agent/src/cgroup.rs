@@ -29,21 +29,11 @@ pub(crate) struct Cgroup {
 }
 
 impl Cgroup {
-    /// One that has no container yet.
-    pub(crate) fn unused() -> Result<Self, Error> {
-        // no container's id has this sign
-        Self::make("+unused")
-    }
-
-    fn make(name: &str) -> Result<Self, Error> {
-        let path = PathBuf::from(ROOT).join(name);
+    /// Makes it, with its limits and its device rules.
+    pub(crate) fn create(id: &str, resources: Option<&LinuxResources>) -> Result<Self, Error> {
+        let path = PathBuf::from(ROOT).join(id);
         fs::create_dir(&path).map_err(Error::failed(format!("cgroup {}", path.display())))?;
-        Ok(Self { path })
-    }
-
-    /// Makes it, or takes the unused one, with its limits and its device rules.
-    pub(crate) fn create(id: &str, unused: Option<Self>, resources: Option<&LinuxResources>) -> Result<Self, Error> {
-        let cgroup = unused.map_or_else(|| Self::make(id), Ok)?;
+        let cgroup = Self { path };
         let none = Vec::<LinuxDeviceCgroup>::new();
         let folder = File::open(&cgroup.path).map_err(Error::failed("cgroup"))?;
         crate::device_filter::attach(folder.as_fd(), resources.map_or(&none, |all| &all.Devices))

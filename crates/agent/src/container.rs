@@ -45,16 +45,14 @@ pub(crate) struct Plan {
     pub(crate) pids_of: Option<Arc<Process>>,
     /// Folders that are mounts of their own below read-only ones.
     pub(crate) submounts: Vec<String>,
-    /// A cgroup that was made ahead.
-    pub(crate) cgroup: Option<Cgroup>,
 }
 
 impl Container {
     /// Makes everything up to the program's execution.
     pub(crate) async fn create(id: &str, plan: Plan, reaper: &Reaper) -> Result<Self, Error> {
-        let Plan { spec, own_hostname, mounts, holder, pids_of, submounts, cgroup } = plan;
+        let Plan { spec, own_hostname, mounts, holder, pids_of, submounts } = plan;
         let resources = spec.Linux.Resources.as_ref();
-        let cgroup = Cgroup::create(id, cgroup, resources)?;
+        let cgroup = Cgroup::create(id, resources)?;
         let procs = cgroup.procs()?;
         let (go_child, go) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("start pipe"))?;
         let (stdio, streams) = streams(&spec.Process)?;

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use agent_api::agent as api;
 use agent_api::limits;
 
-use crate::cgroup::Cgroup;
 use crate::container::{Container, Plan};
 use crate::error::Error;
 use crate::oom::OomWatch;
@@ -25,8 +24,6 @@ pub(crate) struct Sandbox {
     first: Mutex<Option<Arc<Process>>>,
     /// Mount points of the sandbox that have caches to be written back.
     mounts: Mutex<Vec<String>>,
-    /// For the first container.
-    cgroup: Mutex<Option<Cgroup>>,
 }
 
 /// Ids become folder names.
@@ -46,8 +43,8 @@ pub(crate) fn check_id(kind: &str, id: &str) -> Result<(), Error> {
 
 impl Sandbox {
     pub(crate) fn new(reaper: Reaper, oom: OomWatch) -> Self {
-        let (containers, hostname, first, mounts, cgroup) = Default::default();
-        Self { reaper, oom, containers, hostname, first, mounts, cgroup }
+        let (containers, hostname, first, mounts) = Default::default();
+        Self { reaper, oom, containers, hostname, first, mounts }
     }
 
     fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
@@ -72,15 +69,6 @@ impl Sandbox {
             }
         }
         Ok(())
-    }
-
-    /// Makes ahead what the first container will need, while the host has still to ask for it: a kernel takes its time
-    /// for the first of everything.
-    pub(crate) fn prepare(&self) {
-        if self.containers().is_empty() {
-            // without one the container makes its own, and says why it can't
-            *self.cgroup.lock().unwrap_or_else(PoisonError::into_inner) = Cgroup::unused().ok();
-        }
     }
 
     /// Ends every container and unmounts what has caches, so that everything written is on the host.
@@ -133,7 +121,6 @@ impl Sandbox {
             holder: request.namespace_holder,
             pids_of,
             submounts: request.submounts,
-            cgroup: self.cgroup.lock().unwrap_or_else(PoisonError::into_inner).take(),
         };
         let made = self.make(&id, plan, &request.storages).await;
         let mut containers = self.containers();

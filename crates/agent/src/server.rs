@@ -29,9 +29,6 @@ use crate::reaper::Reaper;
 use crate::sandbox::Sandbox;
 use crate::transport;
 
-/// How often the runtime has been through its tasks when an answer has certainly been written.
-const ROUNDS_OF_AN_ANSWER: u32 = 8;
-
 type Rpc<T> = ttrpc::Result<T>;
 
 /// Serves for as long as the machine runs. Whoever started the machine ends it: after `DestroySandbox` everything is on
@@ -92,14 +89,6 @@ impl Service {
 impl AgentService for Service {
     async fn create_sandbox(&self, _: &TtrpcContext, request: api::CreateSandboxRequest) -> Rpc<Empty> {
         self.sandbox.create(&request)?;
-        let sandbox = Arc::clone(&self.sandbox);
-        tokio::spawn(async move {
-            // the answer goes out first
-            for _ in 0..ROUNDS_OF_AN_ANSWER {
-                tokio::task::yield_now().await;
-            }
-            sandbox.prepare();
-        });
         Ok(Empty::new())
     }
 

@@ -120,7 +120,8 @@ impl fmt::Display for Report {
             match (value, bar.holds()) {
                 (Some(v), Some(true)) => writeln!(f, "PASS    {name}: {v:.1} of {limit:.1} {unit}")?,
                 (Some(v), _) => {
-                    writeln!(f, "MISSED  {name}: {v:.1} of {limit:.1} {unit}, by {:.1}", (v - limit).abs())?
+                    let by = (v - limit).abs();
+                    writeln!(f, "MISSED  {name}: {v:.1} of {limit:.1} {unit}, by {by:.1}")?;
                 }
                 (None, _) => writeln!(f, "n/a     {name}: could not be measured")?,
             }
