@@ -69,6 +69,8 @@ impl Network {
             self.set(LinkUnspec::new_with_index(index).mtu(mtu), "MTU").await?;
         }
         self.set_addresses(index, &mac, &addresses).await?;
+        // also for the address that the kernel makes from the MAC address; a kernel without IPv6 has no such file
+        let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{}/accept_dad", wanted.name), "0");
         self.set(LinkUnspec::new_with_index(index).up(), "raising").await?;
         Ok(wanted)
     }

@@ -6,7 +6,7 @@ use e2e::{
     BOTH, NodeSetup, Runtime,
     cri::{Cri, Network, with_cri},
 };
-use serde_json::Value;
+use serde_json::json;
 use std::time::Instant;
 
 /// The three calls of a start, as the table shows them.
@@ -50,9 +50,9 @@ fn once(cri: &Cri<'_>, runtime: Runtime, name: &str) -> Result<[f64; 3]> {
         last = Instant::now();
         took
     };
-    let pod = cri.run_pod(runtime, name, &Value::Null)?;
+    let pod = cri.run_pod(runtime, name, &json!({}))?;
     let sandbox = lap();
-    let container = cri.create(&pod, "main", &["sleep", "10000"], &Value::Null)?;
+    let container = cri.create(&pod, "main", &["sleep", "10000"], &json!({}))?;
     let created = lap();
     cri.say(["start", &container])?;
     let started = lap();

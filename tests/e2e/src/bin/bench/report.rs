@@ -39,6 +39,8 @@ pub(crate) struct Report {
 
 impl Report {
     pub(crate) fn add(&mut self, key: &str, title: &str, sample: Sample, unit: &'static str) {
+        // at once too: what comes after may fail
+        eprintln!("    {}: {:.1} {unit}", title.trim(), sample.median());
         self.rows.push(Row { key: key.to_owned(), title: title.to_owned(), sample, unit });
     }
 
