@@ -11,7 +11,7 @@ xtask = cargo run --quiet --package xtask --
 .DEFAULT_GOAL := help
 # the targets share cargo's lock and one terminal: side by side they would only wait for each other
 .NOTPARALLEL:
-.PHONY: help deps build guest install run test nested bench conformance check fmt rust
+.PHONY: help deps build guest install run test nested bench conformance soak check fmt rust
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ bench: rust deps ## measure starts, exec and memory against runc
 
 conformance: rust deps ## Kubernetes' critest with runc and with kata, and the difference; ARGS="regular expression" for some
 	@$(xtask) conformance -- '$(ARGS)'
+
+soak: rust deps ## pods come and go for five minutes (or SECONDS=n), and what is left of them
+	@$(xtask) soak $(SECONDS)
 
 check: rust deps ## formatting and lints only
 	@$(xtask) check

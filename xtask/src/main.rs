@@ -25,7 +25,7 @@ use anyhow::{Result, bail};
 use crate::workspace::Workspace;
 
 const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | clients | \
-                     nested [TEST…] | bench | conformance [FOCUS] | check | image FILE   (see make help)";
+                     nested [TEST…] | bench | conformance [FOCUS] | soak [SECONDS] | check | image FILE   (see make help)";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -72,12 +72,18 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         }
         ("bench", []) => {
             prepare(&workspace, &workspace.test_prefix())?;
+            clients::provide(&workspace)?;
             verify::bench(&workspace)?;
         }
         ("conformance", focus) => {
             prepare(&workspace, &workspace.test_prefix())?;
             clients::provide(&workspace)?;
             verify::conformance(&workspace, focus.strip_prefix(&["--".to_owned()]).unwrap_or(focus))?;
+        }
+        ("soak", seconds) => {
+            prepare(&workspace, &workspace.test_prefix())?;
+            clients::provide(&workspace)?;
+            verify::soak(&workspace, seconds.first().map_or("300", String::as_str))?;
         }
         ("check", []) => verify::check(&workspace)?,
         ("image", [file]) => step::timed("building the busybox image", || image::write(Path::new(file)))?,

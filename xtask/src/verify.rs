@@ -1,4 +1,4 @@
-//! What `make check`, `make test`, `make bench` and `make conformance` run, and in which order.
+//! What `make check`, `make test`, `make bench`, `make conformance` and `make soak` run, and in which order.
 
 use anyhow::{Result, bail};
 
@@ -36,7 +36,7 @@ pub(crate) fn end_to_end(workspace: &Workspace) -> Result<()> {
         return Ok(());
     }
     step::timed("end-to-end tests", || {
-        let arguments = ["test", "--package", "e2e", "--", "--test-threads=1", "--nocapture"];
+        let arguments = ["test", "--package", "e2e", "--no-fail-fast", "--", "--test-threads=1", "--nocapture"];
         let mut command = cargo(workspace);
         command.args(arguments).env("KATA_PREFIX", workspace.test_prefix());
         step::run(command.env("KATA_CLIENTS", workspace.test_clients()))
@@ -50,7 +50,22 @@ pub(crate) fn bench(workspace: &Workspace) -> Result<()> {
     }
     step::timed("benchmark", || {
         let arguments = ["run", "--release", "--package", "e2e", "--bin", "bench"];
-        step::run(cargo(workspace).args(arguments).env("KATA_PREFIX", workspace.test_prefix()))
+        let mut command = cargo(workspace);
+        command.args(arguments).env("KATA_PREFIX", workspace.test_prefix());
+        step::run(command.env("KATA_CLIENTS", workspace.test_clients()))
+    })
+}
+
+/// Pods that come and go for so long, with each containerd, and what there is on the machine before and after.
+pub(crate) fn soak(workspace: &Workspace, seconds: &str) -> Result<()> {
+    if !workspace.has_end_to_end_tests() {
+        bail!("make soak is part of tests/e2e, which this checkout does not have");
+    }
+    step::timed("pods come and go", || {
+        let mut command = cargo(workspace);
+        command.args(["test", "--package", "e2e", "--test", "pods", "pods_come_and_go", "--", "--nocapture"]);
+        command.env("KATA_PREFIX", workspace.test_prefix()).env("KATA_CLIENTS", workspace.test_clients());
+        step::run(command.env("KATA_POD_SECONDS", seconds))
     })
 }
 

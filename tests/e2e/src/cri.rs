@@ -41,11 +41,13 @@ pub struct Pod {
 pub struct Network {
     /// Of bridge and interfaces.
     pub mtu: u32,
+    /// Whether CNI gives addresses; without, it makes interfaces only.
+    pub addresses: bool,
 }
 
 impl Default for Network {
     fn default() -> Self {
-        Self { mtu: 1500 }
+        Self { mtu: 1500, addresses: true }
     }
 }
 
@@ -100,16 +102,17 @@ fn write_cni(node: &Node, network: Network) -> Result<()> {
     let dir = node.dir().join("cni");
     fs::create_dir_all(&dir)?;
     let range = |subnet: &str, gateway: &str| json!([{"subnet": subnet, "gateway": gateway}]);
+    let addresses = json!({
+        "type": "host-local", "dataDir": node.dir().join("cni-leases"),
+        "ranges": [range("10.88.77.0/24", HOST.0), range("fd88:77::/64", HOST.1)],
+        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+    });
     let list = json!({
         "cniVersion": "0.4.0", "name": "kata-e2e",
         "plugins": [
             {
-                "type": "bridge", "bridge": BRIDGE, "isGateway": true, "ipMasq": false, "mtu": network.mtu,
-                "ipam": {
-                    "type": "host-local", "dataDir": node.dir().join("cni-leases"),
-                    "ranges": [range("10.88.77.0/24", HOST.0), range("fd88:77::/64", HOST.1)],
-                    "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
-                },
+                "type": "bridge", "bridge": BRIDGE, "isGateway": network.addresses, "ipMasq": false, "mtu": network.mtu,
+                "ipam": if network.addresses { addresses } else { json!({}) },
             },
             {"type": "portmap", "capabilities": {"portMappings": true}},
         ],

@@ -3,7 +3,7 @@
 use crate::processes;
 use anyhow::{Result, bail};
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     os::unix::fs::FileTypeExt as _,
     path::Path,
@@ -24,6 +24,9 @@ const LASTING: [&str; 8] = [
 
 /// Where sandboxes and shims keep their files.
 const PLACES: [&str; 3] = ["/run/kata-containers", "/run/vc", "/run/containerd/s"];
+
+/// The one kind whose name is of two words.
+const NAMESPACE: &str = "network namespace";
 
 /// Everything found at one moment.
 #[derive(Debug, Clone, Default)]
@@ -46,7 +49,7 @@ impl Leaks {
         for line in fs::read_to_string("/proc/self/mountinfo").unwrap_or_default().lines() {
             found.insert(format!("mount {}", line.split(' ').nth(4).unwrap_or(line)));
         }
-        for (kind, dir) in [("link", "/sys/class/net"), ("network namespace", "/run/netns")] {
+        for (kind, dir) in [("link", "/sys/class/net"), (NAMESPACE, "/run/netns")] {
             for name in names(Path::new(dir)) {
                 found.insert(format!("{kind} {name}"));
             }
@@ -56,6 +59,17 @@ impl Leaks {
             files(Path::new(place), &mut found);
         }
         Self(found)
+    }
+
+    /// How many of each kind.
+    pub fn counts(&self) -> BTreeMap<String, usize> {
+        let mut counts = BTreeMap::new();
+        for thing in &self.0 {
+            let two_words = Some(NAMESPACE).filter(|kind| thing.starts_with(kind));
+            let kind = two_words.or_else(|| thing.split(' ').next()).unwrap_or_default();
+            *counts.entry(kind.to_owned()).or_default() += 1;
+        }
+        counts
     }
 
     /// Fails when there is something that was not there `before`, after giving it `limit` to go.

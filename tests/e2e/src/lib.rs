@@ -11,6 +11,7 @@ pub mod ctr;
 pub mod events;
 pub mod image;
 pub mod install;
+pub mod inventory;
 pub mod journal;
 pub mod leaks;
 pub mod mounts;

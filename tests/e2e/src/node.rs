@@ -6,6 +6,7 @@ use crate::{
     ctr::Invocation,
     image,
     install::Install,
+    inventory,
     journal::Journal,
     leaks::Leaks,
     mounts,
@@ -237,6 +238,22 @@ impl Node {
         self.ctr(["task", "delete", "-f", id]).output()?.ok()?;
         self.ctr(["container", "rm", id]).output()?.ok()?;
         Ok(())
+    }
+
+    fn daemon_pid(&self) -> u32 {
+        self.daemon.lock().unwrap_or_else(PoisonError::into_inner).id()
+    }
+
+    /// How many files containerd has open.
+    pub fn open_files(&self) -> Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.daemon_pid())).context("containerd's files")?.count())
+    }
+
+    /// containerd's resident memory, KiB.
+    pub fn memory_kib(&self) -> Result<u64> {
+        let status =
+            fs::read_to_string(format!("/proc/{}/status", self.daemon_pid())).context("containerd's status")?;
+        inventory::field(&status, "VmRSS:").context("containerd's memory")
     }
 
     /// kill -9 of containerd.

@@ -192,17 +192,23 @@ pub fn seen_in(node: &Node, id: &str, condition: &str, change: impl FnOnce() -> 
     Ok(took)
 }
 
+impl Model {
+    /// Both of them.
+    pub const ALL: [Self; 2] = [Self::TcFilter, Self::MacVtap];
+
+    /// The installed configuration with this model.
+    pub fn config(self) -> Result<String> {
+        let name = match self {
+            Self::TcFilter => "tcfilter",
+            Self::MacVtap => "macvtap",
+        };
+        Install::locate()?.config_table_with("runtime", &[("internetworking_model", name.into())])
+    }
+}
+
 /// Runs `test` on a node with that model.
 pub fn with_model(model: Model, test: impl FnOnce(&Node) -> Result<()>) -> Result<()> {
-    let mut table = Install::locate()?.config_table()?;
-    let name = match model {
-        Model::TcFilter => "tcfilter",
-        Model::MacVtap => "macvtap",
-    };
-    let runtime = table.get_mut("runtime").and_then(toml::Value::as_table_mut);
-    let runtime = runtime.context("the installed configuration has no [runtime]")?;
-    runtime.insert("internetworking_model".into(), name.into());
-    with_node_setup(NodeSetup { config: Some(table.to_string()), ..NodeSetup::default() }, test)
+    with_node_setup(NodeSetup { config: Some(model.config()?), ..NodeSetup::default() }, test)
 }
 
 /// Runs `test` on a node with that model and with a pod, which must be in the end as it was before.

@@ -33,7 +33,7 @@ fn interfaces_addresses_and_routes_are_the_same_as_with_runc(model: Model) -> Re
         model,
         || Pod::make(11, 1400),
         |node, pod| {
-            let script = "ip -o addr show dev eth0 | sed 's/^[0-9]*: //; s/ *valid_lft.*//; s/\\\\.*//' | sort; \
+            let script = "ip -o addr show dev eth0 | sed 's/^[0-9]*: //; s/ *valid_lft.*//; s/ tentative//; s/\\\\.*//' | sort; \
                       ip route | sort; ip -6 route | grep -v '^fe80\\|^ff00\\|^multicast' | sort; \
                       cat /sys/class/net/eth0/mtu /sys/class/net/eth0/address";
             let mut shown = Vec::new();

@@ -4,11 +4,13 @@
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::{
-    BOTH, NodeSetup, Runtime,
+    BOTH, Containerd, NodeSetup, Runtime,
     compile::compile,
     cri::{Cri, HOST, Network, with_cri},
     every_containerd,
     install::Install,
+    inventory::Inventory,
+    pod_network::Model,
     processes,
     pty::Terminal,
 };
@@ -19,13 +21,32 @@ use std::{
     net::{TcpListener, TcpStream},
     os::{fd::AsRawFd as _, unix::fs::PermissionsExt as _},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 const FOREVER: [&str; 2] = ["sleep", "100000"];
 
-fn with_pods(test: impl FnOnce(&Cri<'_>) -> Result<()>) -> Result<()> {
-    with_cri(NodeSetup::default(), Network::default(), test)
+/// With each containerd and with each way into the VM, but not with every pair of them, unless `KATA_POD_MATRIX` is set.
+fn with_pods(test: impl Fn(&Cri<'_>) -> Result<()>) -> Result<()> {
+    with_pods_of(Network::default(), test)
+}
+
+fn with_pods_of(network: Network, test: impl Fn(&Cri<'_>) -> Result<()>) -> Result<()> {
+    let everything = std::env::var_os("KATA_POD_MATRIX").is_some();
+    for containerd in Containerd::chosen()? {
+        let usual = match containerd {
+            Containerd::Debian => Some(Model::TcFilter),
+            Containerd::V2 => Some(Model::MacVtap),
+            // between the two, and like both
+            Containerd::V1_7 => None,
+        };
+        for model in Model::ALL.into_iter().filter(|model| everything || usual == Some(*model)) {
+            let config = Some(model.config()?);
+            with_cri(NodeSetup { config, containerd, ..NodeSetup::default() }, network, &test)
+                .with_context(|| format!("with containerd {} and {model:?}", containerd.name()))?;
+        }
+    }
+    Ok(())
 }
 
 fn with_pods_everywhere(test: impl Fn(&Cri<'_>) -> Result<()>) -> Result<()> {
@@ -377,7 +398,7 @@ fn refused_port(socket: &std::net::UdpSocket) -> Result<bool> {
 #[test]
 fn frames_of_every_size_pass() -> Result<()> {
     for mtu in [1400, 9000] {
-        with_cri(NodeSetup::default(), Network { mtu }, |cri| {
+        with_pods_of(Network { mtu, ..Network::default() }, |cri| {
             let pod = cri.run_pod(Runtime::Kata, &format!("mtu{mtu}"), &none())?;
             let one = cri.run(&pod, "one", &FOREVER, &none())?;
             ensure!(cri.sh(&one, "cat /sys/class/net/eth0/mtu")? == mtu.to_string(), "MTU in the pod");
@@ -540,10 +561,29 @@ fn a_pod_that_crashes_is_taken_away() -> Result<()> {
 }
 
 #[test]
+fn a_network_without_addresses_is_answered_as_with_runc() -> Result<()> {
+    with_pods_of(Network { addresses: false, ..Network::default() }, |cri| {
+        let mut said = Vec::new();
+        for runtime in BOTH {
+            let config = cri.pod_config("no-address", &none())?.display().to_string();
+            let refused = cri.crictl(["runp", "--runtime", runtime.tag(), &config]).output()?;
+            ensure!(refused.code != 0, "{runtime:?} has no address and does not mind");
+            let words = refused.stderr.split_once("desc = ").map(|(_, words)| words.to_owned());
+            let words = words.with_context(|| refused.stderr.clone())?;
+            // what differs from one pod to the next
+            said.push(words.split(' ').filter(|word| word.len() < 64).collect::<Vec<_>>().join(" "));
+        }
+        ensure!(said[0] == said[1], "{said:#?}");
+        Ok(())
+    })
+}
+
+/// `KATA_POD_SECONDS` makes it longer.
+#[test]
 fn pods_come_and_go_four_at_a_time() -> Result<()> {
-    let rounds: u32 = std::env::var("KATA_POD_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
+    let seconds = std::env::var("KATA_POD_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
     with_pods(|cri| {
-        for round in 0..rounds {
+        let four = |round: u32| {
             std::thread::scope(|scope| {
                 let one = |slot: u32| -> Result<()> {
                     let name = format!("many-{round}-{slot}");
@@ -554,10 +594,20 @@ fn pods_come_and_go_four_at_a_time() -> Result<()> {
                 };
                 let all: Vec<_> = (0..4).map(|slot| scope.spawn(move || one(slot))).collect();
                 all.into_iter().try_for_each(|thread| thread.join().ok().context("a thread")?)
-            })?;
+            })
+        };
+        // what is made once, such as CNI's bridge, is there after the first
+        four(0)?;
+        let before = Inventory::take(cri.node)?;
+        let end = Instant::now() + Duration::from_secs(seconds);
+        let mut rounds = 0;
+        while Instant::now() < end {
+            rounds += 1;
+            four(rounds)?;
         }
-        let left = processes::of_node(cri.node.tag());
-        ensure!(left.is_empty(), "{left:?}");
+        let after = Inventory::take_when(cri.node, |now| now.same_things(&before))?;
+        println!("{} pods, four at a time; before and after:\n{}", rounds * 4, before.beside(&after));
+        ensure!(after.same_things(&before), "something stays:\n{}", before.beside(&after));
         Ok(())
     })
 }

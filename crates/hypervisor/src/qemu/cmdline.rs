@@ -178,7 +178,7 @@ mod tests {
         for part in [
             "-name kata-pod,,1,debug-threads=on",
             "-accel tcg,tb-size=32",
-            "-cpu max,pmu=off",
+            "-cpu max,erms=off,fsrm=off,pmu=off",
             "-m 512M",
             "size=512M,share=on",
             "-kernel /proc/self/fd/6",

@@ -9,7 +9,7 @@ mod pod;
 mod report;
 mod sample;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use e2e::{Node, Runtime, install::Install, with_node};
 use report::Report;
 use sample::Sample;
@@ -21,22 +21,32 @@ fn main() -> Result<()> {
         Err(_) => 9,
     };
     let install = Install::locate()?;
+    let parts = Parts::from_environment()?;
     let mut report = Report::default();
-    eprintln!("raw boots of the same kernel ({rounds} rounds each)");
-    floor::measure(&install, rounds, &mut report)?;
+    if parts.include("floor") {
+        floor::measure(&install, rounds, &mut report)?;
+    }
     with_node(|node| {
-        eprintln!("starts");
-        starts(node, rounds, &mut report)?;
-        eprintln!("execs");
-        execs(node, rounds, &mut report)?;
-        eprintln!("memory of an idle container");
-        cost::memory(node, rounds, &mut report)
+        if parts.include("start") {
+            starts(node, rounds, &mut report)?;
+        }
+        if parts.include("exec") {
+            execs(node, rounds, &mut report)?;
+        }
+        if parts.include("memory") {
+            cost::memory(node, rounds, &mut report)?;
+        }
+        Ok(())
     })?;
-    cost::agent(&install, rounds, &mut report)?;
-    eprintln!("pods of Kubernetes");
-    pod::measure(rounds, &mut report)?;
-    eprintln!("the network of a pod");
-    network::measure(&install, rounds, &mut report)?;
+    if parts.include("agent") {
+        cost::agent(&install, rounds, &mut report)?;
+    }
+    if parts.include("pod") {
+        pod::measure(rounds, &mut report)?;
+    }
+    if parts.include("network") {
+        network::measure(&install, rounds, &mut report)?;
+    }
     cost::sizes(&install, &mut report);
     report.judge();
     print!("{report}");
@@ -45,6 +55,31 @@ fn main() -> Result<()> {
     std::fs::write(&out, format!("{:#}\n", report.json())).with_context(|| out.display().to_string())?;
     println!("\nwritten to {}", out.canonicalize()?.display());
     Ok(())
+}
+
+/// What to measure; everything without `BENCH_ONLY`, a list of names with commas between them.
+struct Parts(Option<Vec<String>>);
+
+impl Parts {
+    const ALL: [&str; 7] = ["floor", "start", "exec", "memory", "agent", "pod", "network"];
+
+    fn from_environment() -> Result<Self> {
+        let Ok(text) = std::env::var("BENCH_ONLY") else { return Ok(Self(None)) };
+        let wanted: Vec<_> = text.split(',').map(str::to_owned).collect();
+        match wanted.iter().find(|part| !Self::ALL.contains(&part.as_str())) {
+            Some(part) => bail!("BENCH_ONLY: {part:?} is not one of {}", Self::ALL.join(", ")),
+            None => Ok(Self(Some(wanted))),
+        }
+    }
+
+    /// Whether this one is to be measured; says so.
+    fn include(&self, part: &str) -> bool {
+        let included = self.0.as_ref().is_none_or(|wanted| wanted.iter().any(|one| one == part));
+        if included {
+            eprintln!("{part}");
+        }
+        included
+    }
 }
 
 /// `ctr run --rm … true`; the runtimes take turns, so that both meet the same noise of the machine.

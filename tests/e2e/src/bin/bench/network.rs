@@ -1,5 +1,6 @@
 //! What passes through a pod's network: bytes a second through one TCP stream, and the time of a round trip, from and to
-//! the host's bridge. Beside runc, and beside a bare QEMU that has its tap at a bridge of the same kind.
+//! the host's bridge. Beside runc, and beside a bare QEMU: with its tap joined to a veth as the product's is, and with it
+//! at the bridge itself.
 
 use crate::{floor, initrd::Archive, report::Report, sample::Sample};
 use anyhow::{Context as _, Result, bail};
@@ -16,7 +17,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},
     os::fd::AsFd as _,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -119,12 +120,19 @@ pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> 
             peers.push(Peer::accept(&listener, title, title)?);
             pods.push(pod);
         }
-        let bridge = Pod::bare(63, 1500)?;
-        let host = "10.89.63.1";
-        let listener = TcpListener::bind((host, 0)).context("a port at the bridge")?;
-        let words = format!("{host} {} 10.89.63.3", listener.local_addr()?.port());
-        let raw = RawVm::start(install, node.dir(), &program, &words, &bridge)?;
-        peers.push(Peer::accept(&listener, "raw", "raw QEMU, the same device").with_context(|| raw.said())?);
+        let mut raw = Vec::new();
+        for (network, key, title, is_joined) in
+            [(63, "raw", "raw QEMU, tap joined as kata's", true), (64, "bare", "raw QEMU, tap at the bridge", false)]
+        {
+            let pod = Pod::bare(network, 1500)?;
+            let host = format!("10.89.{network}.1");
+            let listener = TcpListener::bind((host.as_str(), 0)).context("a port at the bridge")?;
+            let words = format!("{host} {} 10.89.{network}.3", listener.local_addr()?.port());
+            let vm = RawVm::start(install, &node.dir().join(key), &program, &words, &pod, is_joined)?;
+            peers.push(Peer::accept(&listener, key, title).with_context(|| vm.said())?);
+            // in this order, so that a VM ends before what its tap is joined to
+            raw.push((vm, pod));
+        }
         for round in 0..=rounds {
             for peer in &mut peers {
                 peer.measure(round > 0)?;
@@ -207,40 +215,47 @@ impl Peer {
     }
 }
 
-/// A VM of nothing but the program; goes when dropped, with its tap.
+/// The tap of a bare QEMU.
+const TAP: &str = "keraw0";
+
+/// A VM of nothing but the program; goes when dropped, and its tap with it.
 struct RawVm {
     process: Child,
-    console: std::path::PathBuf,
-    tap: &'static str,
+    console: PathBuf,
 }
 
 impl RawVm {
-    fn start(install: &Install, dir: &Path, program: &[u8], words: &str, bridge: &Pod) -> Result<Self> {
+    /// With its tap in the pod's namespace, joined to a veth by the same filters as the product's, or at the bridge.
+    fn start(install: &Install, dir: &Path, program: &[u8], words: &str, pod: &Pod, is_joined: bool) -> Result<Self> {
+        fs::create_dir_all(dir)?;
         let mut archive = Archive::default();
         archive.entry("dev", 0o40755, (0, 0), &[]);
         archive.entry("dev/console", 0o20600, (5, 1), &[]);
         archive.entry("init", 0o100_755, (0, 0), program);
-        let (initrd, console, tap) = (dir.join("raw-initrd"), dir.join("raw-console"), "kebraw");
+        let (initrd, console) = (dir.join("initrd"), dir.join("console"));
         fs::write(&initrd, archive.finish())?;
-        let _ = ip(&format!("link del {tap}"));
-        ip(&format!("tuntap add dev {tap} mode tap vnet_hdr"))?;
-        let network = format!("tap,id=net0,ifname={tap},script=no,downscript=no,vhost=off");
-        let device = "virtio-net-pci,netdev=net0,romfile=,mac=02:00:00:00:00:63";
-        let process = Command::new("qemu-system-x86_64")
-            .args([
-                "-machine",
-                floor::MACHINE,
-                "-accel",
-                floor::accelerator(),
-                "-cpu",
-                "max",
-                "-smp",
-                "1",
-                "-m",
-                "2048",
-            ])
-            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-            .args(["-netdev", &network, "-device", device])
+        let _ = ip(&format!("link del {TAP}"));
+        let place = if is_joined { format!("-n {}", pod.namespace) } else { String::new() };
+        ip(&format!("{place} tuntap add dev {TAP} mode tap vnet_hdr"))?;
+        ip(&format!("{place} link set {TAP} up"))?;
+        let mac = if is_joined { "02:00:00:00:00:63" } else { "02:00:00:00:00:64" };
+        let network = format!("tap,id=net0,ifname={TAP},script=no,downscript=no,vhost=off");
+        let mut command = if is_joined {
+            pod.add_veth("eth0", 1500)?;
+            pod.ip("link set eth0 up")?;
+            join(&pod.namespace, "eth0", TAP)?;
+            join(&pod.namespace, TAP, "eth0")?;
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", &pod.namespace, "qemu-system-x86_64"]);
+            command
+        } else {
+            ip(&format!("link set {TAP} master {}", pod.bridge))?;
+            Command::new("qemu-system-x86_64")
+        };
+        command
+            .args(["-machine", floor::MACHINE, "-accel", floor::accelerator(), "-cpu", floor::PROCESSOR])
+            .args(["-smp", "1", "-m", "2048", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+            .args(["-netdev", &network, "-device", &format!("virtio-net-pci,netdev=net0,romfile=,mac={mac}")])
             .args(["-append", &format!("{} -- {words}", floor::PARAMETERS)])
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
@@ -249,13 +264,8 @@ impl RawVm {
             .arg("-initrd")
             .arg(&initrd)
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .context("qemu-system-x86_64")?;
-        // from here on, what fails ends it
-        let vm = Self { process, console, tap };
-        Invocation::new("ip", ["link", "set", tap, "master", &bridge.bridge, "up"]).output()?.ok()?;
-        Ok(vm)
+            .stdout(Stdio::null());
+        Ok(Self { process: command.spawn().context("qemu-system-x86_64")?, console })
     }
 
     /// Its console.
@@ -264,10 +274,20 @@ impl RawVm {
     }
 }
 
+/// Whatever comes in at `from` goes out at `to`.
+fn join(namespace: &str, from: &str, to: &str) -> Result<()> {
+    let all = "protocol all u32 match u32 0 0 action mirred egress redirect dev";
+    for line in [format!("qdisc add dev {from} ingress"), format!("filter add dev {from} parent ffff: {all} {to}")] {
+        Invocation::new("tc", format!("-n {namespace} {line}").split_whitespace()).output()?.ok()?;
+    }
+    Ok(())
+}
+
 impl Drop for RawVm {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
-        let _ = ip(&format!("link del {}", self.tap));
+        // one that is joined goes with its namespace
+        let _ = ip(&format!("link del {TAP}"));
     }
 }
