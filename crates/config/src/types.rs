@@ -179,7 +179,7 @@ impl Default for Hypervisor {
             default_maxmemory_mib: 0,
             network_queues: 1,
             disable_vhost_net: false,
-            tcg_tb_size_mib: 24,
+            tcg_tb_size_mib: 26,
             virtio_fs_daemon: None,
             virtio_fs_cache: FsCache::Auto,
             virtio_fs_queue_size: 1024,

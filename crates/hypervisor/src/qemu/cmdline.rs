@@ -14,6 +14,7 @@ pub(super) struct Inherited {
     /// The rate of the guest's time stamp counter, where only the host knows it.
     pub(super) tsc_khz: Option<u64>,
     pub(super) kernel: String,
+    pub(super) initrd: String,
     pub(super) qmp: RawFd,
     pub(super) console: RawFd,
     pub(super) channel: Option<RawFd>,
@@ -78,7 +79,7 @@ pub(super) fn arguments(
 
     // these take their value as it is
     args.pair("-kernel", inherited.kernel.clone());
-    args.pair("-initrd", spec.boot.initrd.to_string_lossy());
+    args.pair("-initrd", inherited.initrd.clone());
     let quiet = if spec.debug { "" } else { " quiet" };
     let timer = if no_local_timer { " noapictimer" } else { "" };
     let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
@@ -162,12 +163,18 @@ mod tests {
         }
     }
 
-    const INHERITED: Inherited =
-        Inherited { tsc_khz: Some(2_000_000), kernel: String::new(), qmp: 3, console: 4, channel: Some(5) };
+    const INHERITED: Inherited = Inherited {
+        tsc_khz: Some(2_000_000),
+        kernel: String::new(),
+        initrd: String::new(),
+        qmp: 3,
+        console: 4,
+        channel: Some(5),
+    };
 
     fn line(settings: &QemuSettings, spec: &VmSpec) -> String {
         let bridge = super::super::bridge(settings, spec).expect("room");
-        let inherited = Inherited { kernel: "/proc/self/fd/6".into(), ..INHERITED };
+        let inherited = Inherited { kernel: "/proc/self/fd/6".into(), initrd: "/proc/self/fd/7".into(), ..INHERITED };
         arguments(settings, Accelerator::Tcg, spec, &bridge, &inherited).join(" ")
     }
 
@@ -182,7 +189,7 @@ mod tests {
             "-m 512M",
             "size=512M,share=on",
             "-kernel /proc/self/fd/6",
-            "-initrd /i,x ",
+            "-initrd /proc/self/fd/7 ",
             "-smp 2",
             "socket,id=agent,fd=5",
             "tsc_early_khz=2000000 quiet nr_cpus=2 agent.log=debug",

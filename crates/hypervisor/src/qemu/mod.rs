@@ -1,9 +1,9 @@
 //! The QEMU driver: q35, entered by PVH, under KVM where that really works, else under TCG.
 
 mod accelerator;
+mod boot_file;
 mod cmdline;
 mod device;
-mod kernel;
 mod pci;
 mod plug;
 mod probe;
@@ -23,8 +23,8 @@ use tokio::sync::watch;
 pub use accelerator::{Accelerator, Wanted};
 
 use self::accelerator::Memory;
+use self::boot_file::BootFile;
 use self::cmdline::Inherited;
-use self::kernel::KernelCopy;
 use self::pci::Bridge;
 use self::qmp::Qmp;
 use crate::helper::Helper;
@@ -115,12 +115,18 @@ impl Qemu {
             }
             Channel::Vsock { .. } => (None, None),
         };
-        let path = spec.boot.kernel.clone();
-        let kernel = tokio::task::spawn_blocking(move || KernelCopy::new(&path))
+        let files = [spec.boot.kernel.clone(), spec.boot.initrd.clone()];
+        let copies = tokio::task::spawn_blocking(move || {
+            let [kernel, initrd] = files;
+            Ok([BootFile::new(&kernel)?, BootFile::new(&initrd)?])
+        });
+        let boot_files = copies
             .await
             .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-            .map_err(Error::system("copying the kernel"))?;
+            .map_err(Error::system("copying kernel and initrd"))?;
+        let [kernel, initrd] = &boot_files;
         let (kernel_child, kernel_path) = kernel.share().map_err(Error::system("the kernel's copy"))?;
+        let (initrd_child, initrd_path) = initrd.share().map_err(Error::system("the initrd's copy"))?;
         let tsc_khz = match accelerator {
             Accelerator::Tcg => tsc::rate(&self.settings.state_dir).await,
             Accelerator::Kvm => None,
@@ -128,6 +134,7 @@ impl Qemu {
         let inherited = Inherited {
             tsc_khz,
             kernel: kernel_path,
+            initrd: initrd_path,
             qmp: qmp_child.as_raw_fd(),
             console: console_child.as_raw_fd(),
             channel: channel_child.as_ref().map(AsRawFd::as_raw_fd),
@@ -135,7 +142,7 @@ impl Qemu {
         let args = cmdline::arguments(&self.settings, accelerator, &spec, &bridge, &inherited);
         tracing::debug!(program = %self.settings.path.display(), ?args, "starting QEMU");
 
-        let mut passed = vec![kernel_child, qmp_child, console_child];
+        let mut passed = vec![kernel_child, initrd_child, qmp_child, console_child];
         passed.extend(channel_child);
         for device in spec.devices {
             if let Device::Net(card) = device {
@@ -158,7 +165,7 @@ impl Qemu {
             Qmp::start(stream(qmp).map_err(Error::system("monitor socket"))?, self.settings.command_deadline).await?;
         let bridge = Arc::new(Mutex::new(bridge));
         let plugging = tokio::sync::Mutex::default();
-        Ok(QemuVm { process, qmp, console, channel, accelerator, kernel, bridge, plugging })
+        Ok(QemuVm { process, qmp, console, channel, accelerator, boot_files, bridge, plugging })
     }
 }
 
@@ -198,7 +205,7 @@ struct QemuVm {
     console: Console,
     channel: Option<OwnedFd>,
     accelerator: Accelerator,
-    kernel: KernelCopy,
+    boot_files: [BootFile; 2],
     bridge: Arc<Mutex<Bridge>>,
     /// Held while a device is plugged: what belongs to it goes in several commands.
     plugging: tokio::sync::Mutex<()>,
@@ -227,8 +234,10 @@ impl Vm for QemuVm {
     }
 
     fn booted(&self) {
-        if let Err(error) = self.kernel.give_back() {
-            tracing::warn!(%error, "giving back the kernel's copy");
+        for file in &self.boot_files {
+            if let Err(error) = file.give_back() {
+                tracing::warn!(%error, "giving back the copies of kernel and initrd");
+            }
         }
     }
 

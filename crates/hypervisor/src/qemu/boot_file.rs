@@ -1,7 +1,7 @@
-//! The kernel as QEMU reads it: a copy in memory that is given back once the guest runs.
+//! Kernel and initrd as QEMU reads them: copies in memory that are given back once the guest runs.
 //!
-//! QEMU maps the kernel's file, copies it into the guest, and keeps the mapping: about 20 MiB that nobody reads again,
-//! in every VM. A mapping of an anonymous file can be emptied from outside; and QEMU opens no path for it.
+//! QEMU maps these files, copies them into the guest, and keeps the mappings: about 25 MiB that nobody reads again, in
+//! every VM. A mapping of an anonymous file can be emptied from outside; and QEMU opens no path for it.
 
 use std::fs::File;
 use std::io;
@@ -11,18 +11,18 @@ use std::path::Path;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-/// An anonymous file with the kernel in it.
+/// An anonymous file with one of them in it.
 #[derive(Debug)]
-pub(super) struct KernelCopy {
+pub(super) struct BootFile {
     memory: OwnedFd,
     size: i64,
 }
 
-impl KernelCopy {
-    /// Copies `kernel`; blocks for some milliseconds.
-    pub(super) fn new(kernel: &Path) -> io::Result<Self> {
-        let mut from = File::open(kernel)?;
-        let mut memory = File::from(memfd_create(c"kernel", MFdFlags::MFD_CLOEXEC)?);
+impl BootFile {
+    /// Copies `file`; blocks for some milliseconds.
+    pub(super) fn new(file: &Path) -> io::Result<Self> {
+        let mut from = File::open(file)?;
+        let mut memory = File::from(memfd_create(c"boot", MFdFlags::MFD_CLOEXEC)?);
         let size = io::copy(&mut from, &mut memory)?;
         Ok(Self { memory: memory.into(), size: i64::try_from(size).map_err(io::Error::other)? })
     }
@@ -48,10 +48,10 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     #[test]
-    fn holds_the_kernel_until_it_is_given_back() {
+    fn holds_the_file_until_it_is_given_back() {
         let mut file = tempfile::NamedTempFile::new().expect("a file");
         io::Write::write_all(&mut file, &vec![7; 100_000]).expect("written");
-        let copy = KernelCopy::new(file.path()).expect("copied");
+        let copy = BootFile::new(file.path()).expect("copied");
         let (_shared, path) = copy.share().expect("shared");
         assert_eq!(std::fs::read(&path).expect("read"), vec![7; 100_000]);
         copy.give_back().expect("emptied");
