@@ -215,6 +215,9 @@ impl Peer {
     }
 }
 
+/// Of the product's size and kind, which virtio-fs needs; to copy from and to it takes longer than without a name.
+const MEMORY: &str = "memory-backend-memfd,id=mem,size=512M,share=on";
+
 /// The tap of a bare QEMU.
 const TAP: &str = "keraw0";
 
@@ -253,8 +256,27 @@ impl RawVm {
             Command::new("qemu-system-x86_64")
         };
         command
-            .args(["-machine", floor::MACHINE, "-accel", floor::accelerator(), "-cpu", floor::PROCESSOR])
-            .args(["-smp", "1", "-m", "2048", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+            .args([
+                "-machine",
+                &format!("{},memory-backend=mem", floor::MACHINE),
+                "-accel",
+                floor::accelerator(),
+                "-cpu",
+                floor::PROCESSOR,
+            ])
+            .args([
+                "-smp",
+                "1",
+                "-m",
+                "512M",
+                "-object",
+                MEMORY,
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-no-reboot",
+            ])
             .args(["-netdev", &network, "-device", &format!("virtio-net-pci,netdev=net0,romfile=,mac={mac}")])
             .args(["-append", &format!("{} -- {words}", floor::PARAMETERS)])
             .arg("-serial")
