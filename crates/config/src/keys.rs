@@ -40,6 +40,16 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
         one(&mut config, entry)?;
     }
     limits(&mut config.hypervisor, &settings)?;
+    // as Kata: with a model the pod's interfaces are wanted, and they are in the namespace
+    if let Some(entry) = settings.get("runtime.disable_new_netns")
+        && config.runtime.disable_new_netns
+        && config.runtime.internetworking != Internetworking::None
+    {
+        return Err(refuse(
+            entry,
+            "works with internetworking_model = \"none\" only: set that too, or remove this key",
+        ));
+    }
     Ok((config, settings))
 }
 
@@ -165,6 +175,7 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
             ];
             runtime.internetworking = one_of(entry, &models)?;
         }
+        "runtime.disable_new_netns" => runtime.disable_new_netns = truth(entry)?,
         "runtime.disable_guest_seccomp" => runtime.disable_guest_seccomp = truth(entry)?,
         _ => known::other(entry, &mut config.warnings)?,
     }
@@ -326,6 +337,7 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "runtime.enable_debug",
     "runtime.disable_guest_seccomp",
     "runtime.internetworking_model",
+    "runtime.disable_new_netns",
     "runtime.sandbox_cgroup_only",
 ];
 

@@ -142,7 +142,6 @@ const ROWS: &[Row] = &[
     ("runtime.jaeger_endpoint", &["*"]),
     ("runtime.jaeger_user", &["*"]),
     ("runtime.jaeger_password", &["*"]),
-    ("runtime.disable_new_netns", &["false"]),
     ("runtime.static_sandbox_resource_mgmt", &["true", "false"]),
     ("runtime.sandbox_bind_mounts", &["[]"]),
     ("runtime.vfio_mode", &["*"]),

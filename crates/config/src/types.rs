@@ -147,6 +147,7 @@ pub struct Agent {
 
 /// `[runtime]`.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of the file")]
 pub struct Runtime {
     /// The shim logs more.
     pub enable_debug: bool,
@@ -155,6 +156,8 @@ pub struct Runtime {
     pub disable_guest_seccomp: bool,
     /// How the pod's interfaces get into the VM.
     pub internetworking: Internetworking,
+    /// `true`: the pod's network is not looked at, and may be the host's; the VM has a loopback interface only.
+    pub disable_new_netns: bool,
     /// `true`: the whole VM counts for the pod's cgroup on the host; `false`: its processors only. Kata's Go runtime has
     /// `false`, its Rust runtime `true`, which is what a pod's overhead in Kubernetes is for.
     pub sandbox_cgroup_only: bool,
@@ -208,6 +211,7 @@ impl Default for Runtime {
             enable_debug: false,
             disable_guest_seccomp: false,
             internetworking: Internetworking::default(),
+            disable_new_netns: false,
             sandbox_cgroup_only: true,
             create_container_timeout: Duration::from_secs(60),
         }

@@ -73,6 +73,8 @@ fn what_is_not_supported_yet_is_never_ignored() {
     value("agent.kata", "kernel_modules = [\"e1000e\"]", "is not supported yet: remove it or set it to []");
     value("agent.kata.mem_agent", "mem_agent_enable = true", "is not supported yet: remove it or set it to false");
     value("runtime", "internetworking_model = \"l3forwarding\"", "must be \"tcfilter\" or \"macvtap\" or \"none\"");
+    let alone = "works with internetworking_model = \"none\" only: set that too, or remove this key";
+    value("runtime", "disable_new_netns = true", alone);
     value("hypervisor.clh", "path = \"/c\"", "this hypervisor is not supported yet: use [hypervisor.qemu]");
     let error = refused("[hypervisor.firecracker]\n");
     assert_eq!(

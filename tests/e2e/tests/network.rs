@@ -3,11 +3,12 @@
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::{
-    BOTH, Runtime,
+    BOTH, NodeSetup, Runtime,
     events::Events,
     for_both_models,
-    pod_network::{Model, Pod, with_pod},
-    processes,
+    install::Install,
+    pod_network::{Model, Pod, ip, with_pod},
+    processes, with_node_setup,
 };
 use std::{
     io::{ErrorKind, Read as _, Write as _},
@@ -259,4 +260,31 @@ fn an_interface_without_an_address_is_as_with_runc(model: Model) -> Result<()> {
         ensure!(shown.contains(" 0% packet loss"), "{shown}");
         Ok(())
     })
+}
+
+/// With the model `none` a pod has its loopback interface only; with `disable_new_netns` it may have the host's network,
+/// which stays as it is.
+#[test]
+fn a_pod_may_go_without() -> Result<()> {
+    let links = ["sh", "-c", "ls /sys/class/net; ping -c 1 -W 2 127.0.0.1 > /dev/null && echo alive"];
+    for disabled in [false, true] {
+        let settings = [("internetworking_model", "none".into()), ("disable_new_netns", disabled.into())];
+        let config = Some(Install::locate()?.config_table_with("runtime", &settings)?);
+        with_node_setup(NodeSetup { config, ..NodeSetup::default() }, |node| {
+            let pod = Pod::make(30, 1500)?;
+            let before = (pod.state()?, ip("-o link show")?);
+            let options = pod.options();
+            let shown = node.run(Runtime::Kata, "own", &[&options[0], &options[1]], &links).output()?.ok()?.text();
+            ensure!(shown == "lo\nalive", "{shown}");
+            let host = node.run(Runtime::Kata, "host", &["--net-host"], &links).output()?;
+            if disabled {
+                ensure!(host.ok()?.text() == "lo\nalive", "with the host's network");
+            } else {
+                ensure!(host.code != 0 && host.stderr.contains("host network"), "{}", host.stderr);
+            }
+            ensure!(before == (pod.state()?, ip("-o link show")?), "a network was touched");
+            Ok(())
+        })?;
+    }
+    Ok(())
 }

@@ -31,20 +31,20 @@ pub(crate) struct Prepared {
 pub(crate) struct Given<'a> {
     pub(crate) share: &'a Share,
     pub(crate) shm: Option<&'a Shm>,
-    pub(crate) keep_seccomp: bool,
+    pub(crate) policy: spec::Policy,
 }
 
 /// The host's part; needs no guest, so it is done while the guest boots.
 pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec, run: &mut RunDir) -> Result<Prepared, Error> {
-    let Given { share, shm, keep_seccomp } = given;
+    let Given { share, shm, policy } = given;
     if Role::of_spec(oci)? == Role::Sandbox {
-        return holder(from, oci);
+        return holder(from, oci, policy);
     }
     let mut shared = vec![from.id.as_str().to_owned()];
     let mut hooks = Hooks::of(&from.id, &from.bundle, oci);
     let outcome = (|| {
         let root_name = format!("{}/rootfs", from.id);
-        let (mut guest, sandbox_pidns) = spec::for_guest(oci, &from.id, guest_path(&root_name), keep_seccomp)?;
+        let (mut guest, sandbox_pidns) = spec::for_guest(oci, &from.id, guest_path(&root_name), policy)?;
         let bundle_root = match oci.root() {
             // an absolute path stays as it is
             Some(root) => from.bundle.join(root.path()),
@@ -83,8 +83,8 @@ pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec, run: &
 
 /// A pod's sandbox: a process of the agent's that holds the namespaces. Nothing of its image is needed, so nothing of it
 /// reaches the guest.
-fn holder(from: &ContainerSpec, oci: &Spec) -> Result<Prepared, Error> {
-    let (mut guest, _) = spec::for_guest(oci, &from.id, String::new(), false)?;
+fn holder(from: &ContainerSpec, oci: &Spec, policy: spec::Policy) -> Result<Prepared, Error> {
+    let (mut guest, _) = spec::for_guest(oci, &from.id, String::new(), spec::Policy { keep_seccomp: false, ..policy })?;
     guest.Mounts.clear();
     let request = CreateContainerRequest {
         container_id: from.id.as_str().into(),

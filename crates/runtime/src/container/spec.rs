@@ -35,17 +35,32 @@ pub(crate) fn read(bundle: &Path) -> Result<Spec, Error> {
     Ok(spec)
 }
 
+/// What the configuration says of every container.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Policy {
+    /// A seccomp profile that was asked for is kept.
+    pub(crate) keep_seccomp: bool,
+    /// Nobody expects the network that was asked for, so it may be the host's.
+    pub(crate) without_network: bool,
+}
+
+impl Policy {
+    pub(crate) fn of(runtime: &config::Runtime) -> Self {
+        Self { keep_seccomp: !runtime.disable_guest_seccomp, without_network: runtime.disable_new_netns }
+    }
+}
+
 /// What the agent gets. `root` is the rootfs in the guest.
 pub(crate) fn for_guest(
     spec: &Spec,
     id: &ContainerId,
     root: String,
-    keep_seccomp: bool,
+    policy: Policy,
 ) -> Result<(oci::Spec, bool), Error> {
     let linux = spec.linux().as_ref();
     let namespaces = linux.and_then(|linux| linux.namespaces().clone()).unwrap_or_default();
     let namespace = |wanted| namespaces.iter().find(|namespace| namespace.typ() == wanted);
-    if namespace(LinuxNamespaceType::Network).is_none() {
+    if namespace(LinuxNamespaceType::Network).is_none() && !policy.without_network {
         return Err(Error::Unsupported(
             "host network is not possible in a virtual machine: give the container a network namespace (no --net-host)"
                 .into(),
@@ -99,7 +114,7 @@ pub(crate) fn for_guest(
         }
         linux.CgroupsPath = format!("/{id}");
         linux.MountLabel.clear();
-        if !keep_seccomp {
+        if !policy.keep_seccomp {
             linux.Seccomp.clear();
         }
         if let Some(resources) = linux.Resources.as_mut() {
@@ -147,6 +162,8 @@ pub(crate) fn unlabel(process: &mut oci::Process) {
 mod tests {
     use super::*;
 
+    const KEEP: Policy = Policy { keep_seccomp: true, without_network: false };
+
     fn spec(namespaces: &serde_json::Value) -> Spec {
         serde_json::from_value(serde_json::json!({
             "ociVersion": "1.0.2",
@@ -165,7 +182,7 @@ mod tests {
     #[test]
     fn the_hosts_part_is_taken_out() {
         let spec = spec(&serde_json::json!([{"type": "pid"}, {"type": "network", "path": "/n"}, {"type": "ipc"}]));
-        let (guest, shared_pids) = for_guest(&spec, &id(), "/r".into(), true).expect("converted");
+        let (guest, shared_pids) = for_guest(&spec, &id(), "/r".into(), KEEP).expect("converted");
         assert!(!shared_pids);
         let types: Vec<_> = guest.Linux.Namespaces.iter().map(|namespace| namespace.Type.as_str()).collect();
         assert_eq!(types, ["pid", "ipc"]);
@@ -173,20 +190,21 @@ mod tests {
         assert_eq!(guest.Process.ApparmorProfile, "");
         assert!(guest.Linux.Resources.CPU.Cpus.is_empty() && guest.Linux.Resources.CPU.Shares == 5);
         assert!(guest.Linux.Seccomp.is_some());
-        let (guest, _) = for_guest(&spec, &id(), "/r".into(), false).expect("converted");
+        let (guest, _) =
+            for_guest(&spec, &id(), "/r".into(), Policy { keep_seccomp: false, ..KEEP }).expect("converted");
         assert!(guest.Linux.Seccomp.is_none());
     }
 
     #[test]
     fn the_hosts_network_and_processes_are_refused() {
         let error =
-            for_guest(&spec(&serde_json::json!([{"type": "pid"}])), &id(), "/r".into(), true).expect_err("host");
+            for_guest(&spec(&serde_json::json!([{"type": "pid"}])), &id(), "/r".into(), KEEP).expect_err("host");
         assert!(error.to_string().contains("host network"), "{error}");
         let error =
-            for_guest(&spec(&serde_json::json!([{"type": "network"}])), &id(), "/r".into(), true).expect_err("host");
+            for_guest(&spec(&serde_json::json!([{"type": "network"}])), &id(), "/r".into(), KEEP).expect_err("host");
         assert!(error.to_string().contains("PID"), "{error}");
         let without_ipc = serde_json::json!([{"type": "network"}, {"type": "pid"}]);
-        let error = for_guest(&spec(&without_ipc), &id(), "/r".into(), true).expect_err("host");
+        let error = for_guest(&spec(&without_ipc), &id(), "/r".into(), KEEP).expect_err("host");
         assert!(error.to_string().contains("IPC"), "{error}");
     }
 

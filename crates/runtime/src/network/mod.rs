@@ -51,6 +51,10 @@ pub(crate) struct PodNetwork {
 
 /// Refuses, or connects every interface of the pod's namespace. What can be refused is refused before anything is made.
 pub(crate) async fn connect(config: &config::Config, spec: &Spec, run: &mut RunDir) -> Result<PodNetwork, Error> {
+    if config.runtime.disable_new_netns {
+        // whatever there is, the host's own too, is left alone
+        return Ok(PodNetwork::default());
+    }
     let Some(path) = namespace_path(spec) else { return Ok(PodNetwork::default()) };
     let namespace =
         NetworkNamespace::open(&path).map_err(Error::host(format!("network namespace {}", path.display())))?;

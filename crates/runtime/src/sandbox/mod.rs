@@ -120,12 +120,12 @@ impl Sandbox {
 
     async fn make(&self, from: &ContainerSpec) -> Result<(Container, io::Outputs), Error> {
         let oci = spec::read(&from.bundle)?;
-        let keep_seccomp = !self.0.env.config.runtime.disable_guest_seccomp;
+        let policy = spec::Policy::of(&self.0.env.config.runtime);
         // the host's side is held for the host's part only: a guest that does not answer must not hold up the stop
         let prepared = {
             let mut host = self.0.host.lock().await;
             let host = host.as_mut().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
-            let given = create::Given { share: &host.share, shm: self.0.shm.as_ref(), keep_seccomp };
+            let given = create::Given { share: &host.share, shm: self.0.shm.as_ref(), policy };
             create::prepare(given, from, &oci, &mut host.run)?
         };
         let shared = prepared.shared.clone();

@@ -116,8 +116,8 @@ async fn boot(
     trace.step("vmm-started");
 
     // while the guest boots
-    let given =
-        create::Given { share: &share, shm: shm.as_ref(), keep_seccomp: !env.config.runtime.disable_guest_seccomp };
+    let policy = spec::Policy::of(&env.config.runtime);
+    let given = create::Given { share: &share, shm: shm.as_ref(), policy };
     let prepared = create::prepare(given, first, oci, run)?;
     trace.step("rootfs-ready");
 
@@ -157,7 +157,8 @@ async fn boot(
             return Err(Error::VmGone { what: "starting the guest".into(), reason, console: String::new() });
         }
     };
-    let forwarding = if role == Role::Sandbox { network::forward(oci, &agent) } else { None };
+    let is_reachable = role == Role::Sandbox && !env.config.runtime.disable_new_netns;
+    let forwarding = if is_reachable { network::forward(oci, &agent) } else { None };
     Ok(Booted { vm: vm.into(), share, agent, container, outputs, network, forwarding, shm })
 }
 
