@@ -1,7 +1,7 @@
 //! `Storage` messages: what the host gives the guest to mount, by driver (Kata's names).
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 
 use agent_api::agent::Storage;
 use nix::mount::{MntFlags, mount, umount2};
@@ -33,22 +33,7 @@ pub(crate) fn connect(storage: &Storage) -> Result<String, Error> {
     let parsed = options::parse(&options);
     mount(Some(storage.source.as_str()), point, Some(kind), parsed.flags, Some(parsed.data.as_str()))
         .map_err(Error::failed(format!("mount of {kind} {} on {point}", storage.source)))?;
-    if kind == "virtiofs"
-        && let Err(error) = read_more_ahead(point)
-    {
-        crate::log::debug(&format!("{point} reads little ahead: {error}"));
-    }
     Ok(point.to_owned())
-}
-
-/// How much is read at once from the host, KiB: a program is loaded in a few requests instead of one for each
-/// 128 KiB, the kernel's default (Documentation/ABI/testing/sysfs-class-bdi). Each takes a wake-up of the host.
-const READ_AHEAD: &str = "1024";
-
-fn read_more_ahead(point: &str) -> std::io::Result<()> {
-    let device = fs::metadata(point)?.dev();
-    let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
-    fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), READ_AHEAD)
 }
 
 /// Unmounts what [`connect`] mounted.
