@@ -143,6 +143,9 @@ fn a_guest_panic_ends_the_task() -> Result<()> {
     with_node(|node| {
         let events = Events::watch(node)?;
         node.detached(Runtime::Kata, "c1", &["--privileged"], &["sleep", "1000"])?;
+        // nothing makes a kernel stumble to order, but it can be asked what it would do
+        let oops = node.exec("c1", "x0", &[], &["cat", "/proc/sys/kernel/panic_on_oops"]).output()?.ok()?.text();
+        ensure!(oops == "1", "an oops is no panic: {oops}");
         let began = Instant::now();
         let exec = node.exec("c1", "x1", &[], &["sh", "-c", "echo c > /proc/sysrq-trigger"]).output()?;
         ensure!(exec.code != 0, "the exec outlived the panic that it asked for: {exec:?}");

@@ -24,9 +24,10 @@ pub(super) struct Inherited {
 ///
 /// `dummy.numdummies=0`: no interface that nobody asked for.
 /// `panic=-1`: a panic resets at once, and QEMU ends on a reset (`-no-reboot`): that is how the host learns of it.
+/// `oops=panic`: a kernel that has lost its way does not go on half alive, with calls that never return.
 /// `no_timer_check` and `tsc=reliable`: emulated timers are what they say, checking them costs tens of milliseconds.
 /// `cryptomgr.notests`, `rcupdate.rcu_expedited=1`, `i8042.*`, `net.ifnames`: as Kata's guests boot.
-const KERNEL_PARAMS: &str = "console=ttyS0 panic=-1 reboot=t no_timer_check tsc=reliable \
+const KERNEL_PARAMS: &str = "console=ttyS0 panic=-1 oops=panic reboot=t no_timer_check tsc=reliable \
     rcupdate.rcu_expedited=1 cryptomgr.notests noreplace-smp pci=lastbus=0 net.ifnames=0 dummy.numdummies=0 random.trust_cpu=on";
 
 /// All arguments after the program's name.
