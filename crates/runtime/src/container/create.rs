@@ -105,7 +105,7 @@ pub(crate) async fn create(
     limit: std::time::Duration,
 ) -> Result<(Container, Outputs), Error> {
     let Prepared { request, shared, hooks } = prepared;
-    let outputs = Outputs::open(&from.stdio)?;
+    let outputs = Outputs::open(&from.stdio).inspect_err(|_| hooks.hide())?;
     if let Err(error) = hooks.create(pid).await {
         hooks.hide();
         return Err(error);
