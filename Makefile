@@ -41,13 +41,13 @@ test: rust deps ## formatting, lints, unit tests, then end-to-end tests in VMs (
 nested: rust deps ## tests in a VM that has KVM (emulated) and vhost-vsock; ARGS names them, "vsock lifecycle" for example
 	@$(xtask) nested -- $(ARGS)
 
-bench: rust deps ## measure starts, exec and memory against runc
+bench: rust deps ## measure starts, exec, memory, pods and network against runc and bare QEMU
 	@$(xtask) bench
 
 conformance: rust deps ## Kubernetes' critest with runc and with kata, and the difference; ARGS="regular expression" for some
 	@$(xtask) conformance -- '$(ARGS)'
 
-soak: rust deps ## pods come and go for five minutes (or SECONDS=n), and what is left of them
+soak: rust deps ## pods come and go, twice five minutes (or SECONDS=n), and what is left of them
 	@$(xtask) soak $(SECONDS)
 
 check: rust deps ## formatting and lints only

@@ -25,7 +25,7 @@ pub(crate) fn check(config: &Config, settings: &Settings) -> Result<(), Error> {
         |name: &str, path: &Path| setting(&format!("hypervisor.qemu.{name}"), format!("\"{}\"", path.display()));
 
     program(&of_path("path", &hypervisor.path), &hypervisor.path, "install qemu-system-x86")?;
-    file(&of_path("kernel", &hypervisor.kernel), &hypervisor.kernel, "run `make guest install`")?;
+    file(&of_path("kernel", &hypervisor.kernel), &hypervisor.kernel, "run `make install`")?;
     if let Some(daemon) = &hypervisor.virtio_fs_daemon {
         program(&of_path("virtio_fs_daemon", daemon), daemon, "install virtiofsd or qemu-system-common")?;
     }
@@ -43,7 +43,7 @@ pub(crate) fn check(config: &Config, settings: &Settings) -> Result<(), Error> {
     }
     let initrd = hypervisor.initrd.clone().unwrap_or_default();
     let initrd_setting = of_path("initrd", &initrd);
-    let size = file(&initrd_setting, &initrd, "run `make guest install`")?.len();
+    let size = file(&initrd_setting, &initrd, "run `make install`")?.len();
     if size >= memory << 20 {
         let why = format!("its {} MiB must be fewer than default_memory, {memory} MiB", size.div_ceil(1 << 20));
         return Err(refuse(&initrd_setting, why));

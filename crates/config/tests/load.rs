@@ -95,10 +95,10 @@ fn a_file_that_is_missing_or_of_the_wrong_kind() {
         assert_eq!(place, format!("DIR/config.d/1.toml:2: hypervisor.qemu.{name}"));
         rest.to_owned()
     };
-    assert_eq!(with("kernel", "gone"), "no such file: run `make guest install`, or set another path");
+    assert_eq!(with("kernel", "gone"), "no such file: run `make install`, or set another path");
     assert_eq!(with("kernel", "folder"), "is a directory: set the path of a file");
-    assert_eq!(with("kernel", "empty"), "is empty: run `make guest install`, or set another path");
-    assert_eq!(with("initrd", "gone"), "no such file: run `make guest install`, or set another path");
+    assert_eq!(with("kernel", "empty"), "is empty: run `make install`, or set another path");
+    assert_eq!(with("initrd", "gone"), "no such file: run `make install`, or set another path");
     assert_eq!(with("initrd", "folder"), "is a directory: set the path of a file");
     assert_eq!(with("path", "gone"), "no such file: install qemu-system-x86, or set another path");
     assert_eq!(with("path", "kernel"), "is not a program: install qemu-system-x86, or make it executable");

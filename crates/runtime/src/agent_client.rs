@@ -63,7 +63,12 @@ impl VmWatch {
 
     /// The error for a connection that failed: the end of the VMM where that is the cause, else `reason`.
     pub(crate) async fn broken<T>(&self, what: &str, reason: &str) -> Result<T, Error> {
-        match tokio::time::timeout(CAUSE_WAIT, self.gone(what)).await {
+        self.broken_within(what, reason, CAUSE_WAIT).await
+    }
+
+    /// The same, where the end of the VMM would have been seen within `limit`.
+    pub(crate) async fn broken_within<T>(&self, what: &str, reason: &str, limit: Duration) -> Result<T, Error> {
+        match tokio::time::timeout(limit, self.gone(what)).await {
             Ok(gone) => Err(gone),
             Err(_) => Err(Error::VmGone { what: what.into(), reason: reason.to_owned(), console: self.console_tail() }),
         }

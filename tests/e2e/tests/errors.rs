@@ -1,7 +1,9 @@
 //! What cannot be started: the words and the codes are runc's, and nothing stays behind.
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::{BOTH, Node, Outcome, Runtime, image, with_every_containerd, with_node};
+use e2e::{
+    BOTH, Node, NodeSetup, Outcome, Runtime, image, install::Install, with_every_containerd, with_node, with_node_setup,
+};
 
 /// What follows these words is meant for the user, whichever runtime says it.
 const UNABLE: &str = "unable to start container process: ";
@@ -132,4 +134,18 @@ fn second_run(node: &Node, runtime: Runtime) -> Result<()> {
 #[test]
 fn an_id_is_free_after_a_failed_start() -> Result<()> {
     with_node(|node| every(BOTH.map(|runtime| second_run(node, runtime))))
+}
+
+/// The error tells what the guest said at last, and not what ended because of it.
+#[test]
+fn a_guest_that_dies_at_its_boot() -> Result<()> {
+    let config = Install::locate()?.config_with(&[("kernel_params", "rdinit=/nowhere root=/dev/nothing".into())])?;
+    with_node_setup(NodeSetup { config: Some(config), ..NodeSetup::default() }, |node| {
+        for round in 0..3 {
+            let done = node.run(Runtime::Kata, &format!("dies{round}"), &[], &["true"]).output()?;
+            let told = done.stderr.contains("QEMU ended") && done.stderr.contains("Kernel panic");
+            ensure!(done.code != 0 && told, "{}", done.stderr);
+        }
+        Ok(())
+    })
 }

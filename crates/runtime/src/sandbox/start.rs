@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_api::agent as api;
 use agent_api::paths;
@@ -73,6 +73,9 @@ impl Sandbox {
         }
     }
 }
+
+/// virtiofsd ends when QEMU does, which then is the cause, and whose end is seen so much later at most.
+const TOGETHER: Duration = Duration::from_millis(250);
 
 /// A pod that runs, with its first container made.
 struct Booted {
@@ -149,12 +152,13 @@ async fn boot(
         Ok::<_, Error>((agent, container, outputs))
     };
     let mut daemon = share.daemon.exit();
+    let ended = VmWatch::new(vm.as_ref());
     let ((agent, container, outputs), ()) = tokio::select! {
         biased;
         made = async { tokio::try_join!(guest, counted) } => made?,
         end = daemon.wait_for(Option::is_some) => {
             let reason = end.ok().and_then(|end| end.as_ref().map(ToString::to_string)).unwrap_or_default();
-            return Err(Error::VmGone { what: "starting the guest".into(), reason, console: String::new() });
+            return ended.broken_within("starting the guest", &reason, TOGETHER).await;
         }
     };
     let is_reachable = role == Role::Sandbox && !env.config.runtime.disable_new_netns;
