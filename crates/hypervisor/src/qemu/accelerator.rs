@@ -97,7 +97,8 @@ impl Memory {
             // written whole beside it and renamed: another start never reads a half line
             let draft = self.file.with_extension(std::process::id().to_string());
             fs::File::create(&draft)?.write_all(text.as_bytes())?;
-            fs::rename(&draft, &self.file)
+            fs::rename(&draft, &self.file)?;
+            self.file.parent().map_or(Ok(()), forget_old)
         });
         if let Err(error) = written {
             tracing::warn!(file = %self.file.display(), %error, "the accelerator probe's answer cannot be kept");
@@ -105,9 +106,38 @@ impl Memory {
     }
 }
 
+/// Answers that are kept: for guests that were replaced nobody asks any more.
+const KEPT: usize = 16;
+
+fn forget_old(dir: &Path) -> std::io::Result<()> {
+    let dated = |entry: fs::DirEntry| Some((entry.metadata().ok()?.modified().ok()?, entry.path()));
+    let mut all: Vec<_> = fs::read_dir(dir)?.flatten().filter_map(dated).collect();
+    all.sort_unstable();
+    for (_, path) in all.iter().rev().skip(KEPT) {
+        // another start may have been quicker
+        let _ = fs::remove_file(path);
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn answers_do_not_pile_up() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let memory = |number: usize| {
+            let boot = Boot { kernel: format!("/k{number}").into(), initrd: "/i".into(), kernel_params: String::new() };
+            Memory::new(dir.path(), Path::new("/q"), &boot)
+        };
+        for number in 0..KEPT + 5 {
+            memory(number).store(Accelerator::Tcg, "no KVM");
+        }
+        let left = fs::read_dir(dir.path().join("kvm-probe")).expect("made").count();
+        assert_eq!(left, KEPT);
+        assert!(memory(KEPT + 4).recall().is_some(), "the last one");
+    }
 
     #[test]
     fn an_answer_is_kept_for_the_same_guest_only() {
