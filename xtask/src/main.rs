@@ -80,10 +80,10 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
             clients::provide(&workspace)?;
             verify::conformance(&workspace, focus.strip_prefix(&["--".to_owned()]).unwrap_or(focus))?;
         }
-        ("soak", seconds) => {
+        ("soak", [] | [_]) => {
             prepare(&workspace, &workspace.test_prefix())?;
             clients::provide(&workspace)?;
-            verify::soak(&workspace, seconds.first().map_or("300", String::as_str))?;
+            verify::soak(&workspace, rest.first().map_or("300", String::as_str))?;
         }
         ("check", []) => verify::check(&workspace)?,
         ("image", [file]) => step::timed("building the busybox image", || image::write(Path::new(file)))?,

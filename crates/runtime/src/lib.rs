@@ -23,5 +23,5 @@ pub use container::spec::CONFIG_LIMIT;
 pub use container::{ContainerSpec, ExecSpec, Exit, ProcessRef, ProcessView, Status, Stdio};
 pub use error::Error;
 pub use id::{ContainerId, ExecId};
-pub use sandbox::{Env, Event, Sandbox, SandboxSpec};
+pub use sandbox::{Env, Event, Sandbox, SandboxSpec, Started};
 pub use storage::rootfs::RootfsMount;

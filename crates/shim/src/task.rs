@@ -268,8 +268,7 @@ impl Task for TaskService {
             None => "OCI runtime start failed",
             Some(_) => "OCI runtime exec failed: exec failed",
         };
-        sandbox.start_process(&name).await.map_err(worded(prefix))?;
-        // nothing is awaited in between, so the exit of a quick process is told after its start
+        let started_process = sandbox.start_process(&name).await.map_err(worded(prefix))?;
         let pid = sandbox.pid();
         if name.exec.is_none() {
             let started = event::TaskStart { container_id: request.id, pid, ..Default::default() };
@@ -283,6 +282,8 @@ impl Task for TaskService {
             };
             self.publisher.publish("/tasks/exec-started", &started);
         }
+        // the end of a quick process is told after its start
+        drop(started_process);
         Ok(StartResponse { pid, ..Default::default() })
     }
 

@@ -51,6 +51,12 @@ impl Inventory {
         }
     }
 
+    /// Counts when nothing has changed for a while.
+    pub fn take_at_rest(node: &Node) -> Result<Self> {
+        let last = std::cell::RefCell::new(None::<BTreeMap<String, usize>>);
+        Self::take_when(node, |now| last.replace(Some(now.things.clone())).as_ref() == Some(&now.things))
+    }
+
     /// Whether no kind of thing differs.
     pub fn same_things(&self, other: &Self) -> bool {
         self.things == other.things

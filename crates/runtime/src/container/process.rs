@@ -1,6 +1,6 @@
 //! One process: created → running ⇄ paused → stopped. Pure state; the calls are made by the sandbox.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use agent_api::oci;
@@ -82,8 +82,9 @@ pub(crate) struct Process {
     pub(crate) spec: Option<oci::Process>,
     status: Mutex<Status>,
     exit: watch::Sender<Option<Exit>>,
-    /// Held while it is being started: its end is told after its start.
-    pub(crate) starting: tokio::sync::Mutex<()>,
+    /// Held while it is being started or deleted: its end is told after its start, and what may be running in the guest
+    /// already is not deleted as what never ran.
+    pub(crate) changing: Arc<tokio::sync::Mutex<()>>,
     /// How far its output is.
     pub(crate) output: Output,
     /// Ends the copying of its input.
@@ -98,7 +99,7 @@ impl Process {
             spec,
             status: Mutex::new(Status::Created),
             exit: watch::Sender::new(None),
-            starting: tokio::sync::Mutex::default(),
+            changing: Arc::default(),
             output: Output::default(),
             close_stdin: tokio::sync::Notify::new(),
         }

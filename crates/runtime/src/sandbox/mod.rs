@@ -62,6 +62,11 @@ struct Inner {
     host: tokio::sync::Mutex<Option<Host>>,
 }
 
+/// A process that has been started, until others are told so.
+#[must_use = "its end is told when this is dropped"]
+#[derive(Debug)]
+pub struct Started(#[expect(dead_code, reason = "held")] tokio::sync::OwnedMutexGuard<()>);
+
 /// A container's place, taken before the container is made, so that of two equal creates one is refused.
 enum Slot {
     Making,
@@ -143,13 +148,21 @@ impl Sandbox {
         }
     }
 
-    /// Starts a created process.
+    /// Starts a created process. Its end is told when what this returns is dropped. Goes on to its end also when nobody
+    /// waits for it any more: the guest does not know that.
     ///
     /// # Errors
     /// [`Error::WrongState`] unless it is created; or what the guest said.
-    pub async fn start_process(&self, name: &ProcessRef) -> Result<(), Error> {
+    pub async fn start_process(&self, name: &ProcessRef) -> Result<Started, Error> {
+        let (sandbox, name) = (self.clone(), name.clone());
+        tokio::spawn(async move { sandbox.start_now(&name).await })
+            .await
+            .unwrap_or_else(|error| Err(Error::Host { what: "starting".into(), source: std::io::Error::other(error) }))
+    }
+
+    async fn start_now(&self, name: &ProcessRef) -> Result<Started, Error> {
         let process = self.process(name)?;
-        let starting = process.starting.lock().await;
+        let changing = Arc::clone(&process.changing).lock_owned().await;
         if process.status() != Status::Created {
             return Err(Error::WrongState(format!("cannot start a {} process", process.status().name())));
         }
@@ -182,7 +195,6 @@ impl Sandbox {
             }
         }
         process.advance(Status::Running)?;
-        drop(starting);
         input.copy(&self.0.agent, &process);
         if let Some(outputs) = outputs {
             watch::process(&self.0, process, outputs);
@@ -190,7 +202,7 @@ impl Sandbox {
         if name.exec.is_none() {
             self.container(&name.container)?.hooks.started(self.0.pid).await;
         }
-        Ok(())
+        Ok(Started(changing))
     }
 
     /// Adds a process to a running container; it starts with [`Sandbox::start_process`].
@@ -271,6 +283,7 @@ impl Sandbox {
     pub async fn delete(&self, name: &ProcessRef) -> Result<Option<Exit>, Error> {
         let container = self.container(&name.container)?;
         let process = container.process(name)?;
+        let _changing = process.changing.lock().await;
         if matches!(process.status(), Status::Running | Status::Paused) {
             return Err(Error::WrongState(format!("cannot delete a {} process", process.status().name())));
         }
@@ -278,15 +291,15 @@ impl Sandbox {
             // what was written before the exit is delivered before the process is forgotten
             process.output.before_the_delete().await;
         }
-        if process.status() == Status::Created {
-            // what never ran does not end either: nobody is told
-            process.ended(0);
-        }
         if let Some(exec) = &name.exec {
             container.remove(exec);
         } else {
             self.remove_container(&container, &name.container).await?;
             container.hooks.stopped().await;
+        }
+        if process.status() == Status::Created {
+            // what never ran does not end either: nobody is told
+            process.ended(0);
         }
         Ok(process.exit())
     }

@@ -153,13 +153,16 @@ async fn boot(
     };
     let mut daemon = share.daemon.exit();
     let ended = VmWatch::new(vm.as_ref());
-    let ((agent, container, outputs), ()) = tokio::select! {
+    let outcome = tokio::select! {
         biased;
-        made = async { tokio::try_join!(guest, counted) } => made?,
+        made = async { tokio::try_join!(guest, counted) } => Ok(made?),
         end = daemon.wait_for(Option::is_some) => {
-            let reason = end.ok().and_then(|end| end.as_ref().map(ToString::to_string)).unwrap_or_default();
-            return ended.broken_within("starting the guest", &reason, TOGETHER).await;
+            Err(end.ok().and_then(|end| end.as_ref().map(ToString::to_string)).unwrap_or_default())
         }
+    };
+    let ((agent, container, outputs), ()) = match outcome {
+        Ok(made) => made,
+        Err(reason) => return ended.broken_within("starting the guest", &reason, TOGETHER).await,
     };
     let is_reachable = role == Role::Sandbox && !env.config.runtime.disable_new_netns;
     let forwarding = if is_reachable { network::forward(oci, &agent) } else { None };

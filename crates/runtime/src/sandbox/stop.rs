@@ -17,6 +17,7 @@ pub(super) async fn stop(inner: &Arc<Inner>) -> Result<(), Error> {
     if let Some(forwarding) = host.forwarding.take() {
         forwarding.stop().await;
     }
+    let mut is_quiet = true;
     if host.vm.exit().borrow().is_none() && inner.has_running() {
         let goodbye = inner
             .agent
@@ -26,11 +27,17 @@ pub(super) async fn stop(inner: &Arc<Inner>) -> Result<(), Error> {
             .await;
         if let Err(error) = goodbye {
             tracing::warn!(%error, "the guest did not end by itself");
+            is_quiet = false;
         }
     }
-    // everything is on the host: there is nothing to wait for
-    let (ended, ()) = tokio::join!(host.vm.stop(Duration::ZERO), host.share.daemon.stop(Duration::ZERO));
-    ended?;
+    if is_quiet {
+        // everything is on the host: there is nothing to wait for
+        let (ended, ()) = tokio::join!(host.vm.stop(Duration::ZERO), host.share.daemon.stop(Duration::ZERO));
+        ended?;
+    } else {
+        host.vm.stop(Duration::ZERO).await?;
+        host.share.daemon.stop(Duration::ZERO).await;
+    }
     if let Some(following) = host.following.take() {
         following.end().await;
     }

@@ -48,7 +48,7 @@ fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
             }
         };
         // a quick one ends before the answer to its start has been seen
-        drop(process.starting.lock().await);
+        drop(process.changing.lock().await);
         if let Some(exit) = process.ended(status) {
             let _ = inner.events.send(Event::Exit(process.name.clone(), exit));
         }

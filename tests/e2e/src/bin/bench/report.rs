@@ -97,7 +97,8 @@ impl Report {
 
 impl Bar {
     fn holds(&self) -> Option<bool> {
-        self.value.map(|v| match self.side {
+        // a part of it may not have been measured
+        self.value.filter(|_| self.limit.is_finite()).map(|v| match self.side {
             Side::AtMost => v <= self.limit,
             Side::AtLeast => v >= self.limit,
         })
@@ -121,11 +122,11 @@ impl fmt::Display for Report {
             let Bar { name, limit, value, unit, .. } = bar;
             match (value, bar.holds()) {
                 (Some(v), Some(true)) => writeln!(f, "PASS    {name}: {v:.1} of {limit:.1} {unit}")?,
-                (Some(v), _) => {
+                (Some(v), Some(false)) => {
                     let by = (v - limit).abs();
                     writeln!(f, "MISSED  {name}: {v:.1} of {limit:.1} {unit}, by {by:.1}")?;
                 }
-                (None, _) => writeln!(f, "n/a     {name}: could not be measured")?,
+                _ => writeln!(f, "n/a     {name}: could not be measured")?,
             }
         }
         Ok(())
