@@ -87,11 +87,12 @@ impl Helper {
                 let _ = tokio::time::timeout(Duration::from_millis(50), reader).await;
             }
             let stderr = String::from_utf8_lossy(&stderr.lock().unwrap_or_else(PoisonError::into_inner)).into_owned();
+            let is_success = status.as_ref().is_ok_and(std::process::ExitStatus::success);
             let reason = match status {
                 Ok(status) => format!("{what} ended ({status})"),
                 Err(error) => format!("{what} cannot be waited for ({error})"),
             };
-            let _ = exit_to.send(Some(VmExit { reason, stderr }));
+            let _ = exit_to.send(Some(VmExit { reason, is_success, stderr }));
         });
         Ok(Self { pid, exit, kill: Mutex::new(Some(kill)) })
     }

@@ -104,6 +104,8 @@ pub trait Vm: Send + Sync {
 pub struct VmExit {
     /// Exit status or signal, in words.
     pub reason: String,
+    /// It ended by itself and found nothing wrong.
+    pub is_success: bool,
     /// The last of what it wrote on its standard error.
     pub stderr: String,
 }

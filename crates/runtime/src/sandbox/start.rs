@@ -74,7 +74,7 @@ impl Sandbox {
     }
 }
 
-/// virtiofsd ends when QEMU does, which then is the cause, and whose end is seen so much later at most.
+/// After virtiofsd, which ends when QEMU does, QEMU's own end is seen so much later at most.
 const TOGETHER: Duration = Duration::from_millis(250);
 
 /// A pod that runs, with its first container made.
@@ -157,12 +157,17 @@ async fn boot(
         biased;
         made = async { tokio::try_join!(guest, counted) } => Ok(made?),
         end = daemon.wait_for(Option::is_some) => {
-            Err(end.ok().and_then(|end| end.as_ref().map(ToString::to_string)).unwrap_or_default())
+            Err(end.ok().and_then(|end| end.clone()))
         }
     };
     let ((agent, container, outputs), ()) = match outcome {
         Ok(made) => made,
-        Err(reason) => return ended.broken_within("starting the guest", &reason, TOGETHER).await,
+        Err(end) => {
+            // it ends in peace when QEMU does, and QEMU with an error when it was killed
+            let limit = if end.as_ref().is_some_and(|end| end.is_success) { TOGETHER } else { Duration::ZERO };
+            let reason = end.map(|end| end.to_string()).unwrap_or_default();
+            return ended.broken_within("starting the guest", &reason, limit).await;
+        }
     };
     let is_reachable = role == Role::Sandbox && !env.config.runtime.disable_new_netns;
     let forwarding = if is_reachable { network::forward(oci, &agent) } else { None };
