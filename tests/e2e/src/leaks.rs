@@ -103,7 +103,7 @@ fn cgroups(dir: &Path, found: &mut BTreeSet<String>) {
             continue;
         }
         // runc leaves the folder of containerd's namespace for the next container, with nothing in it
-        if !path.ends_with(crate::node::NAMESPACE) {
+        if ![crate::node::NAMESPACE, crate::node::CRI_NAMESPACE].iter().any(|name| path.ends_with(name)) {
             found.insert(format!("cgroup {}", path.display()));
         }
         cgroups(&path, found);

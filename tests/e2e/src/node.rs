@@ -31,7 +31,7 @@ use std::{
 pub const NAMESPACE: &str = "kata-e2e";
 
 /// The namespace in containerd that CRI uses.
-const CRI_NAMESPACE: &str = "k8s.io";
+pub const CRI_NAMESPACE: &str = "k8s.io";
 
 /// Where runc keeps what it knows of containers of our namespace.
 const RUNC_STATE: &str = "/run/containerd/runc/kata-e2e";
