@@ -75,25 +75,23 @@ impl Cgroup {
     pub(crate) async fn end(&self) -> Result<(), Error> {
         use io::{Read, Seek};
         let failed = || Error::failed("cgroup.events");
-        let mut events = File::open(self.path.join("cgroup.events")).map_err(failed())?;
-        let mut text = String::new();
-        events.read_to_string(&mut text).map_err(failed())?;
-        if text.contains("populated 0") {
+        let events = File::open(self.path.join("cgroup.events")).map_err(failed())?;
+        // a change of `populated` is an exceptional condition of this file (cgroup-v2.rst)
+        let events = crate::io::watch_changes(events).map_err(failed())?;
+        let is_empty = || {
+            let (mut file, mut text) = (events.get_ref(), String::new());
+            file.rewind().and_then(|()| file.read_to_string(&mut text)).map_err(failed())?;
+            Ok(text.contains("populated 0"))
+        };
+        if is_empty()? {
             return Ok(());
         }
         self.freeze(false)?;
-        // a change of `populated` is an exceptional condition of this file (cgroup-v2.rst)
-        let events = crate::io::watch_changes(events).map_err(failed())?;
         self.kill()?;
-        loop {
-            text.clear();
-            let mut file = events.get_ref();
-            file.rewind().and_then(|()| file.read_to_string(&mut text)).map_err(failed())?;
-            if text.contains("populated 0") {
-                return Ok(());
-            }
+        while !is_empty()? {
             events.ready(Interest::PRIORITY).await.map_err(failed())?.clear_ready();
         }
+        Ok(())
     }
 
     /// Every process in it, at once.

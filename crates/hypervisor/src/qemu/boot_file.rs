@@ -21,7 +21,8 @@ pub(super) struct BootFile {
 impl BootFile {
     /// Copies `file`; blocks for some milliseconds.
     pub(super) fn new(file: &Path) -> io::Result<Self> {
-        let mut from = File::open(file)?;
+        let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", file.display()));
+        let mut from = File::open(file).map_err(named)?;
         let mut memory = File::from(memfd_create(c"boot", MFdFlags::MFD_CLOEXEC)?);
         let size = io::copy(&mut from, &mut memory)?;
         Ok(Self { memory: memory.into(), size: i64::try_from(size).map_err(io::Error::other)? })
@@ -57,5 +58,7 @@ mod tests {
         copy.give_back().expect("emptied");
         let meta = std::fs::metadata(&path).expect("still there");
         assert_eq!((meta.len(), meta.blocks()), (100_000, 0));
+        let error = BootFile::new(Path::new("/no/such/kernel")).expect_err("missing");
+        assert!(error.to_string().starts_with("/no/such/kernel: "), "{error}");
     }
 }
