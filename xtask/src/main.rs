@@ -6,6 +6,7 @@ mod clients;
 mod compile;
 mod containerd;
 mod demo;
+mod failures;
 mod image;
 mod initrd;
 mod install;

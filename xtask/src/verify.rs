@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 
 use crate::compile::cargo;
+use crate::failures;
 use crate::step;
 use crate::workspace::Workspace;
 
@@ -39,7 +40,7 @@ pub(crate) fn end_to_end(workspace: &Workspace) -> Result<()> {
         let arguments = ["test", "--package", "e2e", "--no-fail-fast", "--", "--test-threads=1", "--nocapture"];
         let mut command = cargo(workspace);
         command.args(arguments).env("KATA_PREFIX", workspace.test_prefix());
-        step::run(command.env("KATA_CLIENTS", workspace.test_clients()))
+        failures::run(command.env("KATA_CLIENTS", workspace.test_clients()))
     })
 }
 

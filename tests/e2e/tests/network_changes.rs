@@ -8,10 +8,11 @@ use e2e::{
     pod_network::{Model, Pod, ip, seen_in, with_pod},
     processes,
 };
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Within which a change must be seen inside the guest.
-const LIMIT: Duration = Duration::from_secs(2);
+/// Within which a change must be seen inside the guest, on a machine that may be busy: an event that is lost is never seen.
+/// How long it takes is printed.
+const LIMIT: Duration = Duration::from_secs(10);
 
 for_both_models!(
     an_interface_that_comes_later_is_the_same,
@@ -237,8 +238,12 @@ fn twenty_times_leaves_nothing(model: Model) -> Result<()> {
         || Pod::make(37, 1500),
         |node, pod| {
             start(node, pod)?;
-            let before = (pod.state()?, held(node)?);
-            for _ in 0..20 {
+            let mut before = None;
+            for round in 0..20 {
+                // what a start still gives back, and what stays from a first change on, is no leak; every round's is
+                if round == 1 {
+                    before = Some(settled(node, pod, None)?);
+                }
                 seen(node, "ip -4 -o addr show dev net1 2>/dev/null | grep -q 10.88.37.2/24", || {
                     pod.add_second_veth("net1", 1500)?;
                     pod.ip("addr add 10.88.37.2/24 dev net1")?;
@@ -246,14 +251,8 @@ fn twenty_times_leaves_nothing(model: Model) -> Result<()> {
                 })?;
                 seen(node, "! test -e /sys/class/net/net1", || pod.ip("link del net1").map(drop))?;
             }
-            // the host's side follows the guest's by a moment
-            for _ in 0..50 {
-                if (pod.state()?, held(node)?) == before {
-                    break;
-                }
-                std::thread::sleep(Duration::from_millis(100));
-            }
-            let after = (pod.state()?, held(node)?);
+            let before = before.context("twenty rounds")?;
+            let after = settled(node, pod, Some(&before))?;
             ensure!(before == after, "before\n{before:#?}\nafter\n{after:#?}");
             pings(node, "eth0", "10.89.37.1")?;
             node.remove("pod")
@@ -261,8 +260,26 @@ fn twenty_times_leaves_nothing(model: Model) -> Result<()> {
     )
 }
 
-/// How many descriptors and threads the pod's processes have, and how long its journal is.
-fn held(node: &Node) -> Result<Vec<(String, usize)>> {
+/// What the namespace and the pod's processes hold once that is `wanted`, or does not change for a second when nothing
+/// is: the host's side follows the guest's by a moment, and nothing tells when it is done.
+fn settled(node: &Node, pod: &Pod, wanted: Option<&(String, Held)>) -> Result<(String, Held)> {
+    let (mut last, mut since) = ((pod.state()?, held(node)?), Instant::now());
+    while since.elapsed() < Duration::from_secs(wanted.map_or(1, |_| 10)) && wanted != Some(&last) {
+        std::thread::sleep(Duration::from_millis(100));
+        let now = (pod.state()?, held(node)?);
+        if now != last && wanted.is_none() {
+            since = Instant::now();
+        }
+        last = now;
+    }
+    Ok(last)
+}
+
+/// What a process has or a file lists, and how many of them.
+type Held = Vec<(String, usize)>;
+
+/// How many descriptors the pod's processes have, and how long its journal is.
+fn held(node: &Node) -> Result<Held> {
     let mut all = Vec::new();
     for process in processes::of_node(node.tag()) {
         let count = |what: &str| std::fs::read_dir(format!("/proc/{}/{what}", process.pid)).map(Iterator::count);
