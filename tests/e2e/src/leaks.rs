@@ -99,13 +99,12 @@ fn cgroups(dir: &Path, found: &mut BTreeSet<String>) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for entry in entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
         let path = entry.path();
-        if is_of_others(&path) {
-            continue;
-        }
         // runc leaves the folder of containerd's namespace for the next container, with nothing in it
-        if ![crate::node::NAMESPACE, crate::node::CRI_NAMESPACE].iter().any(|name| path.ends_with(name)) {
+        let lasts = [crate::node::NAMESPACE, crate::node::CRI_NAMESPACE].iter().any(|name| path.ends_with(name));
+        if !lasts && !is_of_others(&path) {
             found.insert(format!("cgroup {}", path.display()));
         }
+        // whoever is in it, what is below counts for itself
         cgroups(&path, found);
     }
 }
@@ -127,8 +126,14 @@ fn files(path: &Path, found: &mut BTreeSet<String>) {
     }
 }
 
-/// What runs beside the tests has cgroups too, which come and go: those that hold processes of others alone.
+/// What runs beside the tests has cgroups too, which come and go: those that hold processes of others alone. The root of
+/// a tree is there whoever is in it.
 fn is_of_others(path: &Path) -> bool {
+    let has = |file: &str| path.join(file).exists();
+    // cgroups(7): version 1 has this file in roots alone, version 2 the last one in all others
+    if has("release_agent") || (has("cgroup.controllers") && !has("cgroup.events")) {
+        return true;
+    }
     let pids = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
     let is_other = |pid: &str| {
         fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| {
