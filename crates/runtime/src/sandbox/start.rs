@@ -198,14 +198,10 @@ fn vm_spec(
 ) -> VmSpec {
     let config = &env.config.hypervisor;
     let log = if env.config.agent.enable_debug { "debug" } else { "info" };
-    let kernel_params = format!("{channel_params} agent.log={log} cgroup_no_v1=all {}", config.kernel_params);
+    let kernel_params = kernel_params(channel_params, log, &config.kernel_params);
     VmSpec {
         id: id.as_str().into(),
-        boot: Boot {
-            kernel: config.kernel.clone(),
-            initrd: config.initrd.clone().unwrap_or_default(),
-            kernel_params: kernel_params.trim_end().into(),
-        },
+        boot: Boot { kernel: config.kernel.clone(), initrd: config.initrd.clone().unwrap_or_default(), kernel_params },
         size: sizing::plan(config, limits),
         channel,
         shared_dirs: vec![SharedDir { tag: paths::SHARE_TAG, socket, queue_size: config.virtio_fs_queue_size }],
@@ -214,6 +210,15 @@ fn vm_spec(
         entropy_source: config.entropy_source.clone(),
         debug: config.enable_debug || env.config.agent.enable_debug,
     }
+}
+
+/// What this side asks of the guest's kernel, and what the configuration does.
+///
+/// `cgroup.memory=nosocket`: to count the buffers of sockets into a container's memory costs a tenth of what passes through
+/// one, and the VM is the limit for all of it anyway. Whoever sets `cgroup.memory` decides himself.
+fn kernel_params(channel: &str, log: &str, configured: &str) -> String {
+    let counted = if configured.contains("cgroup.memory=") { "" } else { " cgroup.memory=nosocket" };
+    format!("{channel} agent.log={log} cgroup_no_v1=all{counted} {configured}").trim_end().into()
 }
 
 async fn create_sandbox(agent: &AgentClient, id: &ContainerId, oci: &Spec, shm: Option<&Shm>) -> Result<(), Error> {
@@ -255,4 +260,16 @@ async fn set_clock(agent: &AgentClient) -> Result<(), Error> {
         })
         .await
         .map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::kernel_params;
+
+    #[test]
+    fn the_configuration_decides_what_is_counted() {
+        assert_eq!(kernel_params("c=1", "info", ""), "c=1 agent.log=info cgroup_no_v1=all cgroup.memory=nosocket");
+        let counted = kernel_params("c=1", "info", "a cgroup.memory=nobpf");
+        assert_eq!(counted, "c=1 agent.log=info cgroup_no_v1=all a cgroup.memory=nobpf");
+    }
 }

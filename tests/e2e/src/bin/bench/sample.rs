@@ -20,6 +20,11 @@ impl Sample {
         self.0.push(value);
     }
 
+    /// Adds another's.
+    pub(crate) fn join(&mut self, other: &Self) {
+        self.0.extend(&other.0);
+    }
+
     /// Adds a time in milliseconds.
     pub(crate) fn add_time(&mut self, time: Duration) {
         self.add(time.as_secs_f64() * 1000.0);
