@@ -50,9 +50,15 @@ mod generated {
     pub mod types {
         include!(concat!(env!("OUT_DIR"), "/types.rs"));
     }
+    pub mod wake {
+        include!(concat!(env!("OUT_DIR"), "/wake.rs"));
+    }
+    pub mod wake_ttrpc {
+        include!(concat!(env!("OUT_DIR"), "/wake_ttrpc.rs"));
+    }
 }
 
-pub use generated::{agent, agent_ttrpc, csi, health, health_ttrpc, oci, port, port_ttrpc, types};
+pub use generated::{agent, agent_ttrpc, csi, health, health_ttrpc, oci, port, port_ttrpc, types, wake, wake_ttrpc};
 
 pub use protobuf;
 pub use ttrpc;

@@ -23,6 +23,7 @@ mod server;
 mod storage;
 mod sysctl;
 mod transport;
+mod wake;
 
 use std::process::ExitCode;
 

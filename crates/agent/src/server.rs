@@ -15,6 +15,7 @@ use agent_api::protobuf::well_known_types::empty::Empty;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::{Server, TtrpcContext};
 use agent_api::types::Interface;
+use agent_api::wake_ttrpc::create_wake;
 use async_trait::async_trait;
 
 use crate::error::Error;
@@ -28,6 +29,7 @@ use crate::port::Ports;
 use crate::reaper::Reaper;
 use crate::sandbox::Sandbox;
 use crate::transport;
+use crate::wake::Waking;
 
 type Rpc<T> = ttrpc::Result<T>;
 
@@ -46,7 +48,8 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
         .add_listener(listener)
         .register_service(create_agent_service(service))
         .register_service(create_health(Arc::new(Liveness)))
-        .register_service(create_port(Arc::new(Ports::default())));
+        .register_service(create_port(Arc::new(Ports::default())))
+        .register_service(create_wake(Arc::new(Waking)));
     server.start().await.map_err(Error::failed("serving"))?;
     transport::tell_ready(params);
     crate::log::debug("serving");

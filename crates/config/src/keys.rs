@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::Error;
 use crate::file::{Entry, Value};
 use crate::known;
-use crate::types::{Accelerator, Agent, AgentChannel, Config, FsCache, Hypervisor, Internetworking, Runtime};
+use crate::types::{Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime};
 
 /// The entries that stand, by key: later files win.
 pub(crate) type Settings = BTreeMap<String, Entry>;
@@ -28,6 +28,7 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
         hypervisor: Hypervisor::default(),
         agent: Agent::default(),
         runtime: Runtime::default(),
+        factory: Factory::default(),
         source: source.to_owned(),
         warnings: Vec::new(),
     };
@@ -40,6 +41,15 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
         one(&mut config, entry)?;
     }
     limits(&mut config.hypervisor, &settings)?;
+    if let Some(entry) = settings.get("agent.kata.agent_channel")
+        && config.factory.enable_template
+        && config.agent.channel == AgentChannel::Vsock
+    {
+        return Err(refuse(
+            entry,
+            "clones are reached by the serial port: set it to \"auto\" or \"serial\", or enable_template to false",
+        ));
+    }
     // as Kata: with a model the pod's interfaces are wanted, and they are in the namespace
     if let Some(entry) = settings.get("runtime.disable_new_netns")
         && config.runtime.disable_new_netns
@@ -104,7 +114,7 @@ fn limits(hypervisor: &mut Hypervisor, settings: &Settings) -> Result<(), Error>
 }
 
 fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
-    let Config { hypervisor, agent, runtime, .. } = config;
+    let Config { hypervisor, agent, runtime, factory, .. } = config;
     match entry.key.as_str() {
         "hypervisor.qemu.path" => hypervisor.path = path(entry)?,
         "hypervisor.qemu.kernel" => hypervisor.kernel = path(entry)?,
@@ -177,6 +187,11 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         }
         "runtime.disable_new_netns" => runtime.disable_new_netns = truth(entry)?,
         "runtime.disable_guest_seccomp" => runtime.disable_guest_seccomp = truth(entry)?,
+        "factory.enable_template" | "hypervisor.qemu.factory.enable_template" => {
+            factory.enable_template = truth(entry)?;
+        }
+        "factory.template_path" | "hypervisor.qemu.factory.template_path" => factory.template_path = path(entry)?,
+        "factory.make_template_on_demand" => factory.make_template_on_demand = truth(entry)?,
         _ => known::other(entry, &mut config.warnings)?,
     }
     Ok(())
@@ -339,6 +354,11 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "runtime.internetworking_model",
     "runtime.disable_new_netns",
     "runtime.sandbox_cgroup_only",
+    "factory.enable_template",
+    "factory.template_path",
+    "factory.make_template_on_demand",
+    "hypervisor.qemu.factory.enable_template",
+    "hypervisor.qemu.factory.template_path",
 ];
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use std::ffi::OsString;
 use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
 
-pub use types::{Accelerator, Agent, AgentChannel, Config, FsCache, Hypervisor, Internetworking, Runtime};
+pub use types::{Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime};
 
 /// A configuration that cannot be used. One line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -12,6 +12,8 @@ pub struct Config {
     pub agent: Agent,
     /// `[runtime]`.
     pub runtime: Runtime,
+    /// `[factory]`.
+    pub factory: Factory,
     /// The base file.
     pub source: PathBuf,
     /// Keys that nobody knows, each with the nearest known one.
@@ -163,6 +165,23 @@ pub struct Runtime {
     pub sandbox_cgroup_only: bool,
     /// How long making a container may take.
     pub create_container_timeout: Duration,
+}
+
+/// `[factory]`: pods that are clones of a VM that has booted before.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Factory {
+    /// A pod's VM is a clone where it can be one.
+    pub enable_template: bool,
+    /// The folder of saved VMs.
+    pub template_path: PathBuf,
+    /// Own key: the first pod that finds no saved VM of its kind has one made beside it.
+    pub make_template_on_demand: bool,
+}
+
+impl Default for Factory {
+    fn default() -> Self {
+        Self { enable_template: false, template_path: "/run/vc/vm/template".into(), make_template_on_demand: true }
+    }
 }
 
 impl Default for Hypervisor {

@@ -50,6 +50,14 @@ pub enum Error {
         /// Possible.
         most: usize,
     },
+    /// A VM could not be saved, or did not go on from what was saved.
+    #[error("{what} a virtual machine: {why}")]
+    Snapshot {
+        /// Saving or restoring.
+        what: &'static str,
+        /// The VMM's words.
+        why: String,
+    },
     /// The VMM is gone.
     #[error("the VMM is gone")]
     Gone,

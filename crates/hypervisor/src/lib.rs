@@ -21,7 +21,7 @@ use tokio::sync::watch;
 
 pub use console::Console;
 pub use error::Error;
-pub use spec::{Boot, Channel, Device, HostDevice, NetDevice, SharedDir, Size, VmSpec};
+pub use spec::{Begin, Boot, Channel, Device, HostDevice, MemoryWay, NetDevice, SharedDir, Size, Snapshot, VmSpec};
 
 /// A VMM driver. Cheap to make: it holds paths and options, no VM.
 #[async_trait]
@@ -34,6 +34,13 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// The VMM cannot be started. Nothing is left running.
     async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error>;
+
+    /// All that shapes the state of a VM like this one, devices and folders aside, as a text of a few dozen characters: a
+    /// saved VM can be cloned for every spec with the same text, and for no other.
+    ///
+    /// # Errors
+    /// As [`Hypervisor::launch`].
+    async fn fingerprint(&self, spec: &VmSpec) -> Result<String, Error>;
 }
 
 /// A VM that runs. Dropping it kills the VMM.
@@ -62,6 +69,12 @@ pub trait Vm: Send + Sync {
 
     /// The guest runs: what only its boot needed may go.
     fn booted(&self);
+
+    /// Stops the guest for good and writes its devices' state to `to`; its memory is in [`Begin::Template`]'s file.
+    ///
+    /// # Errors
+    /// As [`Vm::pause`], or it could not be written.
+    async fn save(&self, to: OwnedFd) -> Result<(), Error>;
 
     /// Stops the guest's processors.
     ///

@@ -61,6 +61,23 @@ pub enum Device {
 }
 
 impl Device {
+    /// The same once more, for a VM that is started in the place of one that did not come up.
+    ///
+    /// # Errors
+    /// No descriptor is free.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        let again = |fds: &[OwnedFd]| fds.iter().map(OwnedFd::try_clone).collect::<std::io::Result<Vec<_>>>();
+        Ok(match self {
+            Self::Net(card) => Self::Net(NetDevice {
+                id: card.id.clone(),
+                mac: card.mac.clone(),
+                queues: again(&card.queues)?,
+                vhost: again(&card.vhost)?,
+            }),
+            Self::Host(device) => Self::Host(device.clone()),
+        })
+    }
+
     /// Its name for [`crate::Vm::unplug`].
     pub fn id(&self) -> &str {
         match self {
@@ -84,7 +101,7 @@ pub struct NetDevice {
 }
 
 /// A PCI device of the host, bound to `vfio-pci`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct HostDevice {
     /// As [`NetDevice::id`].
     pub id: String,
@@ -92,11 +109,59 @@ pub struct HostDevice {
     pub address: String,
 }
 
+/// How a VM begins.
+#[derive(Debug, Default)]
+pub enum Begin {
+    /// It boots.
+    #[default]
+    Boot,
+    /// It boots with this file for its memory, to be saved by [`crate::Vm::save`].
+    Template {
+        /// Empty, as long as the memory is large.
+        memory: OwnedFd,
+    },
+    /// It goes on where a saved one stopped. Size, kernel and parameters must be what they were
+    /// ([`crate::Hypervisor::fingerprint`]); devices of this VM alone are found when the guest looks for them.
+    Clone(Snapshot),
+}
+
+/// A saved VM.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// What [`Begin::Template`] had.
+    pub memory: OwnedFd,
+    /// What [`crate::Vm::save`] wrote.
+    pub state: OwnedFd,
+    /// How the clone gets the memory.
+    pub way: MemoryWay,
+}
+
+/// How a clone gets its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryWay {
+    /// Its own copy of what was used: helpers such as virtiofsd can share it.
+    Copied,
+    /// The saved file itself, of which it copies only the pages that it writes: helpers cannot share it.
+    Private,
+}
+
+impl MemoryWay {
+    /// In messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Copied => "copied",
+            Self::Private => "copy-on-write",
+        }
+    }
+}
+
 /// One VM.
 #[derive(Debug)]
 pub struct VmSpec {
     /// For process titles and messages.
     pub id: String,
+    /// How it begins.
+    pub begin: Begin,
     /// Kernel and initrd.
     pub boot: Boot,
     /// Processors and memory.

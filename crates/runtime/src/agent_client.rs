@@ -4,10 +4,14 @@ use std::future::Future;
 use std::time::Duration;
 
 use agent_api::agent_ttrpc::AgentServiceClient;
+use agent_api::health::{CheckRequest, HealthCheckResponse};
+use agent_api::health_ttrpc::HealthClient;
 use agent_api::port_ttrpc::PortClient;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::{Client, transport::Socket};
 use agent_api::ttrpc::context::Context;
+use agent_api::wake::UpRequest;
+use agent_api::wake_ttrpc::WakeClient;
 use hypervisor::{Console, Vm, VmExit};
 use tokio::sync::watch;
 
@@ -85,6 +89,8 @@ impl VmWatch {
 pub(crate) struct AgentClient {
     client: AgentServiceClient,
     ports: PortClient,
+    health: HealthClient,
+    wake: WakeClient,
     vm: VmWatch,
     deadline: Duration,
 }
@@ -93,7 +99,14 @@ impl AgentClient {
     /// Calls over a connection to it; `deadline` is for each.
     pub(crate) fn over(socket: Socket, vm: VmWatch, deadline: Duration) -> Self {
         let client = Client::new(socket);
-        Self { client: AgentServiceClient::new(client.clone()), ports: PortClient::new(client), vm, deadline }
+        Self {
+            client: AgentServiceClient::new(client.clone()),
+            ports: PortClient::new(client.clone()),
+            health: HealthClient::new(client.clone()),
+            wake: WakeClient::new(client),
+            vm,
+            deadline,
+        }
     }
 
     /// One call with the usual deadline. `what` is for errors.
@@ -131,6 +144,16 @@ impl AgentClient {
         F: Future<Output = ttrpc::Result<T>>,
     {
         self.within(what, None, call(&self.ports, Context::default())).await
+    }
+
+    /// Whether it answers.
+    pub(crate) async fn health(&self, what: &str, request: CheckRequest) -> Result<HealthCheckResponse, Error> {
+        self.within(what, Some(self.deadline), self.health.check(Context::default(), &request)).await
+    }
+
+    /// The first call to a clone, which runs within `limit`.
+    pub(crate) async fn wake(&self, limit: Duration, request: UpRequest) -> Result<(), Error> {
+        self.within("waking the clone", Some(limit), self.wake.up(Context::default(), &request)).await.map(drop)
     }
 
     /// The limit is kept here, by the host's clock: the guest's may run differently, and its agent would drop a call half

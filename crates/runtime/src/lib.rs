@@ -16,6 +16,7 @@ pub mod pod;
 mod sandbox;
 mod sizing;
 mod storage;
+pub mod template;
 pub mod trace;
 
 pub use agent_api;

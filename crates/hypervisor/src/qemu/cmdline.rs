@@ -13,11 +13,33 @@ use crate::{Channel, Device, VmSpec};
 pub(super) struct Inherited {
     /// The rate of the guest's time stamp counter, where only the host knows it.
     pub(super) tsc_khz: Option<u64>,
-    pub(super) kernel: String,
-    pub(super) initrd: String,
+    /// Paths of kernel and initrd; a clone needs none.
+    pub(super) boot: Option<(String, String)>,
+    pub(super) memory: Memory,
     pub(super) qmp: RawFd,
     pub(super) console: RawFd,
     pub(super) channel: Option<RawFd>,
+}
+
+/// What the guest's memory is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Memory {
+    /// QEMU's own, which helpers can share.
+    Anonymous,
+    /// A file. Not shared, what the guest writes stays out of it.
+    File { path: String, is_shared: bool },
+}
+
+impl Memory {
+    fn argument(&self, mib: u64) -> String {
+        match self {
+            Self::Anonymous => format!("memory-backend-memfd,id=mem,size={mib}M,share=on"),
+            Self::File { path, is_shared } => {
+                let share = if *is_shared { "on" } else { "off" };
+                format!("memory-backend-file,id=mem,size={mib}M,mem-path={},share={share}", escape(path))
+            }
+        }
+    }
 }
 
 /// Kernel parameters that every guest of ours gets.
@@ -66,7 +88,7 @@ pub(super) fn arguments(
     }
     args.pair("-smp", size.vcpus.to_string());
     args.pair("-m", format!("{}M", size.memory_mib));
-    args.pair("-object", format!("memory-backend-memfd,id=mem,size={}M,share=on", size.memory_mib));
+    args.pair("-object", inherited.memory.argument(size.memory_mib));
     for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
         args.0.push(flag.to_owned());
     }
@@ -78,16 +100,21 @@ pub(super) fn arguments(
         args.pair("-sandbox", settings.seccomp_sandbox.clone());
     }
 
-    // these take their value as it is
-    args.pair("-kernel", inherited.kernel.clone());
-    args.pair("-initrd", inherited.initrd.clone());
-    let quiet = if spec.debug { "" } else { " quiet" };
-    let timer = if no_local_timer { " noapictimer" } else { "" };
-    let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
-    args.pair(
-        "-append",
-        format!("{KERNEL_PARAMS}{timer}{tsc}{quiet} nr_cpus={} {}", size.vcpus, spec.boot.kernel_params),
-    );
+    if let Some((kernel, initrd)) = &inherited.boot {
+        // these take their value as it is
+        args.pair("-kernel", kernel.clone());
+        args.pair("-initrd", initrd.clone());
+        let quiet = if spec.debug { "" } else { " quiet" };
+        let timer = if no_local_timer { " noapictimer" } else { "" };
+        let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
+        args.pair(
+            "-append",
+            format!("{KERNEL_PARAMS}{timer}{tsc}{quiet} nr_cpus={} {}", size.vcpus, spec.boot.kernel_params),
+        );
+    } else {
+        // told where the state is once the memory is there
+        args.pair("-incoming", "defer");
+    }
 
     args.pair("-chardev", format!("socket,id=qmp,fd={}", inherited.qmp));
     args.pair("-mon", "chardev=qmp,mode=control");
@@ -153,6 +180,7 @@ mod tests {
     fn spec(memory_mib: u64) -> VmSpec {
         VmSpec {
             id: "pod,1".into(),
+            begin: crate::Begin::Boot,
             boot: Boot { kernel: "/k,x".into(), initrd: "/i,x".into(), kernel_params: "agent.log=debug".into() },
             size: Size { vcpus: 2, memory_mib },
             channel: Channel::Serial { port: "agent.0" },
@@ -166,8 +194,8 @@ mod tests {
 
     const INHERITED: Inherited = Inherited {
         tsc_khz: Some(2_000_000),
-        kernel: String::new(),
-        initrd: String::new(),
+        boot: None,
+        memory: Memory::Anonymous,
         qmp: 3,
         console: 4,
         channel: Some(5),
@@ -175,7 +203,8 @@ mod tests {
 
     fn line(settings: &QemuSettings, spec: &VmSpec) -> String {
         let bridge = super::super::bridge(settings, spec).expect("room");
-        let inherited = Inherited { kernel: "/proc/self/fd/6".into(), initrd: "/proc/self/fd/7".into(), ..INHERITED };
+        let boot = Some(("/proc/self/fd/6".into(), "/proc/self/fd/7".into()));
+        let inherited = Inherited { boot, ..INHERITED };
         arguments(settings, Accelerator::Tcg, spec, &bridge, &inherited).join(" ")
     }
 
@@ -197,6 +226,16 @@ mod tests {
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");
         }
+    }
+
+    #[test]
+    fn a_clone_boots_nothing() {
+        let memory = Memory::File { path: "/proc/self/fd/8".into(), is_shared: false };
+        let inherited = Inherited { memory, ..INHERITED };
+        let settings = QemuSettings::default();
+        let line = arguments(&settings, Accelerator::Tcg, &spec(512), &Bridge::default(), &inherited).join(" ");
+        assert!(line.contains("memory-backend-file,id=mem,size=512M,mem-path=/proc/self/fd/8,share=off "), "{line}");
+        assert!(line.contains("-incoming defer") && !line.contains("-kernel") && !line.contains("-append"), "{line}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod pci;
 mod plug;
 mod probe;
 mod qmp;
+mod snapshot;
 mod tsc;
 
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -27,8 +28,9 @@ use self::boot_file::BootFile;
 use self::cmdline::Inherited;
 use self::pci::Bridge;
 use self::qmp::Qmp;
+use self::snapshot::Restore;
 use crate::helper::Helper;
-use crate::{Boot, Channel, Console, Device, Error, Hypervisor, Vm, VmExit, VmSpec};
+use crate::{Begin, Boot, Channel, Console, Device, Error, Hypervisor, Vm, VmExit, VmSpec};
 
 /// What the driver must know, from the configuration.
 #[derive(Debug, Clone)]
@@ -104,6 +106,14 @@ impl Qemu {
         Ok(accelerator)
     }
 
+    /// The rate of the guest's counter, where only the host knows it.
+    async fn tsc_khz(&self, accelerator: Accelerator) -> Option<u64> {
+        match accelerator {
+            Accelerator::Tcg => tsc::rate(&self.settings.state_dir).await,
+            Accelerator::Kvm => None,
+        }
+    }
+
     async fn start(&self, spec: VmSpec, accelerator: Accelerator) -> Result<QemuVm, Error> {
         let bridge = bridge(&self.settings, &spec)?;
         let (qmp, qmp_child) = pair()?;
@@ -115,34 +125,31 @@ impl Qemu {
             }
             Channel::Vsock { .. } => (None, None),
         };
-        let files = [spec.boot.kernel.clone(), spec.boot.initrd.clone()];
-        let copies = tokio::task::spawn_blocking(move || {
-            let [kernel, initrd] = files;
-            Ok([BootFile::new(&kernel)?, BootFile::new(&initrd)?])
-        });
-        let boot_files = copies
-            .await
-            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-            .map_err(Error::system("copying kernel and initrd"))?;
-        let [kernel, initrd] = &boot_files;
-        let (kernel_child, kernel_path) = kernel.share().map_err(Error::system("the kernel's copy"))?;
-        let (initrd_child, initrd_path) = initrd.share().map_err(Error::system("the initrd's copy"))?;
-        let tsc_khz = match accelerator {
-            Accelerator::Tcg => tsc::rate(&self.settings.state_dir).await,
-            Accelerator::Kvm => None,
+        let mut passed = vec![qmp_child, console_child];
+        let boot_files = match spec.begin {
+            Begin::Clone(_) => Vec::new(),
+            Begin::Boot | Begin::Template { .. } => copies(&spec.boot).await?,
         };
+        let mut paths = Vec::new();
+        for file in &boot_files {
+            let (child, path) = file.share().map_err(Error::system("the copies of kernel and initrd"))?;
+            passed.push(child);
+            paths.push(path);
+        }
+        let (memory, restore) = memory(spec.begin, &mut passed).map_err(Error::system("the guest's memory"))?;
+        let [qmp_child, console_child] = [&passed[0], &passed[1]];
         let inherited = Inherited {
-            tsc_khz,
-            kernel: kernel_path,
-            initrd: initrd_path,
+            tsc_khz: self.tsc_khz(accelerator).await,
+            boot: <[String; 2]>::try_from(paths).ok().map(|[kernel, initrd]| (kernel, initrd)),
+            memory,
             qmp: qmp_child.as_raw_fd(),
             console: console_child.as_raw_fd(),
             channel: channel_child.as_ref().map(AsRawFd::as_raw_fd),
         };
+        let spec = VmSpec { begin: Begin::Boot, ..spec };
         let args = cmdline::arguments(&self.settings, accelerator, &spec, &bridge, &inherited);
         tracing::debug!(program = %self.settings.path.display(), ?args, "starting QEMU");
 
-        let mut passed = vec![kernel_child, initrd_child, qmp_child, console_child];
         passed.extend(channel_child);
         for device in spec.devices {
             if let Device::Net(card) = device {
@@ -163,10 +170,46 @@ impl Qemu {
         );
         let qmp =
             Qmp::start(stream(qmp).map_err(Error::system("monitor socket"))?, self.settings.command_deadline).await?;
+        let (process, qmp) = (Arc::new(process), Arc::new(qmp));
+        if let Some(restore) = restore {
+            let (process, qmp) = (Arc::clone(&process), Arc::clone(&qmp));
+            // whoever waits for the guest learns from QEMU's end that it will not come
+            tokio::spawn(async move {
+                if let Err(error) = restore.finish(&qmp).await {
+                    tracing::warn!(%error, "the guest does not go on from what was saved");
+                    process.stop(Duration::ZERO).await;
+                }
+            });
+        }
         let bridge = Arc::new(Mutex::new(bridge));
         let plugging = tokio::sync::Mutex::default();
         Ok(QemuVm { process, qmp, console, channel, accelerator, boot_files, bridge, plugging })
     }
+}
+
+/// Copies of kernel and initrd.
+async fn copies(boot: &Boot) -> Result<Vec<BootFile>, Error> {
+    let files = [boot.kernel.clone(), boot.initrd.clone()];
+    tokio::task::spawn_blocking(move || files.iter().map(|file| BootFile::new(file)).collect())
+        .await
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+        .map_err(Error::system("copying kernel and initrd"))
+}
+
+/// What the guest's memory is, and for a clone what is to be done before it can go on. QEMU's descriptor of it is added to
+/// `passed`.
+fn memory(begin: Begin, passed: &mut Vec<OwnedFd>) -> std::io::Result<(cmdline::Memory, Option<Restore>)> {
+    let (file, is_shared, restore) = match begin {
+        Begin::Boot => return Ok((cmdline::Memory::Anonymous, None)),
+        Begin::Template { memory } => (memory, true, None),
+        Begin::Clone(snapshot) => {
+            let (memory, is_shared, restore) = Restore::begin(snapshot)?;
+            (memory, is_shared, Some(restore))
+        }
+    };
+    let path = snapshot::path_of(&file);
+    passed.push(file);
+    Ok((cmdline::Memory::File { path, is_shared }, restore))
 }
 
 /// The bridge of a VM that can change, with the places of its cards. What belongs to the host stays on the root bus, as
@@ -195,17 +238,24 @@ impl Hypervisor for Qemu {
         let accelerator = self.accelerator(&spec.boot).await?;
         Ok(Box::new(self.start(spec, accelerator).await?))
     }
+
+    async fn fingerprint(&self, spec: &VmSpec) -> Result<String, Error> {
+        let accelerator = self.accelerator(&spec.boot).await?;
+        let plain = snapshot::plain(spec);
+        let bridge = bridge(&self.settings, &plain)?;
+        Ok(snapshot::fingerprint(&self.settings, accelerator, &plain, &bridge, self.tsc_khz(accelerator).await))
+    }
 }
 
 /// A QEMU that runs.
 #[derive(Debug)]
 struct QemuVm {
-    process: Helper,
-    qmp: Qmp,
+    process: Arc<Helper>,
+    qmp: Arc<Qmp>,
     console: Console,
     channel: Option<OwnedFd>,
     accelerator: Accelerator,
-    boot_files: [BootFile; 2],
+    boot_files: Vec<BootFile>,
     bridge: Arc<Mutex<Bridge>>,
     /// Held while a device is plugged: what belongs to it goes in several commands.
     plugging: tokio::sync::Mutex<()>,
@@ -245,6 +295,10 @@ impl Vm for QemuVm {
         let answer = self.qmp.execute("query-cpus-fast", json!({})).await?;
         let id = |cpu: &serde_json::Value| u32::try_from(cpu.get("thread-id")?.as_u64()?).ok();
         Ok(answer.as_array().into_iter().flatten().filter_map(id).collect())
+    }
+
+    async fn save(&self, to: OwnedFd) -> Result<(), Error> {
+        snapshot::save(&self.qmp, to).await
     }
 
     async fn pause(&self) -> Result<(), Error> {

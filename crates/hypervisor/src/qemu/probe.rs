@@ -28,6 +28,7 @@ pub(super) async fn try_kvm(qemu: &Qemu, boot: &Boot) -> Result<(), String> {
         .open("/dev/kvm")
         .map_err(|error| format!("/dev/kvm cannot be opened ({error})"))?;
     let spec = VmSpec {
+        begin: crate::Begin::Boot,
         id: "kvm-probe".into(),
         boot: Boot {
             kernel_params: format!("{} agent.server_addr=serial://{PORT} loglevel=7", boot.kernel_params),

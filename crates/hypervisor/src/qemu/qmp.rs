@@ -29,6 +29,8 @@ struct Waiters {
     answers: HashMap<u64, oneshot::Sender<Value>>,
     /// By a device's id: the guest has let go of it, or will not, and why.
     departures: HashMap<String, oneshot::Sender<Result<(), String>>>,
+    /// The state of the guest is written or read, or could not be.
+    migration: Option<oneshot::Sender<Result<(), String>>>,
 }
 
 /// A connection to a QEMU's monitor.
@@ -69,6 +71,16 @@ impl Qmp {
             Some(waiting) => waiting.departures.insert(device.to_owned(), to),
             None => return Err(Error::Gone),
         };
+        Ok(from)
+    }
+
+    /// Resolves when a migration has come to its end. Ask before it begins.
+    pub(super) fn migration(&self) -> Result<oneshot::Receiver<Result<(), String>>, Error> {
+        let (to, from) = oneshot::channel();
+        match self.waiting.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            Some(waiting) => waiting.migration = Some(to),
+            None => return Err(Error::Gone),
+        }
         Ok(from)
     }
 
@@ -136,6 +148,14 @@ async fn read_answers(reader: OwnedReadHalf, waiting: Waiting) {
         if let Some(event) = message.get("event").and_then(Value::as_str) {
             let data = message.get("data").unwrap_or(&Value::Null);
             tracing::debug!(event, %data, "qemu event");
+            if event == "MIGRATION"
+                && let Some(outcome) = migration(data)
+            {
+                let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(waiter) = waiting.as_mut().and_then(|map| map.migration.take()) {
+                    let _ = waiter.send(outcome);
+                }
+            }
             if let Some(outcome) = departure(event)
                 && let Some(device) = data.get("device").and_then(Value::as_str)
             {
@@ -164,6 +184,15 @@ fn departure(event: &str) -> Option<Result<(), String>> {
     match event {
         "DEVICE_DELETED" => Some(Ok(())),
         "DEVICE_UNPLUG_GUEST_ERROR" => Some(Err("the guest refuses to let go of it".into())),
+        _ => None,
+    }
+}
+
+/// What the event tells when it is the last one.
+fn migration(data: &Value) -> Option<Result<(), String>> {
+    match data.get("status").and_then(Value::as_str)? {
+        "completed" => Some(Ok(())),
+        failed @ ("failed" | "cancelled") => Some(Err(failed.to_owned())),
         _ => None,
     }
 }

@@ -91,4 +91,13 @@ impl AgentChannel {
             .map_err(|_| vm.silent(what, limit))??;
         Ok(AgentClient::over(socket, vm, config.request_timeout))
     }
+
+    /// The way to the agent of a clone: it said that it is there when its template was made, and answers once it runs.
+    ///
+    /// # Errors
+    /// The VM has no serial channel.
+    pub(crate) fn resume(serial: Option<OwnedFd>, vm: VmWatch, config: &config::Agent) -> Result<AgentClient, Error> {
+        let port = serial.ok_or_else(|| Error::Unsupported("the VM has no serial channel".into()))?;
+        Ok(AgentClient::over(serial::resume(port)?, vm, config.request_timeout))
+    }
 }

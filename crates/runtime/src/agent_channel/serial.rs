@@ -11,12 +11,21 @@ use super::STARTING;
 use crate::Error;
 use crate::agent_client::VmWatch;
 
-/// Waits for the agent's first line.
-pub(super) async fn connect(port: OwnedFd, vm: &VmWatch) -> Result<Socket, Error> {
+fn stream(port: OwnedFd) -> Result<UnixStream, Error> {
     let failed = || Error::host("the agent's channel");
     let stream = std::os::unix::net::UnixStream::from(port);
     stream.set_nonblocking(true).map_err(failed())?;
-    let mut stream = UnixStream::from_std(stream).map_err(failed())?;
+    UnixStream::from_std(stream).map_err(failed())
+}
+
+/// The port of a guest that has said its first line to somebody else.
+pub(super) fn resume(port: OwnedFd) -> Result<Socket, Error> {
+    stream(port).map(Socket::new)
+}
+
+/// Waits for the agent's first line.
+pub(super) async fn connect(port: OwnedFd, vm: &VmWatch) -> Result<Socket, Error> {
+    let mut stream = stream(port)?;
     let mut hello = [0; ports::SERIAL_HELLO.len()];
     match stream.read_exact(&mut hello).await {
         Ok(_) if hello == ports::SERIAL_HELLO => Ok(Socket::new(stream)),

@@ -3,7 +3,10 @@
 mod resolver;
 mod start;
 mod stop;
+mod up;
 mod watch;
+
+pub(crate) use up::template_spec;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

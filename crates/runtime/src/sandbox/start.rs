@@ -1,20 +1,18 @@
 //! The start of a pod, step by step: the table of contents of a create request.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use agent_api::agent as api;
 use agent_api::paths;
-use hypervisor::{Boot, Channel, SharedDir, Vm, VmSpec};
+use hypervisor::Vm;
 use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, mpsc};
 
-use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, resolver, watch};
-use crate::agent_channel::AgentChannel;
+use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, resolver, up, watch};
 use crate::agent_client::{AgentClient, VmWatch};
-use crate::cgroup::{HostCgroup, Members};
+use crate::cgroup::HostCgroup;
 use crate::cleanup::RunDir;
 use crate::container::io::Outputs;
 use crate::container::{ContainerSpec, create, spec};
@@ -74,9 +72,6 @@ impl Sandbox {
     }
 }
 
-/// After virtiofsd, which ends when QEMU does, QEMU's own end is seen so much later at most.
-const TOGETHER: Duration = Duration::from_millis(250);
-
 /// A pod that runs, with its first container made.
 struct Booted {
     vm: Arc<dyn Vm>,
@@ -104,74 +99,44 @@ async fn boot(
     }
     let shm = Shm::of(oci);
     let config = &env.config.hypervisor;
-    let (channel, device) = AgentChannel::open(env.config.agent.channel)?;
-    let params = channel.kernel_params();
     let mut network = network::connect(&env.config, oci, run).await?;
     if !network.is_empty() {
         trace.step("network-connected");
     }
-    let cgroup = host_cgroup(&env.config, id, oci, run)?;
-    let (share, socket) = Share::start(config, run)?;
+    let cgroup = host_cgroup(&env.config, id, oci, run)?.map(Arc::new);
+    let (mut share, socket) = Share::start(config, run)?;
     trace.step("virtiofsd-started");
-    let spec = vm_spec(env, id, Limits::of(oci, &role), (device, &params), socket, &mut network);
-    let mut vm = env.hypervisor.launch(spec).await?;
-    run.push(crate::cleanup::Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
-    trace.step("vmm-started");
-
-    // while the guest boots
+    let size = sizing::plan(config, Limits::of(oci, &role));
+    let devices = network.take_devices();
     let policy = spec::Policy::of(&env.config.runtime);
-    let given = create::Given { share: &share, shm: shm.as_ref(), policy };
-    let prepared = create::prepare(given, first, oci, run)?;
-    trace.step("rootfs-ready");
+    let prepare = |share: &Share, run: &mut RunDir| {
+        let prepared = create::prepare(create::Given { share, shm: shm.as_ref(), policy }, first, oci, run);
+        trace.step("rootfs-ready");
+        prepared
+    };
+    let is_changing = network.may_change();
+    let wanted = up::Wanted { env, id, size, devices, is_changing, cgroup };
+    let up = up::bring_up(wanted, &mut share, socket, run, trace, prepare).await?;
+    let up::Up { vm, agent, prepared, is_clone } = up;
 
     let pid = vm.pid();
-    let vm_watch = VmWatch::new(vm.as_ref());
-    let serial = vm.take_channel();
-    let processes = vec![pid, share.daemon.pid()];
-    // the kernel takes its time, and the guest needs none of it
-    let counted = async {
-        let Some(cgroup) = cgroup else { return Ok(()) };
-        let vcpus = if cgroup.parts_vcpus() { vm.vcpu_threads().await? } else { Vec::new() };
-        tokio::task::spawn_blocking(move || cgroup.attach(&Members { processes, vcpus }))
-            .await
-            .unwrap_or_else(|error| Err(Error::host("the pod's cgroup")(std::io::Error::other(error))))
-    };
     let guest = async {
-        let agent = channel.connect(serial, vm_watch, &env.config.agent).await?;
-        trace.step("agent-ready");
-        vm.booted();
-        tokio::try_join!(create_sandbox(&agent, id, oci, shm.as_ref()), set_clock(&agent))?;
+        let clock = async { if is_clone { Ok(()) } else { set_clock(&agent).await } };
+        tokio::try_join!(create_sandbox(&agent, id, oci, shm.as_ref()), clock)?;
         trace.step("sandbox-created");
         if !network.is_empty() {
             network.tell(&agent, vm.as_ref()).await?;
             trace.step("network-configured");
         }
         let limit = env.config.runtime.create_container_timeout;
-        let (container, outputs) = create::create(&agent, pid, first, prepared, limit).await?;
+        let made = create::create(&agent, pid, first, prepared, limit).await?;
         trace.step("container-created");
-        Ok::<_, Error>((agent, container, outputs))
+        Ok::<_, Error>(made)
     };
-    let mut daemon = share.daemon.exit();
-    let ended = VmWatch::new(vm.as_ref());
-    let outcome = tokio::select! {
-        biased;
-        made = async { tokio::try_join!(guest, counted) } => Ok(made?),
-        end = daemon.wait_for(Option::is_some) => {
-            Err(end.ok().and_then(|end| end.clone()))
-        }
-    };
-    let ((agent, container, outputs), ()) = match outcome {
-        Ok(made) => made,
-        Err(end) => {
-            // it ends in peace when QEMU does, and QEMU with an error when it was killed
-            let limit = if end.as_ref().is_some_and(|end| end.is_success) { TOGETHER } else { Duration::ZERO };
-            let reason = end.map(|end| end.to_string()).unwrap_or_default();
-            return ended.broken_within("starting the guest", &reason, limit).await;
-        }
-    };
+    let (container, outputs) = up::while_served(&share, VmWatch::new(vm.as_ref()), guest).await?;
     let is_reachable = role == Role::Sandbox && !env.config.runtime.disable_new_netns;
     let forwarding = if is_reachable { network::forward(oci, &agent) } else { None };
-    Ok(Booted { vm: vm.into(), share, agent, container, outputs, network, forwarding, shm })
+    Ok(Booted { vm, share, agent, container, outputs, network, forwarding, shm })
 }
 
 /// Where the pod counts on the host; `None` for one that names no place.
@@ -186,39 +151,6 @@ fn host_cgroup(
         Some(path) => HostCgroup::create(path, id.as_str(), config.runtime.sandbox_cgroup_only, run),
         None => Ok(None),
     }
-}
-
-fn vm_spec(
-    env: &Env,
-    id: &ContainerId,
-    limits: Limits,
-    (channel, channel_params): (Channel, &str),
-    socket: OwnedFd,
-    network: &mut network::PodNetwork,
-) -> VmSpec {
-    let config = &env.config.hypervisor;
-    let log = if env.config.agent.enable_debug { "debug" } else { "info" };
-    let kernel_params = kernel_params(channel_params, log, &config.kernel_params);
-    VmSpec {
-        id: id.as_str().into(),
-        boot: Boot { kernel: config.kernel.clone(), initrd: config.initrd.clone().unwrap_or_default(), kernel_params },
-        size: sizing::plan(config, limits),
-        channel,
-        shared_dirs: vec![SharedDir { tag: paths::SHARE_TAG, socket, queue_size: config.virtio_fs_queue_size }],
-        devices: network.take_devices(),
-        pluggable: network.may_change(),
-        entropy_source: config.entropy_source.clone(),
-        debug: config.enable_debug || env.config.agent.enable_debug,
-    }
-}
-
-/// What this side asks of the guest's kernel, and what the configuration does.
-///
-/// `cgroup.memory=nosocket`: to count the buffers of sockets into a container's memory costs a tenth of what passes through
-/// one, and the VM is the limit for all of it anyway. Whoever sets `cgroup.memory` decides himself.
-fn kernel_params(channel: &str, log: &str, configured: &str) -> String {
-    let counted = if configured.contains("cgroup.memory=") { "" } else { " cgroup.memory=nosocket" };
-    format!("{channel} agent.log={log} cgroup_no_v1=all{counted} {configured}").trim_end().into()
 }
 
 async fn create_sandbox(agent: &AgentClient, id: &ContainerId, oci: &Spec, shm: Option<&Shm>) -> Result<(), Error> {
@@ -260,16 +192,4 @@ async fn set_clock(agent: &AgentClient) -> Result<(), Error> {
         })
         .await
         .map(drop)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::kernel_params;
-
-    #[test]
-    fn the_configuration_decides_what_is_counted() {
-        assert_eq!(kernel_params("c=1", "info", ""), "c=1 agent.log=info cgroup_no_v1=all cgroup.memory=nosocket");
-        let counted = kernel_params("c=1", "info", "a cgroup.memory=nobpf");
-        assert_eq!(counted, "c=1 agent.log=info cgroup_no_v1=all a cgroup.memory=nobpf");
-    }
 }

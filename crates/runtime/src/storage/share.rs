@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use hypervisor::helper::Helper;
 use nix::mount::{MsFlags, mount};
@@ -29,7 +30,7 @@ impl Share {
     /// Makes the two views and starts the daemon; returns the VMM's connection to it too.
     pub(crate) fn start(config: &config::Hypervisor, run: &mut RunDir) -> Result<(Self, OwnedFd), Error> {
         let mounts = run.path().join("mounts");
-        let shared = run.path().join("shared");
+        let shared = run.path().join(SHARED);
         for folder in [&mounts, &shared] {
             for step in [Step::Staging(folder.clone()), Step::Mounts(folder.clone())] {
                 run.push(step).map_err(Error::host("the undo journal"))?;
@@ -43,20 +44,39 @@ impl Share {
         flags(&shared, MsFlags::MS_SLAVE)?;
         flags(&shared, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY)?;
 
-        let (listener, connection) = socket(run.path()).map_err(Error::host("virtiofsd's socket"))?;
+        let (daemon, connection) = serve(config, &shared, run)?;
+        Ok((Self { mounts, daemon }, connection))
+    }
 
-        let program = daemon_path(config)?;
-        let listener = OwnedFd::from(listener);
-        let args = arguments(&program, config, &shared, &listener);
-        let daemon = Helper::spawn("virtiofsd", "virtio_fs_daemon", &program, &args, &[listener])?;
-        run.push(Step::process(daemon.pid())).map_err(Error::host("the undo journal"))?;
-        Ok((Self { mounts, daemon }, connection.into()))
+    /// A daemon for another VMM, in the place of that whose VMM is gone; returns the connection to it.
+    pub(crate) async fn serve_again(
+        &mut self,
+        config: &config::Hypervisor,
+        run: &mut RunDir,
+    ) -> Result<OwnedFd, Error> {
+        self.daemon.stop(Duration::ZERO).await;
+        let (daemon, connection) = serve(config, &run.path().join(SHARED), run)?;
+        self.daemon = daemon;
+        Ok(connection)
     }
 
     /// Where `name` is to be mounted on the host.
     pub(crate) fn host_path(&self, name: &str) -> PathBuf {
         self.mounts.join(name)
     }
+}
+
+/// What is served, in the pod's folder.
+const SHARED: &str = "shared";
+
+fn serve(config: &config::Hypervisor, shared: &Path, run: &mut RunDir) -> Result<(Helper, OwnedFd), Error> {
+    let (listener, connection) = socket(run.path()).map_err(Error::host("virtiofsd's socket"))?;
+    let program = daemon_path(config)?;
+    let listener = OwnedFd::from(listener);
+    let args = arguments(&program, config, shared, &listener);
+    let daemon = Helper::spawn("virtiofsd", "virtio_fs_daemon", &program, &args, &[listener])?;
+    run.push(Step::process(daemon.pid())).map_err(Error::host("the undo journal"))?;
+    Ok((daemon, connection.into()))
 }
 
 /// Where the guest finds it.

@@ -1,0 +1,228 @@
+//! From nothing to a guest whose agent answers: a clone of a saved VM where there is one, else one that boots.
+
+use std::future::Future;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use agent_api::{paths, ports, wake};
+use hypervisor::{Begin, Boot, Channel, Device, MemoryWay, SharedDir, Size, Vm, VmSpec};
+
+use super::Env;
+use crate::agent_channel::AgentChannel;
+use crate::agent_client::{AgentClient, VmWatch};
+use crate::cgroup::{HostCgroup, Members};
+use crate::cleanup::{RunDir, Step};
+use crate::container::create::Prepared;
+use crate::storage::share::Share;
+use crate::template;
+use crate::trace::Trace;
+use crate::{ContainerId, Error, sizing};
+
+/// What is wanted of the VM.
+pub(super) struct Wanted<'a> {
+    pub(super) env: &'a Env,
+    pub(super) id: &'a ContainerId,
+    pub(super) size: Size,
+    pub(super) devices: Vec<Device>,
+    /// Devices may come and go.
+    pub(super) is_changing: bool,
+    pub(super) cgroup: Option<Arc<HostCgroup>>,
+}
+
+/// A guest that answers.
+pub(super) struct Up {
+    pub(super) vm: Arc<dyn Vm>,
+    pub(super) agent: AgentClient,
+    pub(super) prepared: Prepared,
+    /// It knows the time already.
+    pub(super) is_clone: bool,
+}
+
+/// Brings it up. `prepare` is done while the guest is not there yet: the host's part of the first container.
+pub(super) async fn bring_up(
+    wanted: Wanted<'_>,
+    share: &mut Share,
+    mut socket: OwnedFd,
+    run: &mut RunDir,
+    trace: &Trace,
+    prepare: impl FnOnce(&Share, &mut RunDir) -> Result<Prepared, Error>,
+) -> Result<Up, Error> {
+    let mut prepare = Some(prepare);
+    let mut prepared = None;
+    let mut template = template(&wanted).await?;
+    loop {
+        let mut found = template.take();
+        let begin = found.as_mut().map(|found| std::mem::take(&mut found.begin));
+        let is_clone = begin.is_some();
+        let (channel, spec) = wanted.spec(begin, socket)?;
+        let mut vm = wanted.env.hypervisor.launch(spec).await?;
+        run.push(Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
+        trace.step(if is_clone { "clone-started" } else { "vmm-started" });
+        if let Some(prepare) = prepare.take() {
+            prepared = Some(prepare(share, run)?);
+        }
+        let watch = VmWatch::new(vm.as_ref());
+        let answers = async {
+            let (serial, config) = (vm.take_channel(), &wanted.env.config.agent);
+            let agent = async {
+                if is_clone {
+                    let agent = AgentChannel::resume(serial, watch.clone(), config)?;
+                    agent.wake(config.dial_timeout, news()?).await?;
+                    Ok(agent)
+                } else {
+                    channel.connect(serial, watch.clone(), config).await
+                }
+            };
+            // the kernel takes its time with it, and the guest needs none of it
+            let (agent, ()) = tokio::try_join!(agent, wanted.count(vm.as_ref(), share))?;
+            Ok(agent)
+        };
+        let answered = while_served(share, watch.clone(), answers).await;
+        match (answered, found, prepared) {
+            (Ok(agent), found, Some(prepared)) => {
+                trace.step("agent-ready");
+                vm.booted();
+                if let Some(found) = found {
+                    tracing::info!(memory = found.way.name(), "a clone of a template");
+                }
+                return Ok(Up { vm: vm.into(), agent, prepared, is_clone });
+            }
+            (Err(error), Some(found), kept) => {
+                found.discard(&error);
+                vm.stop(Duration::ZERO).await?;
+                socket = share.serve_again(&wanted.env.config.hypervisor, run).await?;
+                prepared = kept;
+            }
+            (Err(error), None, _) => return Err(error),
+            // the first round has prepared it, or ended
+            (Ok(_), _, None) => return Err(Error::WrongState("the container was not prepared".into())),
+        }
+    }
+}
+
+/// What this VM can be a clone of.
+async fn template(wanted: &Wanted<'_>) -> Result<Option<template::Found>, Error> {
+    // a device of the host is there from the boot on
+    let is_plain = !wanted.devices.iter().any(|device| matches!(device, Device::Host(_)));
+    if !wanted.env.config.factory.enable_template || !is_plain {
+        return Ok(None);
+    }
+    // virtiofsd works in the guest's memory
+    let way = MemoryWay::Copied;
+    template::find(wanted.env, &template_spec(wanted.env, Some(wanted.size)), way).await
+}
+
+impl Wanted<'_> {
+    fn spec(&self, begin: Option<Begin>, socket: OwnedFd) -> Result<(AgentChannel, VmSpec), Error> {
+        let config = &self.env.config.hypervisor;
+        let devices = self.devices.iter().map(Device::try_clone).collect::<std::io::Result<Vec<_>>>();
+        let devices = devices.map_err(Error::host("the pod's devices"))?;
+        let shared_dirs = vec![SharedDir { tag: paths::SHARE_TAG, socket, queue_size: config.virtio_fs_queue_size }];
+        let id = self.id.as_str().to_owned();
+        if let Some(begin) = begin {
+            let spec = VmSpec { id, begin, shared_dirs, devices, ..template_spec(self.env, Some(self.size)) };
+            return Ok((AgentChannel::Serial, spec));
+        }
+        let (channel, device) = AgentChannel::open(self.env.config.agent.channel)?;
+        let spec = vm_spec(self.env, self.size, device, &channel.kernel_params());
+        Ok((channel, VmSpec { id, shared_dirs, devices, pluggable: self.is_changing, ..spec }))
+    }
+
+    /// Puts the VM into the pod's cgroup.
+    async fn count(&self, vm: &dyn Vm, share: &Share) -> Result<(), Error> {
+        let Some(cgroup) = self.cgroup.clone() else { return Ok(()) };
+        let processes = vec![vm.pid(), share.daemon.pid()];
+        let vcpus = if cgroup.parts_vcpus() { vm.vcpu_threads().await? } else { Vec::new() };
+        tokio::task::spawn_blocking(move || cgroup.attach(&Members { processes, vcpus }))
+            .await
+            .unwrap_or_else(|error| Err(Error::host("the pod's cgroup")(std::io::Error::other(error))))
+    }
+}
+
+/// The VM that a template is made of, of this size or the configured one: without anything of a pod, and with room for it.
+pub(crate) fn template_spec(env: &Env, size: Option<Size>) -> VmSpec {
+    let size = size.unwrap_or_else(|| sizing::plan(&env.config.hypervisor, crate::pod::Limits::default()));
+    let channel = Channel::Serial { port: ports::AGENT_SERIAL };
+    let spec = vm_spec(env, size, channel, &AgentChannel::Serial.kernel_params());
+    VmSpec { id: "template".into(), pluggable: true, ..spec }
+}
+
+fn vm_spec(env: &Env, size: Size, channel: Channel, channel_params: &str) -> VmSpec {
+    let config = &env.config.hypervisor;
+    let log = if env.config.agent.enable_debug { "debug" } else { "info" };
+    VmSpec {
+        id: String::new(),
+        begin: Begin::Boot,
+        boot: Boot {
+            kernel: config.kernel.clone(),
+            initrd: config.initrd.clone().unwrap_or_default(),
+            kernel_params: kernel_params(channel_params, log, &config.kernel_params),
+        },
+        size,
+        channel,
+        shared_dirs: Vec::new(),
+        devices: Vec::new(),
+        pluggable: false,
+        entropy_source: config.entropy_source.clone(),
+        debug: config.enable_debug || env.config.agent.enable_debug,
+    }
+}
+
+/// What this side asks of the guest's kernel, and what the configuration does.
+///
+/// `cgroup.memory=nosocket`: to count the buffers of sockets into a container's memory costs a tenth of what passes through
+/// one, and the VM is the limit for all of it anyway. Whoever sets `cgroup.memory` decides himself.
+fn kernel_params(channel: &str, log: &str, configured: &str) -> String {
+    let counted = if configured.contains("cgroup.memory=") { "" } else { " cgroup.memory=nosocket" };
+    format!("{channel} agent.log={log} cgroup_no_v1=all{counted} {configured}").trim_end().into()
+}
+
+/// What makes this clone another than all the others: random numbers of the host, and its time.
+fn news() -> Result<wake::UpRequest, Error> {
+    let mut random = vec![0; 256];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut random))
+        .map_err(Error::host("/dev/urandom"))?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Ok(wake::UpRequest {
+        random,
+        sec: now.as_secs() as i64,
+        usec: i64::from(now.subsec_micros()),
+        ..Default::default()
+    })
+}
+
+/// After virtiofsd, which ends when QEMU does, QEMU's own end is seen so much later at most.
+const TOGETHER: Duration = Duration::from_millis(250);
+
+/// Does `work` unless virtiofsd ends.
+pub(super) async fn while_served<T>(
+    share: &Share,
+    vm: VmWatch,
+    work: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    let mut daemon = share.daemon.exit();
+    let end = tokio::select! {
+        biased;
+        done = work => return done,
+        end = daemon.wait_for(Option::is_some) => end.ok().and_then(|end| end.clone()),
+    };
+    // it ends in peace when QEMU does, and QEMU with an error when it was killed
+    let limit = if end.as_ref().is_some_and(|end| end.is_success) { TOGETHER } else { Duration::ZERO };
+    let reason = end.map(|end| end.to_string()).unwrap_or_default();
+    vm.broken_within("starting the guest", &reason, limit).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::kernel_params;
+
+    #[test]
+    fn the_configuration_decides_what_is_counted() {
+        assert_eq!(kernel_params("c=1", "info", ""), "c=1 agent.log=info cgroup_no_v1=all cgroup.memory=nosocket");
+        let counted = kernel_params("c=1", "info", "a cgroup.memory=nobpf");
+        assert_eq!(counted, "c=1 agent.log=info cgroup_no_v1=all a cgroup.memory=nobpf");
+    }
+}

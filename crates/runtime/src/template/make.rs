@@ -1,0 +1,37 @@
+//! Making a template: boot, wait for the agent, save, end.
+
+use std::time::Duration;
+
+use agent_api::health::CheckRequest;
+use hypervisor::{Begin, Size, VmSpec};
+
+use super::store::Store;
+use crate::Error;
+use crate::agent_channel::AgentChannel;
+use crate::agent_client::VmWatch;
+use crate::sandbox::{Env, template_spec};
+
+/// Makes the template of this configuration for VMs of this size (or of the configured one). `false` when it is there, or
+/// another process makes it.
+///
+/// # Errors
+/// The VM did not come up or could not be saved. Nothing is left.
+pub async fn make(env: &Env, size: Option<Size>) -> Result<bool, Error> {
+    let spec = template_spec(env, size);
+    let store = Store::new(&env.config.factory.template_path);
+    let key = env.hypervisor.fingerprint(&spec).await?;
+    let Some(draft) = store.draft(&key, spec.size.memory_mib)? else { return Ok(false) };
+    let (size, boots) = (spec.size, format!("{} {}", spec.boot.kernel.display(), spec.boot.initrd.display()));
+
+    let memory = draft.file("memory")?.into();
+    let mut vm = env.hypervisor.launch(VmSpec { begin: Begin::Template { memory }, ..spec }).await?;
+    let watch = VmWatch::new(vm.as_ref());
+    let serial = vm.take_channel();
+    let agent = AgentChannel::Serial.connect(serial, watch, &env.config.agent).await?;
+    // it says that it is there before it has done all that it does at a start
+    agent.health("preparing the template", CheckRequest::default()).await?;
+    vm.save(draft.file("state")?.into()).await?;
+    vm.stop(Duration::ZERO).await?;
+    draft.publish(size.vcpus, size.memory_mib, boots)?;
+    Ok(true)
+}

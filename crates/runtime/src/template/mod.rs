@@ -1,0 +1,79 @@
+//! Templates: VMs that were saved as soon as their agent answered, of which the VM of a pod can be a clone.
+//!
+//! One is good for every VM that is booted from the same files, with the same parameters and of the same size
+//! ([`hypervisor::Hypervisor::fingerprint`]); nothing of a pod is in it.
+
+mod make;
+mod store;
+
+use std::process::{Command, Stdio};
+
+use hypervisor::{Begin, MemoryWay, Size, VmSpec};
+
+pub use self::make::make;
+pub use self::store::{Info, Store};
+use crate::Error;
+use crate::sandbox::Env;
+
+/// What makes one beside a pod.
+const MAKER: &str = "kata-runtime";
+
+/// A clone's beginning, and how to be rid of what it came from if that proves bad.
+pub(crate) struct Found {
+    pub(crate) begin: Begin,
+    pub(crate) way: MemoryWay,
+    store: Store,
+    key: String,
+}
+
+impl Found {
+    /// The saved VM does not come to life: nobody shall try it again.
+    pub(crate) fn discard(self, why: &Error) {
+        tracing::warn!(error = %why, template = self.key, "the template is bad and goes; this pod's machine boots instead");
+        self.store.discard(&self.key);
+    }
+}
+
+/// The template for a VM like `spec`, if there is one that can be used; if there is none, one is made for the next.
+pub(crate) async fn find(env: &Env, spec: &VmSpec, way: MemoryWay) -> Result<Option<Found>, Error> {
+    let store = Store::new(&env.config.factory.template_path);
+    let key = env.hypervisor.fingerprint(spec).await?;
+    match store.open(&key, spec.size.memory_mib) {
+        Ok(Some((memory, state))) => {
+            let begin = Begin::Clone(hypervisor::Snapshot { memory, state, way });
+            return Ok(Some(Found { begin, way, store, key }));
+        }
+        Ok(None) => {}
+        Err(error) => {
+            tracing::warn!(%error, template = key, "a template that cannot be used goes; this pod's machine boots instead");
+            store.discard(&key);
+        }
+    }
+    if env.config.factory.make_template_on_demand {
+        make_beside(env, spec.size);
+    }
+    Ok(None)
+}
+
+/// Has one made by a process of its own: this one may end before it is done.
+fn make_beside(env: &Env, size: Size) {
+    let beside = std::env::current_exe().ok().and_then(|own| Some(own.parent()?.join(MAKER)));
+    let program = beside.filter(|path| path.is_file()).unwrap_or_else(|| MAKER.into());
+    let started = Command::new(&program)
+        .arg("--config")
+        .arg(&env.config.source)
+        .args(["factory", "init", "--beside"])
+        .args(["--vcpus", &size.vcpus.to_string(), "--memory", &size.memory_mib.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    match started {
+        // its end is nobody's business; init takes it over when we end
+        Ok(mut child) => drop(std::thread::spawn(move || child.wait())),
+        Err(error) => tracing::warn!(
+            program = %program.display(), %error,
+            "no template is made: install kata-runtime beside the shim, or run `kata-runtime factory init`"
+        ),
+    }
+}
