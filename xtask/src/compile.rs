@@ -1,19 +1,21 @@
-//! Compiles the product: the shim for the host, the agent as one static program for the guest.
+//! Compiles the product: shim and command line for the host, the agent as one static program for the guest.
 
 use anyhow::Result;
 
 use crate::step;
 use crate::workspace::{Workspace, triple};
 
-/// Shim and agent.
+/// The host's programs and the agent.
 pub(crate) fn all(workspace: &Workspace) -> Result<()> {
-    shim(workspace)?;
+    host(workspace)?;
     agent(workspace)
 }
 
-/// The shim.
-pub(crate) fn shim(workspace: &Workspace) -> Result<()> {
-    step::timed("compiling the shim", || step::run(cargo(workspace).args(["build", "--release", "--package", "shim"])))
+/// The shim and kata-runtime.
+pub(crate) fn host(workspace: &Workspace) -> Result<()> {
+    step::timed("compiling the shim and kata-runtime", || {
+        step::run(cargo(workspace).args(["build", "--release", "--package", "shim", "--package", "kata-runtime"]))
+    })
 }
 
 /// The agent. glibc's static start-up code serves where Rust has no musl target; libseccomp comes from Debian.

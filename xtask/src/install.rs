@@ -10,7 +10,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::step;
-use crate::workspace::{CONFIGURATION, GUEST_FILES, INITRD, SHIM, VMLINUX, VMLINUZ, Workspace};
+use crate::workspace::{COMMAND_LINE, CONFIGURATION, GUEST_FILES, INITRD, SHIM, VMLINUX, VMLINUZ, Workspace};
 
 /// `make install`: where PREFIX and DESTDIR say, through sudo where we may not write.
 pub(crate) fn from_environment(workspace: &Workspace) -> Result<ExitCode> {
@@ -57,6 +57,7 @@ pub(crate) fn below(workspace: &Workspace, destdir: &Path, prefix: &Path) -> Res
             bail!("PREFIX={} has characters that do not fit in configuration.toml", prefix.display());
         };
         put(&root.join(SHIM), &read(&workspace.shim(), "run `make build`")?, 0o755)?;
+        put(&root.join(COMMAND_LINE), &read(&workspace.command_line(), "run `make build`")?, 0o755)?;
         for name in [VMLINUZ, VMLINUX, INITRD] {
             let file = read(&workspace.guest_files().join(name), "run `make guest`")?;
             put(&root.join(GUEST_FILES).join(name), &file, 0o644)?;

@@ -102,7 +102,7 @@ fn guest(workspace: &Workspace) -> Result<()> {
 
 /// Everything, installed below `prefix`.
 fn prepare(workspace: &Workspace, prefix: &Path) -> Result<()> {
-    compile::shim(workspace)?;
+    compile::host(workspace)?;
     guest(workspace)?;
     install::below(workspace, Path::new(""), prefix)
 }

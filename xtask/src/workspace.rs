@@ -35,6 +35,11 @@ impl Workspace {
         self.target.join("release/containerd-shim-kata-v2")
     }
 
+    /// The command line, compiled.
+    pub(crate) fn command_line(&self) -> PathBuf {
+        self.target.join("release/kata-runtime")
+    }
+
     /// The static agent, compiled.
     pub(crate) fn agent(&self) -> PathBuf {
         self.target.join(triple()).join("release/kata-agent")
@@ -92,6 +97,8 @@ pub(crate) const GUEST_FILES: &str = "share/kata-containers";
 pub(crate) const CONFIGURATION: &str = "share/defaults/kata-containers/configuration.toml";
 /// Below a prefix: the shim.
 pub(crate) const SHIM: &str = "bin/containerd-shim-kata-v2";
+/// Below a prefix: the command line.
+pub(crate) const COMMAND_LINE: &str = "bin/kata-runtime";
 /// The uncompressed kernel, entered by PVH: the fastest way in.
 pub(crate) const VMLINUX: &str = "vmlinux.container";
 /// The same kernel as every boot loader likes it.

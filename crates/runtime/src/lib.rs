@@ -8,6 +8,7 @@ mod agent_client;
 mod cgroup;
 pub mod cleanup;
 mod container;
+pub mod direct_volume;
 mod error;
 pub mod hooks;
 mod id;
