@@ -12,6 +12,8 @@ const LEFT_OUT: &[&str] = &[
     "agent.kata.dial_timeout_ms",
     "agent.kata.reconnect_timeout_ms",
     "agent.kata.create_container_timeout",
+    "hypervisor.qemu.factory.enable_template",
+    "hypervisor.qemu.factory.template_path",
 ];
 
 /// As it is installed in /usr/local, with the lines that `chosen` picks uncommented.

@@ -3,8 +3,10 @@
 //! Owns the command line; a file a subcommand. What they do is the `runtime` crate's.
 
 mod direct_volume;
+mod factory;
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -14,6 +16,9 @@ use clap::{Parser, Subcommand};
 #[derive(Debug, Parser)]
 #[command(name = "kata-runtime", version, arg_required_else_help = true)]
 struct Args {
+    /// The configuration file, instead of the first one of the usual places
+    #[arg(long, visible_alias = "kata-config", global = true)]
+    config: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -23,10 +28,13 @@ enum Command {
     /// Block devices of the host that pods mount as volumes, past the host's own file systems
     #[command(subcommand)]
     DirectVolume(direct_volume::Command),
+    /// Machines that were saved after their boot, of which those of pods are clones
+    #[command(subcommand)]
+    Factory(factory::Command),
 }
 
 fn main() -> ExitCode {
-    match run(Args::parse().command) {
+    match run(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "kata-runtime: {error:#}");
@@ -35,9 +43,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<()> {
-    match command {
+fn run(args: Args) -> Result<()> {
+    match args.command {
         Command::DirectVolume(command) => direct_volume::run(&command),
+        Command::Factory(command) => factory::run(&command, args.config.as_deref()),
     }
 }
 

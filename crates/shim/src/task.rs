@@ -16,8 +16,6 @@ use containerd_shim_protos::protobuf::{EnumOrUnknown, MessageField};
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::ttrpc::Code;
 use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
-use hypervisor::Hypervisor;
-use hypervisor::qemu::{Qemu, QemuSettings, Wanted, quick_firmware};
 use runtime::cleanup::RunDir;
 use runtime::trace::Trace;
 use runtime::{ContainerId, ContainerSpec, Env, Error, ExecSpec, RootfsMount, Sandbox, SandboxSpec, Stdio};
@@ -148,32 +146,13 @@ async fn start_pod(
         log::warn!("{warning}");
     }
     trace.step("configuration");
-    let hypervisor = driver(&config);
+    let hypervisor = runtime::driver(&config);
     let sandbox = SandboxSpec { id, run: folder.take(&first.bundle)? };
     let (events_to, events) = mpsc::unbounded_channel();
     let sandbox = Sandbox::start(Env { config, hypervisor }, sandbox, first, events_to, &trace, cancelled).await?;
     trace.log();
     tokio::spawn(publisher.follow(sandbox.pid(), events));
     Ok(sandbox)
-}
-
-/// The VMM driver that the configuration names.
-fn driver(config: &config::Config) -> Box<dyn Hypervisor> {
-    let from = &config.hypervisor;
-    Box::new(Qemu::new(QemuSettings {
-        path: from.path.clone(),
-        machine: from.machine_type.clone(),
-        wanted: match from.accelerator {
-            config::Accelerator::Auto => Wanted::Auto,
-            config::Accelerator::Kvm => Wanted::Kvm,
-            config::Accelerator::Tcg => Wanted::Tcg,
-        },
-        cpu_features: from.cpu_features.clone(),
-        tcg_buffer_mib: from.tcg_tb_size_mib,
-        firmware: from.firmware.clone().or_else(quick_firmware),
-        seccomp_sandbox: from.seccomp_sandbox.clone(),
-        ..QemuSettings::default()
-    }))
 }
 
 fn container_spec(request: &CreateTaskRequest) -> Result<ContainerSpec, Error> {

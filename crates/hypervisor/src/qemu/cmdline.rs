@@ -144,10 +144,10 @@ pub(super) fn arguments(
     }
     for (index, dir) in spec.shared_dirs.iter().enumerate() {
         args.pair("-chardev", format!("socket,id=fs{index},fd={}", dir.socket.as_raw_fd()));
-        args.pair(
-            "-device",
-            format!("vhost-user-fs-pci,chardev=fs{index},tag={},queue-size={}", escape(dir.tag), dir.queue_size),
-        );
+        // its state cannot be read, so a clone gets it after that
+        if inherited.boot.is_some() {
+            args.pair("-device", device::folder(index, dir.tag, dir.queue_size, None).line());
+        }
     }
     for device in &spec.devices {
         let place = bridge.find(device.id());

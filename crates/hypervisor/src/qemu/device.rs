@@ -74,6 +74,24 @@ pub(super) fn card(id: &str, mac: &str, queues: usize, place: Option<Place>) -> 
     Options(options)
 }
 
+/// A folder that a helper serves; `index` is its number in the VM.
+pub(super) fn folder(index: usize, tag: &str, queue_size: u32, place: Option<Place>) -> Options {
+    let mut options = vec![
+        ("driver", json!("vhost-user-fs-pci")),
+        ("id", json!(folder_name(index))),
+        ("chardev", json!(format!("fs{index}"))),
+        ("tag", json!(tag)),
+        ("queue-size", json!(queue_size)),
+    ];
+    at(&mut options, place);
+    Options(options)
+}
+
+/// Its id.
+pub(super) fn folder_name(index: usize) -> String {
+    format!("folder{index}")
+}
+
 fn at(options: &mut Vec<(&'static str, Value)>, place: Option<Place>) {
     if let Some(place) = place {
         options.push(("bus", json!(BUS)));

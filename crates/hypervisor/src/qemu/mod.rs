@@ -115,7 +115,8 @@ impl Qemu {
     }
 
     async fn start(&self, spec: VmSpec, accelerator: Accelerator) -> Result<QemuVm, Error> {
-        let bridge = bridge(&self.settings, &spec)?;
+        let mut bridge = bridge(&self.settings, &spec)?;
+        let later = if matches!(spec.begin, Begin::Clone(_)) { folders(&spec, &mut bridge)? } else { Vec::new() };
         let (qmp, qmp_child) = pair()?;
         let (console_stream, console_child) = pair()?;
         let (channel, channel_child) = match spec.channel {
@@ -175,7 +176,7 @@ impl Qemu {
             let (process, qmp) = (Arc::clone(&process), Arc::clone(&qmp));
             // whoever waits for the guest learns from QEMU's end that it will not come
             tokio::spawn(async move {
-                if let Err(error) = restore.finish(&qmp).await {
+                if let Err(error) = restore.finish(&qmp, later).await {
                     tracing::warn!(%error, "the guest does not go on from what was saved");
                     process.stop(Duration::ZERO).await;
                 }
@@ -226,6 +227,16 @@ fn bridge(settings: &QemuSettings, spec: &VmSpec) -> Result<Bridge, Error> {
         }
     }
     Ok(bridge)
+}
+
+/// The folders of a clone, in places behind its bridge.
+fn folders(spec: &VmSpec, bridge: &mut Bridge) -> Result<Vec<device::Options>, Error> {
+    let device = |(index, dir): (usize, &crate::SharedDir)| {
+        let name = device::folder_name(index);
+        let place = bridge.take(&name).ok_or(Error::NoSlot { device: name })?;
+        Ok(device::folder(index, dir.tag, dir.queue_size, Some(place)))
+    };
+    spec.shared_dirs.iter().enumerate().map(device).collect()
 }
 
 #[async_trait]

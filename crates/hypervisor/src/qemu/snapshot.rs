@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use tokio::task::JoinHandle;
 
 use super::cmdline::{self, Inherited, Memory};
+use super::device::Options;
 use super::qmp::Qmp;
 use super::{Accelerator, Bridge, QemuSettings};
 use crate::{Begin, Channel, Error, MemoryWay, Snapshot, VmSpec};
@@ -45,8 +46,8 @@ impl Restore {
         Ok((copy.into(), true, Self { state, copying: Some(copying) }))
     }
 
-    /// Lets the guest go on.
-    pub(super) async fn finish(self, qmp: &Qmp) -> Result<(), Error> {
+    /// Lets the guest go on, with `later` besides: devices that QEMU does not have while it reads a state.
+    pub(super) async fn finish(self, qmp: &Qmp, later: Vec<Options>) -> Result<(), Error> {
         let failed = |why: String| Error::Snapshot { what: "restoring", why };
         prepare(qmp).await?;
         if let Some(copying) = self.copying {
@@ -57,6 +58,9 @@ impl Restore {
         let read = qmp.migration()?;
         qmp.execute("migrate-incoming", json!({"uri": "fd:state"})).await?;
         read.await.map_err(|_| Error::Gone)?.map_err(failed)?;
+        for device in later {
+            qmp.execute("device_add", device.object()).await?;
+        }
         qmp.execute("cont", json!({})).await.map(drop)
     }
 }

@@ -6,6 +6,7 @@
 mod make;
 mod store;
 
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use hypervisor::{Begin, MemoryWay, Size, VmSpec};
@@ -62,11 +63,13 @@ fn make_beside(env: &Env, size: Size) {
     let started = Command::new(&program)
         .arg("--config")
         .arg(&env.config.source)
-        .args(["factory", "init", "--beside"])
+        .args(["factory", "init"])
         .args(["--vcpus", &size.vcpus.to_string(), "--memory", &size.memory_mib.to_string()])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
+        // a signal to our group is not for it
+        .process_group(0)
         .spawn();
     match started {
         // its end is nobody's business; init takes it over when we end
