@@ -77,7 +77,22 @@ impl Install {
     pub fn config_table(&self) -> Result<toml::Table> {
         let path = self.config();
         let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        text.parse().with_context(|| format!("parsing {}", path.display()))
+        let mut table: toml::Table = text.parse().with_context(|| format!("parsing {}", path.display()))?;
+        if Self::wants_templates() {
+            let factory = table.entry("factory").or_insert_with(|| toml::Table::new().into());
+            factory.as_table_mut().context("[factory] is no table")?.insert("enable_template".into(), true.into());
+        }
+        Ok(table)
+    }
+
+    /// `KATA_E2E_TEMPLATE=1`: every pod of every test is a clone of a template, once one of its kind is made.
+    pub fn wants_templates() -> bool {
+        std::env::var_os("KATA_E2E_TEMPLATE").is_some_and(|value| value == "1")
+    }
+
+    /// The command line for administrators.
+    pub fn kata_runtime(&self) -> PathBuf {
+        self.bin().join("kata-runtime")
     }
 
     /// The installed configuration with keys of `[hypervisor.qemu]` set to other values, as text.

@@ -140,8 +140,9 @@ impl Node {
         // short, because containerd makes sockets below it; on a file system that overlay can use as upper layer
         let dir = tempfile::Builder::new().prefix("ke").tempdir_in("/var/tmp")?;
         let config = match setup.config {
-            None => install.config(),
-            Some(text) => {
+            None if !Install::wants_templates() => install.config(),
+            given => {
+                let text = given.map_or_else(|| install.config_table().map(|table| table.to_string()), Ok)?;
                 let path = dir.path().join("configuration.toml");
                 fs::write(&path, text)?;
                 path
