@@ -154,6 +154,7 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
             hypervisor.virtio_fs_queue_size = size as u32;
         }
         "hypervisor.qemu.virtio_fs_extra_args" => hypervisor.virtio_fs_extra_args = daemon_args(list(entry)?),
+        "hypervisor.qemu.reclaim_guest_freed_memory" => hypervisor.reclaim_guest_freed_memory = truth(entry)?,
         "hypervisor.qemu.entropy_source" => {
             // Kata's word for the default
             hypervisor.entropy_source = optional_path(entry)?.unwrap_or_else(|| Hypervisor::default().entropy_source);
@@ -338,6 +339,7 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.virtio_fs_cache",
     "hypervisor.qemu.virtio_fs_queue_size",
     "hypervisor.qemu.virtio_fs_extra_args",
+    "hypervisor.qemu.reclaim_guest_freed_memory",
     "hypervisor.qemu.entropy_source",
     "hypervisor.qemu.seccompsandbox",
     "hypervisor.qemu.seccomp_sandbox",

@@ -28,7 +28,6 @@ const ROWS: &[Row] = &[
     ("hypervisor.qemu.memory_offset", &["0"]),
     ("hypervisor.qemu.enable_virtio_mem", &["false"]),
     ("hypervisor.qemu.enable_mem_prealloc", &["false"]),
-    ("hypervisor.qemu.reclaim_guest_freed_memory", &["false"]),
     ("hypervisor.qemu.enable_hugepages", &["false"]),
     ("hypervisor.qemu.enable_numa", &["false"]),
     ("hypervisor.qemu.numa_mapping", &["[]"]),

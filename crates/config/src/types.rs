@@ -126,6 +126,8 @@ pub struct Hypervisor {
     pub virtio_fs_queue_size: u32,
     /// Appended to virtiofsd's arguments.
     pub virtio_fs_extra_args: Vec<String>,
+    /// Memory that the guest has freed goes back to the host.
+    pub reclaim_guest_freed_memory: bool,
     /// Where the guest's random numbers come from.
     pub entropy_source: PathBuf,
     /// QEMU's `-sandbox`; empty is none.
@@ -206,6 +208,7 @@ impl Default for Hypervisor {
             virtio_fs_cache: FsCache::Auto,
             virtio_fs_queue_size: 1024,
             virtio_fs_extra_args: vec!["--thread-pool-size=1".into()],
+            reclaim_guest_freed_memory: false,
             entropy_source: "/dev/urandom".into(),
             seccomp_sandbox: String::new(),
             enable_debug: false,

@@ -174,6 +174,9 @@ pub struct VmSpec {
     pub devices: Vec<Device>,
     /// Devices can be plugged and unplugged while it runs, which costs the guest a little of its start.
     pub pluggable: bool,
+    /// The guest gives back what it has freed, which costs its start a little. Not for a clone of
+    /// [`MemoryWay::Private`]: QEMU would give back parts of the saved file.
+    pub reclaim: bool,
     /// Where the guest's random numbers come from, for example `/dev/urandom`.
     pub entropy_source: PathBuf,
     /// Log what the guest's console says.

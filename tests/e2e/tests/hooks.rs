@@ -4,11 +4,12 @@ use anyhow::{Context as _, Result, ensure};
 use containerd_shim_protos::api::Mount;
 use e2e::{
     Node,
+    events::Events,
     task_api::{Bundle, Shim, specification},
     with_node,
 };
 use serde_json::{Value, json};
-use std::{fs, path::Path};
+use std::{fs, path::Path, time::Duration};
 
 fn shell(script: &str) -> Value {
     json!({ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin:/usr/bin"], "timeout": 10 })
@@ -54,6 +55,56 @@ fn all_run_in_their_place() -> Result<()> {
             ensure!(!at("stopped").exists(), "poststop before the delete");
             shim.delete("hooks")?;
             ensure!(state(&at("stopped"))?["status"] == "stopped", "poststop");
+            Ok(())
+        })();
+        shim.shut_down()?;
+        tested
+    })
+}
+
+/// The end of a process that was quicker than the hooks after its start is told after the start.
+#[test]
+fn the_end_is_told_after_the_start() -> Result<()> {
+    with_node(|node| {
+        let events = Events::watch(node)?;
+        let hooks = json!({ "poststart": [shell("sleep 1")] });
+        let bundle = bundle(node, "quick", "exit 5", &hooks)?;
+        let shim = Shim::start(node, "quick", &bundle)?;
+        let tested = (|| {
+            shim.create("quick")?;
+            shim.start_container("quick")?;
+            let status = shim.wait("quick")?;
+            ensure!(status == 5, "exit status {status}");
+            events.wait_exit("quick", Duration::from_secs(5))?;
+            let told: Vec<_> = events.of("quick").into_iter().map(|event| event.topic).collect();
+            ensure!(told == ["/tasks/create", "/tasks/start", "/tasks/exit"], "{told:?}");
+            shim.delete("quick").map(drop)
+        })();
+        shim.shut_down()?;
+        tested
+    })
+}
+
+/// containerd may be killed while it waits for a start; the process runs by then, and its end must be known.
+#[test]
+fn a_start_goes_on_when_its_caller_is_gone() -> Result<()> {
+    with_node(|node| {
+        let hooks = json!({ "poststart": [shell("sleep 2; touch started")] });
+        let bundle = bundle(node, "left", "sleep 1; exit 7", &hooks)?;
+        let shim = Shim::start(node, "left", &bundle)?;
+        let tested = (|| {
+            shim.create("left")?;
+            shim.start_and_leave("left", Duration::from_millis(500))?;
+            // waits for the start, which goes on
+            let deleted = shim.delete("left");
+            ensure!(bundle.path.join("started").exists(), "the hook was cut off: {deleted:?}");
+            let status = if let Ok(status) = deleted {
+                status
+            } else {
+                shim.wait("left")?;
+                shim.delete("left")?
+            };
+            ensure!(status == 7, "exit status {status}");
             Ok(())
         })();
         shim.shut_down()?;

@@ -548,6 +548,21 @@ fn what_a_pod_cannot_have_is_refused_and_others_go_on() -> Result<()> {
     })
 }
 
+/// With `disable_new_netns` a pod of the host's network runs, with its loopback interface alone.
+#[test]
+fn a_pod_of_the_hosts_network_may_go_without() -> Result<()> {
+    let settings = [("internetworking_model", "none".into()), ("disable_new_netns", true.into())];
+    let config = Some(Install::locate()?.config_table_with("runtime", &settings)?);
+    with_cri(NodeSetup { config, ..NodeSetup::default() }, Network::default(), |cri| {
+        let host = json!({"linux": {"security_context": {"namespace_options": {"network": 2}}}});
+        let pod = cri.run_pod(Runtime::Kata, "host", &host)?;
+        let one = cri.run(&pod, "one", &FOREVER, &none())?;
+        let links = cri.sh(&one, "ls /sys/class/net")?;
+        ensure!(links == "lo", "{links}");
+        cri.remove(&pod)
+    })
+}
+
 #[test]
 fn a_pod_that_crashes_is_taken_away() -> Result<()> {
     with_pods_everywhere(|cri| {

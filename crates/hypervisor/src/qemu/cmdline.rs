@@ -142,6 +142,9 @@ pub(super) fn arguments(
             args.pair("-device", format!("vhost-vsock-pci,vhostfd={},guest-cid={cid}", vhost.as_raw_fd()));
         }
     }
+    if spec.reclaim {
+        args.pair("-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on");
+    }
     for (index, dir) in spec.shared_dirs.iter().enumerate() {
         args.pair("-chardev", format!("socket,id=fs{index},fd={}", dir.socket.as_raw_fd()));
         // its state cannot be read, so a clone gets it after that
@@ -187,6 +190,7 @@ mod tests {
             shared_dirs: Vec::new(),
             devices: Vec::new(),
             pluggable: false,
+            reclaim: false,
             entropy_source: "/dev/urandom".into(),
             debug: false,
         }

@@ -39,6 +39,7 @@ pub(super) async fn try_kvm(qemu: &Qemu, boot: &Boot) -> Result<(), String> {
         shared_dirs: Vec::new(),
         devices: Vec::new(),
         pluggable: false,
+        reclaim: false,
         entropy_source: "/dev/urandom".into(),
         debug: false,
     };

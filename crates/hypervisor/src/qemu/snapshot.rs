@@ -117,6 +117,7 @@ pub(super) fn plain(spec: &VmSpec) -> VmSpec {
         shared_dirs: Vec::new(),
         devices: Vec::new(),
         pluggable: spec.pluggable,
+        reclaim: spec.reclaim,
         entropy_source: spec.entropy_source.clone(),
         debug: spec.debug,
     }
