@@ -8,6 +8,7 @@ mod network;
 mod pod;
 mod report;
 mod sample;
+mod warm;
 
 use anyhow::{Context as _, Result, bail};
 use e2e::{Node, Runtime, install::Install, with_node};
@@ -41,6 +42,9 @@ fn main() -> Result<()> {
     if parts.include("agent") {
         cost::agent(&install, rounds, &mut report)?;
     }
+    if parts.include("warm") {
+        warm::measure(&install, rounds, &mut report)?;
+    }
     if parts.include("pod") {
         pod::measure(rounds, &mut report)?;
     }
@@ -61,7 +65,7 @@ fn main() -> Result<()> {
 struct Parts(Option<Vec<String>>);
 
 impl Parts {
-    const ALL: [&str; 7] = ["floor", "start", "exec", "memory", "agent", "pod", "network"];
+    const ALL: [&str; 8] = ["floor", "start", "exec", "memory", "agent", "warm", "pod", "network"];
 
     fn from_environment() -> Result<Self> {
         let Ok(text) = std::env::var("BENCH_ONLY") else { return Ok(Self(None)) };

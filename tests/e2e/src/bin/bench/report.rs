@@ -63,6 +63,9 @@ impl Report {
             ("PSS of the shim ≤ 8 MiB", 8.0, "pss.shim", "MiB"),
             ("RSS of the agent ≤ 8 MiB", 8.0, "rss.agent", "MiB"),
             ("initrd ≤ 8 MiB", 8.0, "size.initrd", "MiB"),
+            ("start of a clone ≤ 0.4 × that of a boot", median("warm.cold") * 0.4, "warm.copied", "ms"),
+            ("start of a clone ≤ 1.5 × gVisor's", median("warm.runsc") * 1.5, "warm.copied", "ms"),
+            ("PSS of all host processes of an idle clone ≤ 60 MiB", 60.0, "pss.copied", "MiB"),
             ("pod start ≤ runc's + floor + 300 ms", pod, "pod.kata", "ms"),
             ("TCP round trip ≤ 1.05 × raw QEMU's", median("net.trip.raw") * 1.05, "net.trip.kata", "µs"),
         ];
