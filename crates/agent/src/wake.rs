@@ -1,6 +1,8 @@
-//! The first moment of a guest that goes on where a saved one stopped.
+//! The last moment of a guest that is saved, and the first of one that goes on there.
 
 use std::fs;
+use std::io;
+use std::path::Path;
 
 use agent_api::protobuf::well_known_types::empty::Empty;
 use agent_api::ttrpc;
@@ -14,11 +16,22 @@ use crate::guest;
 
 /// Less would leave it guessable, bytes; more than the other makes nothing better.
 const RANDOM: std::ops::RangeInclusive<usize> = 32..=4096;
+/// The event by which q35 tells of plugged devices (QEMU's docs/specs/acpi_pci_hotplug). A clone's first devices are looked
+/// for at a known moment; to find them again in the kernel's way, by its ACPI interpreter, would take longer than all else.
+const PLUGGED: &str = "/sys/firmware/acpi/interrupts/gpe01";
+/// The bus behind the bridge where a clone's devices come; the root bus has the others.
+const BEHIND: &str = "/sys/bus/pci/devices/0000:00:1e.0/pci_bus";
+const ALL: &str = "/sys/bus/pci/rescan";
 
 pub(crate) struct Waking;
 
 #[async_trait]
 impl Wake for Waking {
+    async fn down(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        event("mask").map_err(Error::failed("holding back the events of devices"))?;
+        Ok(Empty::new())
+    }
+
     async fn up(&self, _: &TtrpcContext, request: UpRequest) -> ttrpc::Result<Empty> {
         let count = request.random.len();
         if !RANDOM.contains(&count) {
@@ -27,8 +40,28 @@ impl Wake for Waking {
         // before all else: every clone has the same numbers until then
         guest::reseed(&request.random).map_err(Error::failed("new random numbers"))?;
         guest::set_clock(request.sec, request.usec).map_err(Error::failed("setting the clock"))?;
-        // returns when the drivers have them
-        fs::write("/sys/bus/pci/rescan", "1").map_err(Error::failed("looking for devices"))?;
+        find_devices().map_err(Error::failed("looking for devices"))?;
+        // what it told of has been found
+        match event("clear") {
+            // there was none
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            other => other,
+        }
+        .and_then(|()| event("unmask"))
+        .map_err(Error::failed("letting events of devices through"))?;
         Ok(Empty::new())
     }
+}
+
+/// Returns when the drivers have them.
+fn find_devices() -> io::Result<()> {
+    let behind = fs::read_dir(BEHIND).ok().and_then(|mut buses| buses.next()?.ok());
+    let rescan = behind.map_or_else(|| ALL.into(), |bus| bus.path().join("rescan"));
+    fs::write(rescan, "1")
+}
+
+/// A kernel without ACPI has no such events.
+fn event(action: &str) -> io::Result<()> {
+    // the kernel wants the whole line
+    if Path::new(PLUGGED).exists() { fs::write(PLUGGED, format!("{action}\n")) } else { Ok(()) }
 }

@@ -4,9 +4,8 @@ use std::future::Future;
 use std::time::Duration;
 
 use agent_api::agent_ttrpc::AgentServiceClient;
-use agent_api::health::{CheckRequest, HealthCheckResponse};
-use agent_api::health_ttrpc::HealthClient;
 use agent_api::port_ttrpc::PortClient;
+use agent_api::protobuf::well_known_types::empty::Empty;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::{Client, transport::Socket};
 use agent_api::ttrpc::context::Context;
@@ -89,7 +88,6 @@ impl VmWatch {
 pub(crate) struct AgentClient {
     client: AgentServiceClient,
     ports: PortClient,
-    health: HealthClient,
     wake: WakeClient,
     vm: VmWatch,
     deadline: Duration,
@@ -102,7 +100,6 @@ impl AgentClient {
         Self {
             client: AgentServiceClient::new(client.clone()),
             ports: PortClient::new(client.clone()),
-            health: HealthClient::new(client.clone()),
             wake: WakeClient::new(client),
             vm,
             deadline,
@@ -146,9 +143,12 @@ impl AgentClient {
         self.within(what, None, call(&self.ports, Context::default())).await
     }
 
-    /// Whether it answers.
-    pub(crate) async fn health(&self, what: &str, request: CheckRequest) -> Result<HealthCheckResponse, Error> {
-        self.within(what, Some(self.deadline), self.health.check(Context::default(), &request)).await
+    /// The last call to a guest that is to be saved.
+    pub(crate) async fn lull(&self) -> Result<(), Error> {
+        let request = Empty::new();
+        self.within("lulling the guest", Some(self.deadline), self.wake.down(Context::default(), &request))
+            .await
+            .map(drop)
     }
 
     /// The first call to a clone, which runs within `limit`.

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use agent_api::health::CheckRequest;
 use hypervisor::{Begin, Size, VmSpec};
 
 use super::store::Store;
@@ -29,7 +28,7 @@ pub async fn make(env: &Env, size: Option<Size>) -> Result<bool, Error> {
     let serial = vm.take_channel();
     let agent = AgentChannel::Serial.connect(serial, watch, &env.config.agent).await?;
     // it says that it is there before it has done all that it does at a start
-    agent.health("preparing the template", CheckRequest::default()).await?;
+    agent.lull().await?;
     vm.save(draft.file("state")?.into()).await?;
     vm.stop(Duration::ZERO).await?;
     draft.publish(size.vcpus, size.memory_mib, boots)?;
