@@ -8,3 +8,9 @@ pub const CONTAINERS: &str = "/run/kata-containers";
 pub const SHARED: &str = "/run/kata-containers/shared/containers";
 /// The pod's `/dev/shm`.
 pub const SANDBOX_SHM: &str = "/run/kata-containers/sandbox/shm";
+/// The pod's volumes in memory; a folder each.
+pub const SANDBOX_EPHEMERAL: &str = "/run/kata-containers/sandbox/ephemeral";
+/// The pod's other volumes that are the VM's own; a folder each.
+pub const SANDBOX_LOCAL: &str = "/run/kata-containers/sandbox/local";
+/// Copies of small volumes that the host keeps up to date; a folder each.
+pub const SANDBOX_WATCHED: &str = "/run/kata-containers/sandbox/watched";

@@ -9,6 +9,7 @@ mod device_filter;
 mod error;
 mod guest;
 mod init;
+mod inside;
 mod io;
 mod launcher;
 mod log;
@@ -24,6 +25,7 @@ mod storage;
 mod sysctl;
 mod transport;
 mod wake;
+mod watched;
 
 use std::process::ExitCode;
 

@@ -12,6 +12,7 @@ use crate::oom::OomWatch;
 use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::storage;
+use crate::watched::Watched;
 
 /// The state of the guest.
 pub(crate) struct Sandbox {
@@ -24,6 +25,7 @@ pub(crate) struct Sandbox {
     first: Mutex<Option<Arc<Process>>>,
     /// Mount points of the sandbox that have caches to be written back.
     mounts: Mutex<Vec<String>>,
+    pub(crate) watched: Watched,
 }
 
 /// Ids become folder names.
@@ -43,8 +45,8 @@ pub(crate) fn check_id(kind: &str, id: &str) -> Result<(), Error> {
 
 impl Sandbox {
     pub(crate) fn new(reaper: Reaper, oom: OomWatch) -> Self {
-        let (containers, hostname, first, mounts) = Default::default();
-        Self { reaper, oom, containers, hostname, first, mounts }
+        let (containers, hostname, first, mounts, watched) = Default::default();
+        Self { reaper, oom, containers, hostname, first, mounts, watched }
     }
 
     fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
@@ -122,7 +124,7 @@ impl Sandbox {
             pids_of,
             submounts: request.submounts,
         };
-        let made = self.make(&id, plan, &request.storages).await;
+        let made = self.make(&id, plan, &request.storages, &request.watched).await;
         let mut containers = self.containers();
         match made {
             Ok(container) => {
@@ -146,11 +148,24 @@ impl Sandbox {
         first.map(Some).ok_or_else(|| Error::State("the pod has no process namespace yet that could be shared".into()))
     }
 
-    async fn make(&self, id: &str, mut plan: Plan, storages: &[api::Storage]) -> Result<Container, Error> {
+    async fn make(
+        &self,
+        id: &str,
+        mut plan: Plan,
+        storages: &[api::Storage],
+        watched: &[api::WatchedVolume],
+    ) -> Result<Container, Error> {
         let mut mounts = Vec::new();
         let outcome = async {
             for storage in storages {
-                mounts.push(storage::connect(storage)?);
+                if storage.shared {
+                    self.connect_shared(storage)?;
+                } else {
+                    mounts.push(storage::connect(storage)?);
+                }
+            }
+            for volume in watched {
+                self.watched.refresh(volume)?;
             }
             plan.mounts.clone_from(&mounts);
             Container::create(id, plan, &self.reaper).await
@@ -162,6 +177,18 @@ impl Sandbox {
             }
         }
         outcome
+    }
+
+    /// Lives as long as the sandbox; every container that has it names it.
+    fn connect_shared(&self, storage: &api::Storage) -> Result<(), Error> {
+        let mut mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
+        if storage.driver == "local" {
+            // nothing is mounted, and nothing is to be written back
+            storage::connect(storage)?;
+        } else if !mounts.contains(&storage.mount_point) {
+            mounts.push(storage::connect(storage)?);
+        }
+        Ok(())
     }
 
     pub(crate) fn start_container(&self, id: &str) -> Result<(), Error> {

@@ -293,6 +293,11 @@ impl AgentService for Service {
         Ok(Empty::new())
     }
 
+    async fn refresh_volume(&self, _: &TtrpcContext, volume: api::WatchedVolume) -> Rpc<Empty> {
+        self.sandbox.watched.refresh(&volume)?;
+        Ok(Empty::new())
+    }
+
     async fn get_oom_event(&self, _: &TtrpcContext, _: api::GetOOMEventRequest) -> Rpc<api::OOMEvent> {
         let container_id = self.sandbox.oom.next().await.ok_or_else(|| Error::State("the sandbox has ended".into()))?;
         Ok(api::OOMEvent { container_id, ..Default::default() })

@@ -187,6 +187,7 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
             runtime.internetworking = one_of(entry, &models)?;
         }
         "runtime.disable_new_netns" => runtime.disable_new_netns = truth(entry)?,
+        "runtime.disable_guest_empty_dir" => runtime.disable_guest_empty_dir = truth(entry)?,
         "runtime.disable_guest_seccomp" => runtime.disable_guest_seccomp = truth(entry)?,
         "factory.enable_template" | "hypervisor.qemu.factory.enable_template" => {
             factory.enable_template = truth(entry)?;
@@ -352,6 +353,7 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "agent.kata.create_container_timeout",
     "runtime.create_container_timeout",
     "runtime.enable_debug",
+    "runtime.disable_guest_empty_dir",
     "runtime.disable_guest_seccomp",
     "runtime.internetworking_model",
     "runtime.disable_new_netns",

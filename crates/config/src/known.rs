@@ -140,7 +140,6 @@ const ROWS: &[Row] = &[
     ("runtime.static_sandbox_resource_mgmt", &["true", "false"]),
     ("runtime.sandbox_bind_mounts", &["[]"]),
     ("runtime.vfio_mode", &["*"]),
-    ("runtime.disable_guest_empty_dir", &["*"]),
     ("runtime.emptydir_mode", &["\"shared-fs\""]),
     ("runtime.experimental", &["[]"]),
     ("runtime.experimental_force_guest_pull", &["false"]),

@@ -165,6 +165,8 @@ pub struct Runtime {
     /// `true`: the whole VM counts for the pod's cgroup on the host; `false`: its processors only. Kata's Go runtime has
     /// `false`, its Rust runtime `true`, which is what a pod's overhead in Kubernetes is for.
     pub sandbox_cgroup_only: bool,
+    /// `true`: an emptyDir on disk is the host's folder; `false`: the VM has one of its own, in its memory.
+    pub disable_guest_empty_dir: bool,
     /// How long making a container may take.
     pub create_container_timeout: Duration,
 }
@@ -235,6 +237,7 @@ impl Default for Runtime {
             internetworking: Internetworking::default(),
             disable_new_netns: false,
             sandbox_cgroup_only: true,
+            disable_guest_empty_dir: true,
             create_container_timeout: Duration::from_secs(60),
         }
     }

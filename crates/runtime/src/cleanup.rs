@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 mod mounts;
 
 pub use journal::Journal;
-pub(crate) use mounts::{mount_points, remove_mount_points, unmount_tree};
+pub(crate) use mounts::{mount_points, path_in_file_system, remove_mount_points, unmount_tree, writable_mount_points};
 
 /// Largest journal that is read, bytes.
 const JOURNAL_LIMIT: u64 = 1 << 20;

@@ -11,14 +11,15 @@ use std::path::Path;
 
 use agent_api::oci;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::stat::{Mode, SFlag, makedev, mkdirat, mknodat};
+use nix::sys::stat::{Mode, SFlag, makedev, mknodat};
 use nix::unistd::{UnlinkatFlags, symlinkat};
 
 use super::child::{Outcome, named};
 use super::options;
-use crate::sysctl;
+use crate::inside::{make_file, make_folders, open_in};
+use crate::{storage, sysctl};
 
 /// Bind mounts of these below `/proc` cannot be used to fool a process about itself (runc's list).
 const PROC_FILES: [&str; 8] = ["cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg", "net/dev"];
@@ -114,51 +115,6 @@ fn clean(path: &str) -> String {
     parts.join("/")
 }
 
-fn open_in(root: &OwnedFd, path: &str, flags: OFlag) -> nix::Result<OwnedFd> {
-    let path = if path.is_empty() { "." } else { path };
-    let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC).resolve(ResolveFlag::RESOLVE_IN_ROOT);
-    openat2(root, path, how)
-}
-
-/// Makes what is missing of a path, one part at a time, each resolved inside the root.
-fn make_folders(root: &OwnedFd, path: &str) -> nix::Result<OwnedFd> {
-    let mut done = String::new();
-    let mut folder = open_in(root, "", OFlag::O_PATH | OFlag::O_DIRECTORY)?;
-    for part in path.split('/').filter(|part| !part.is_empty()) {
-        if !done.is_empty() {
-            done.push('/');
-        }
-        done.push_str(part);
-        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY;
-        folder = match open_in(root, &done, flags) {
-            Err(Errno::ENOENT) => {
-                match mkdirat(&folder, part, Mode::from_bits_truncate(0o755)) {
-                    Ok(()) | Err(Errno::EEXIST) => {}
-                    Err(errno) => return Err(errno),
-                }
-                open_in(root, &done, flags)?
-            }
-            other => other?,
-        };
-    }
-    Ok(folder)
-}
-
-/// A file to bind another file on.
-fn make_file(root: &OwnedFd, path: &str) -> nix::Result<OwnedFd> {
-    if let Ok(found) = open_in(root, path, OFlag::O_PATH) {
-        return Ok(found);
-    }
-    let (parent, _) = path.rsplit_once('/').unwrap_or(("", path));
-    make_folders(root, parent)?;
-    let how = OpenHow::new()
-        .flags(OFlag::O_CREAT | OFlag::O_WRONLY | OFlag::O_CLOEXEC)
-        .mode(Mode::from_bits_truncate(0o644))
-        .resolve(ResolveFlag::RESOLVE_IN_ROOT);
-    drop(openat2(root, path, how)?);
-    open_in(root, path, OFlag::O_PATH)
-}
-
 fn by_fd(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
@@ -196,11 +152,14 @@ fn bind(
     parsed: &options::Options,
     submounts: &[String],
 ) -> Outcome<()> {
-    let meta = fs::metadata(&one.source).map_err(named(format!("bind source {}", one.source)))?;
+    // held for as long as it is named
+    let opened = storage::open_part(&one.source).map_err(named(format!("bind source {}", one.source)))?;
+    let source = opened.as_ref().map_or_else(|| one.source.clone(), by_fd);
+    let meta = fs::metadata(&source).map_err(named(format!("bind source {}", one.source)))?;
     let target = if meta.is_dir() { make_folders(root, lexical) } else { make_file(root, lexical) };
     let target = target.map_err(named("mount point"))?;
     let recursive = parsed.flags & (MsFlags::MS_BIND | MsFlags::MS_REC) | MsFlags::MS_BIND;
-    mount(Some(one.source.as_str()), by_fd(&target).as_str(), None::<&str>, recursive, None::<&str>)
+    mount(Some(source.as_str()), by_fd(&target).as_str(), None::<&str>, recursive, None::<&str>)
         .map_err(|errno| errno.desc().to_owned())?;
     let extra = parsed.flags & !(MsFlags::MS_BIND | MsFlags::MS_REC);
     if extra.contains(MsFlags::MS_RDONLY) && !parsed.recursive_read_only {
@@ -368,20 +327,5 @@ mod tests {
         assert_eq!(clean("/a/./b//../c"), "a/c");
         assert_eq!(clean("/../../x"), "x");
         assert_eq!(clean("/"), "");
-    }
-
-    #[test]
-    fn links_of_an_image_do_not_lead_out() {
-        let dir = tempfile::tempdir().expect("a folder");
-        let outside = tempfile::tempdir().expect("a folder");
-        std::os::unix::fs::symlink(outside.path(), dir.path().join("out")).expect("linked");
-        std::os::unix::fs::symlink("/", dir.path().join("top")).expect("linked");
-        let root = OwnedFd::from(File::open(dir.path()).expect("opened"));
-        // the link's target does not exist inside, so what is made is made inside or refused
-        let _ = make_folders(&root, "out/x");
-        let _ = make_file(&root, "out/f");
-        assert_eq!(fs::read_dir(outside.path()).expect("listed").count(), 0);
-        make_folders(&root, "top/y").expect("made");
-        assert!(dir.path().join("y").is_dir());
     }
 }

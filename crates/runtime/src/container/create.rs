@@ -32,11 +32,13 @@ pub(crate) struct Given<'a> {
     pub(crate) share: &'a Share,
     pub(crate) shm: Option<&'a Shm>,
     pub(crate) policy: spec::Policy,
+    /// emptyDirs on disk are the VM's own.
+    pub(crate) guest_empty_dir: bool,
 }
 
 /// The host's part; needs no guest, so it is done while the guest boots.
 pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec, run: &mut RunDir) -> Result<Prepared, Error> {
-    let Given { share, shm, policy } = given;
+    let Given { share, shm, policy, guest_empty_dir } = given;
     if Role::of_spec(oci)? == Role::Sandbox {
         return holder(from, oci, policy);
     }
@@ -56,7 +58,8 @@ pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec, run: &
             hooks.show(&rootfs, &bundle_root, run)?;
         }
         let mut volumes = Volumes::default();
-        let connected = volume::connect(share, &from.id, &mut guest, shm, &mut volumes);
+        let wanted = volume::For { share, id: &from.id, shm, guest_empty_dir };
+        let connected = volume::connect(wanted, &mut guest, &mut volumes);
         shared.append(&mut volumes.names);
         connected?;
         if let Some(process) = guest.Process.as_mut() {
@@ -68,6 +71,8 @@ pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec, run: &
             OCI: Some(guest).into(),
             sandbox_pidns,
             submounts: volumes.submounts,
+            storages: volumes.storages,
+            watched: volumes.watched,
             ..Default::default()
         })
     })();
@@ -127,6 +132,9 @@ pub(crate) async fn create(
 /// Takes a container's parts out of the share. Goes on past errors: the sandbox's journal has the whole folder.
 pub(crate) fn release(share: &Share, names: &[String]) {
     for name in names {
+        if !share.shelf().give_back(name) {
+            continue;
+        }
         let path = share.host_path(name);
         let gone = cleanup::unmount_tree(&path).and_then(|()| cleanup::remove_mount_points(&path));
         if let Err(error) = gone {

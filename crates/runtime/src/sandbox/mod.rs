@@ -133,16 +133,25 @@ impl Sandbox {
         let prepared = {
             let mut host = self.0.host.lock().await;
             let host = host.as_mut().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
-            let given = create::Given { share: &host.share, shm: self.0.shm.as_ref(), policy };
+            let guest_empty_dir = !self.0.env.config.runtime.disable_guest_empty_dir;
+            let given = create::Given { share: &host.share, shm: self.0.shm.as_ref(), policy, guest_empty_dir };
             create::prepare(given, from, &oci, &mut host.run)?
         };
         let shared = prepared.shared.clone();
         let limit = self.0.env.config.runtime.create_container_timeout;
         let made = create::create(&self.0.agent, self.0.pid, from, prepared, limit).await;
+        self.follow_volumes().await;
         if made.is_err() {
             self.release(&shared).await;
         }
         made
+    }
+
+    /// Changes of volumes that the guest has copies of reach it from now on.
+    async fn follow_volumes(&self) {
+        if let Some(host) = self.0.host.lock().await.as_ref() {
+            host.share.watcher().follow(&self.0.agent);
+        }
     }
 
     async fn release(&self, shared: &[String]) {

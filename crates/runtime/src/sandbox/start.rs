@@ -110,7 +110,9 @@ async fn boot(
     let devices = network.take_devices();
     let policy = spec::Policy::of(&env.config.runtime);
     let prepare = |share: &Share, run: &mut RunDir| {
-        let prepared = create::prepare(create::Given { share, shm: shm.as_ref(), policy }, first, oci, run);
+        let guest_empty_dir = !env.config.runtime.disable_guest_empty_dir;
+        let given = create::Given { share, shm: shm.as_ref(), policy, guest_empty_dir };
+        let prepared = create::prepare(given, first, oci, run);
         trace.step("rootfs-ready");
         prepared
     };
@@ -134,6 +136,7 @@ async fn boot(
         Ok::<_, Error>(made)
     };
     let (container, outputs) = up::while_served(&share, VmWatch::new(vm.as_ref()), guest).await?;
+    share.watcher().follow(&agent);
     let is_reachable = role == Role::Sandbox && !env.config.runtime.disable_new_netns;
     let forwarding = if is_reachable { network::forward(oci, &agent) } else { None };
     Ok(Booted { vm, share, agent, container, outputs, network, forwarding, shm })

@@ -10,11 +10,14 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hypervisor::helper::Helper;
 use nix::mount::{MsFlags, mount};
 
+use super::shelf::Shelf;
+use super::watched::Watcher;
 use crate::Error;
 use crate::cleanup::{RunDir, Step};
 
@@ -22,6 +25,8 @@ use crate::cleanup::{RunDir, Step};
 #[derive(Debug)]
 pub(crate) struct Share {
     mounts: PathBuf,
+    shelf: Mutex<Shelf>,
+    watcher: Watcher,
     /// The daemon.
     pub(crate) daemon: Helper,
 }
@@ -45,7 +50,8 @@ impl Share {
         flags(&shared, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY)?;
 
         let (daemon, connection) = serve(config, &shared, run)?;
-        Ok((Self { mounts, daemon }, connection))
+        let (shelf, watcher) = Default::default();
+        Ok((Self { mounts, shelf, watcher, daemon }, connection))
     }
 
     /// A daemon for another VMM, in the place of that whose VMM is gone; returns the connection to it.
@@ -58,6 +64,21 @@ impl Share {
         let (daemon, connection) = serve(config, &run.path().join(SHARED), run)?;
         self.daemon = daemon;
         Ok(connection)
+    }
+
+    /// The run folders of all sandboxes of this host.
+    pub(crate) fn sandboxes(&self) -> &Path {
+        self.mounts.parent().and_then(Path::parent).unwrap_or(&self.mounts)
+    }
+
+    /// What of the pod is where.
+    pub(crate) fn shelf(&self) -> MutexGuard<'_, Shelf> {
+        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who keeps the guest's copies of volumes up to date.
+    pub(crate) fn watcher(&self) -> &Watcher {
+        &self.watcher
     }
 
     /// Where `name` is to be mounted on the host.

@@ -11,14 +11,14 @@
 
 use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::Error;
 
 /// What a copy is to be.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub(crate) struct How {
     /// With the mounts below.
     pub(crate) recursive: bool,
@@ -26,7 +26,7 @@ pub(crate) struct How {
 }
 
 /// How much of a copy is read-only.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub(crate) enum ReadOnly {
     /// What is so already.
     #[default]
@@ -54,32 +54,48 @@ impl How {
 
 /// Puts a copy of the folder or file `from` on `to`.
 pub(crate) fn copy(from: &Path, to: &Path, how: How) -> Result<(), Error> {
-    let what = || format!("bind mount of {} on {}", from.display(), to.display());
-    make(from, to, how).map_err(|error| match error.raw_os_error() {
-        Some(libc::ENOSYS) => Error::Unsupported(format!("{}: it takes Linux 5.12 on the host", what())),
-        _ => Error::host(what())(error),
-    })
+    let made = CString::new(from.as_os_str().as_bytes())
+        .map_err(io::Error::from)
+        .and_then(|path| open(libc::AT_FDCWD, &path, how.recursive))
+        .and_then(|tree| place(&tree, to, how));
+    made.map_err(failed(from, to))
 }
 
-fn make(from: &Path, to: &Path, how: How) -> io::Result<()> {
-    let (from, to) = (CString::new(from.as_os_str().as_bytes())?, CString::new(to.as_os_str().as_bytes())?);
-    let tree = open(&from, how.recursive)?;
-    let slave = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_SLAVE, userns_fd: 0 };
-    change(&tree, &slave, true)?;
+/// The same for one that is open. `name` is for errors.
+pub(crate) fn copy_of(from: BorrowedFd<'_>, name: &Path, to: &Path, how: How) -> Result<(), Error> {
+    let made = open(from.as_raw_fd(), c"", how.recursive).and_then(|tree| place(&tree, to, how));
+    made.map_err(failed(name, to))
+}
+
+fn failed(from: &Path, to: &Path) -> impl FnOnce(io::Error) -> Error {
+    let what = format!("bind mount of {} on {}", from.display(), to.display());
+    move |error| match error.raw_os_error() {
+        Some(libc::ENOSYS) => Error::Unsupported(format!("{what}: it takes Linux 5.12 on the host")),
+        _ => Error::host(what)(error),
+    }
+}
+
+fn place(tree: &OwnedFd, to: &Path, how: How) -> io::Result<()> {
+    let to = CString::new(to.as_os_str().as_bytes())?;
+    // on the host nobody is to run or open through the copy what a guest has made: its bits and nodes are for the guest,
+    // which keeps them by its own kernel
+    let tame = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+    let all = libc::mount_attr { attr_set: tame, attr_clr: 0, propagation: libc::MS_SLAVE, userns_fd: 0 };
+    change(tree, &all, true)?;
     if how.read_only != ReadOnly::AsIs {
         let read_only =
             libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
-        change(&tree, &read_only, how.read_only == ReadOnly::All)?;
+        change(tree, &read_only, how.read_only == ReadOnly::All)?;
     }
-    attach(&tree, &to)
+    attach(tree, &to)
 }
 
 /// A copy that is nowhere. What is not attached goes with the descriptor.
-fn open(from: &CStr, recursive: bool) -> io::Result<OwnedFd> {
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+fn open(at: i32, from: &CStr, recursive: bool) -> io::Result<OwnedFd> {
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH as libc::c_uint;
     let flags = if recursive { flags | libc::AT_RECURSIVE as libc::c_uint } else { flags };
-    // SAFETY: a path that ends with zero.
-    let fd = check(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, from.as_ptr(), flags) })?;
+    // SAFETY: a descriptor that is open or stands for the working directory, and a path that ends with zero.
+    let fd = check(unsafe { libc::syscall(libc::SYS_open_tree, at, from.as_ptr(), flags) })?;
     // SAFETY: the call returned a new descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,17 +1,26 @@
 //! Bind mounts of a specification: the host's folder or file is bound into the share, the guest binds it from there.
 
 use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
+use agent_api::agent::{Storage, WatchedVolume};
 use agent_api::{oci, paths};
 
+use super::local::{self, Wanted};
 use super::share::{Share, guest_path};
+use super::shelf::Place;
 use super::shm::{self, Shm};
+use super::source::{GuestWritable, Source};
 use super::tree::{self, How, ReadOnly};
+use super::{kubelet, watched};
 use crate::{ContainerId, Error, cleanup};
 
 /// Most submounts that one container's guest is told of. Each costs its start a request to virtiofsd.
 const SUBMOUNTS: usize = 256;
+/// Most bytes of copies that a container is made with: they are in the request.
+const COPIES: usize = 1 << 20;
 
 /// What a container's volumes are.
 #[derive(Debug, Default)]
@@ -20,54 +29,52 @@ pub(crate) struct Volumes {
     pub(crate) names: Vec<String>,
     /// Folders in the container that are mounts of their own below read-only ones, and not read-only by that.
     pub(crate) submounts: Vec<String>,
+    /// What the VM has of its own.
+    pub(crate) storages: Vec<Storage>,
+    /// What the VM has copies of.
+    pub(crate) watched: Vec<WatchedVolume>,
+}
+
+/// What there is for a container's volumes.
+#[derive(Clone, Copy)]
+pub(crate) struct For<'a> {
+    pub(crate) share: &'a Share,
+    pub(crate) id: &'a ContainerId,
+    pub(crate) shm: Option<&'a Shm>,
+    /// emptyDirs on disk are the VM's own.
+    pub(crate) guest_empty_dir: bool,
 }
 
 /// Shares every host bind mount of `spec` and rewrites its source to the guest's path. `volumes` has what was done also
 /// when the rest failed.
-pub(crate) fn connect(
-    share: &Share,
-    id: &ContainerId,
-    spec: &mut oci::Spec,
-    shm: Option<&Shm>,
-    volumes: &mut Volumes,
-) -> Result<(), Error> {
-    for (index, mount) in spec.Mounts.iter_mut().enumerate() {
+pub(crate) fn connect(given: For<'_>, spec: &mut oci::Spec, volumes: &mut Volumes) -> Result<(), Error> {
+    let resources = spec.Linux.as_ref().and_then(|linux| linux.Resources.as_ref());
+    let huge_pages = resources.map(|all| all.HugepageLimits.clone()).unwrap_or_default();
+    // most containers of ctr's have no such mount
+    let mut writable = None;
+    for mount in &mut spec.Mounts {
         let bound = mount.type_ == "bind" || mount.options.iter().any(|option| option == "bind" || option == "rbind");
         if !bound {
             continue;
         }
-        let source = Path::new(&mount.source);
-        if mount.destination == shm::DESTINATION && shm.is_some_and(|shm| shm.is(source)) {
+        let path = Path::new(&mount.source);
+        if mount.destination == shm::DESTINATION && given.shm.is_some_and(|shm| shm.is(path)) {
             mount.source = paths::SANDBOX_SHM.into();
             continue;
         }
         // the guest's own devices and kernel files, never the host's
-        if ["/dev", "/proc", "/sys"].iter().any(|own| source.starts_with(own)) {
+        if ["/dev", "/proc", "/sys"].iter().any(|own| path.starts_with(own)) {
             continue;
         }
-        let name = format!("{id}-{index:04}");
-        let meta = fs::metadata(source)
+        let writable = match &writable {
+            Some(known) => known,
+            None => &*writable
+                .insert(GuestWritable::of(given.share.sandboxes()).map_err(Error::host("the mounts of all pods"))?),
+        };
+        let source = Source::open(path, writable)
             .map_err(Error::host(format!("source {} of the mount on {}", mount.source, mount.destination)))?;
-        let target = share.host_path(&name);
-        if meta.is_dir() {
-            fs::create_dir(&target).map_err(Error::host(target.display().to_string()))?;
-        } else {
-            File::create_new(&target).map_err(Error::host(target.display().to_string()))?;
-        }
-        volumes.names.push(name.clone());
-        // read-only also on the host: a guest that was taken over must not write
-        let how = How::of(&mount.options);
-        tree::copy(source, &target, how)?;
-        if how.read_only == ReadOnly::Top {
-            volumes.submounts.extend(submounts(&target, &mount.destination)?);
-        }
-        if mount.options.iter().any(|option| option == "shared" || option == "rshared") {
-            tracing::warn!(
-                destination = mount.destination,
-                "what the container mounts below a shared mount stays in the virtual machine"
-            );
-        }
-        mount.source = guest_path(&name);
+        let wanted = Wanted { on_disk: given.guest_empty_dir, writable, huge_pages: &huge_pages };
+        mount.source = place(given, path, &source, wanted, mount, volumes)?;
     }
     if volumes.submounts.len() > SUBMOUNTS {
         tracing::warn!(
@@ -77,6 +84,94 @@ pub(crate) fn connect(
         volumes.submounts.truncate(SUBMOUNTS);
     }
     Ok(())
+}
+
+/// Where the guest finds a source that is open by `path`.
+fn place(
+    given: For<'_>,
+    path: &Path,
+    source: &Source,
+    wanted: Wanted<'_>,
+    mount: &oci::Mount,
+    volumes: &mut Volumes,
+) -> Result<String, Error> {
+    possible(path, source, mount)?;
+    if let Some(local) = local::place(path, source, wanted, &mut given.share.shelf())? {
+        volumes.storages.extend(local.storages);
+        return Ok(local.path);
+    }
+    let how = How::of(&mount.options);
+    if let Some(copy) = copied(given, path, source, how, volumes) {
+        return Ok(copy);
+    }
+    shared(given, path, source, how, mount, volumes)
+}
+
+/// Refuses what no virtual machine can have.
+fn possible(path: &Path, source: &Source, mount: &oci::Mount) -> Result<(), Error> {
+    if source.kind().is_socket() {
+        return Err(Error::Unsupported(format!(
+            "source {} of the mount on {} is a unix socket of the host, to which nobody in a virtual machine can \
+             connect: remove the mount, or reach its server through the network",
+            path.display(),
+            mount.destination
+        )));
+    }
+    let huge = source.file_system().is_ok_and(|(kind, _)| local::is_huge(kind));
+    if huge && !kubelet::is_empty_dir(path) && kubelet::empty_dir_of_subpath(path).is_none() {
+        return Err(Error::Unsupported(format!(
+            "source {} of the mount on {} is in the host's huge pages, which a virtual machine cannot share: use an \
+             emptyDir of medium HugePages",
+            path.display(),
+            mount.destination
+        )));
+    }
+    Ok(())
+}
+
+/// A small volume of kubelet's, as a copy that follows it; what a container can write is no copy.
+fn copied(given: For<'_>, path: &Path, source: &Source, how: How, volumes: &mut Volumes) -> Option<String> {
+    if !kubelet::is_swapped(path) || !source.kind().is_dir() || how.read_only == ReadOnly::AsIs {
+        return None;
+    }
+    let name = given.share.shelf().local(path, source);
+    let room = COPIES.saturating_sub(volumes.watched.iter().map(watched::size).sum());
+    let volume = given.share.watcher().add(path, &name, room)?;
+    volumes.watched.push(volume);
+    Some(format!("{}/{name}", paths::SANDBOX_WATCHED))
+}
+
+fn shared(
+    given: For<'_>,
+    path: &Path,
+    source: &Source,
+    how: How,
+    mount: &oci::Mount,
+    volumes: &mut Volumes,
+) -> Result<String, Error> {
+    let place = given.share.shelf().take(source.identity(), how, given.id.as_str());
+    let (Place::New(name) | Place::Taken(name)) = &place;
+    let (name, target) = (name.clone(), given.share.host_path(name));
+    volumes.names.push(name.clone());
+    if matches!(place, Place::New(_)) {
+        if source.kind().is_dir() {
+            fs::create_dir(&target).map_err(Error::host(target.display().to_string()))?;
+        } else {
+            File::create_new(&target).map_err(Error::host(target.display().to_string()))?;
+        }
+        // read-only also on the host: a guest that was taken over must not write
+        tree::copy_of(source.as_fd(), path, &target, how)?;
+    }
+    if how.read_only == ReadOnly::Top {
+        volumes.submounts.extend(submounts(&target, &mount.destination)?);
+    }
+    if mount.options.iter().any(|option| option == "shared" || option == "rshared") {
+        tracing::warn!(
+            destination = mount.destination,
+            "what the container mounts below a shared mount stays in the virtual machine"
+        );
+    }
+    Ok(guest_path(&name))
 }
 
 /// Where a container finds what is mounted below `target`, which it sees as `destination`.

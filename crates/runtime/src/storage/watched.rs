@@ -1,0 +1,192 @@
+//! Small volumes that kubelet swaps as a whole (configMap, secret, projected, downward API), as copies in the guest.
+//!
+//! What changes on the host changes through virtio-fs too, but nobody in the guest is told: inotify(7) there knows only
+//! what the guest's own kernel does. So the shim waits for the host's swap and sends the volume, and the agent does the
+//! same swap where containers can watch it.
+#![allow(unsafe_code, reason = "tokio's promise about a descriptor")]
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use agent_api::agent::WatchedVolume;
+use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
+use tokio::io::unix::AsyncFd;
+use tokio::task::JoinHandle;
+
+use super::snapshot::{self, Limit};
+use crate::Error;
+use crate::agent_client::AgentClient;
+
+/// The copies of one pod, and who keeps them up to date. With it that ends.
+#[derive(Debug, Default)]
+pub(crate) struct Watcher {
+    state: Arc<Mutex<State>>,
+    following: OnceLock<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// One for all: a user has few of them (`fs.inotify.max_user_instances`).
+    inotify: Option<Arc<Inotify>>,
+    volumes: HashMap<WatchDescriptor, Volume>,
+    /// Counts what is read, so that the guest knows which one is newer.
+    revision: u64,
+}
+
+#[derive(Debug, Clone)]
+struct Volume {
+    name: String,
+    path: PathBuf,
+}
+
+impl Watcher {
+    /// Begins to watch a volume and reads it, when it has no more than `room` bytes. `None`: it is no volume for that, or
+    /// cannot be watched.
+    pub(crate) fn add(&self, path: &Path, name: &str, room: usize) -> Option<WatchedVolume> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_known = state.volumes.values().any(|volume| volume.name == name);
+        // watched first, so that no change is missed
+        if let Err(errno) = state.watch(path, name) {
+            tracing::warn!(path = %path.display(), %errno, "changes of the volume come without inotify in the guest");
+            return None;
+        }
+        let limit = if is_known { snapshot::GROWN } else { snapshot::SMALL };
+        let read = state.read(&Volume { name: name.into(), path: path.into() }, limit);
+        let volume = read.unwrap_or_else(|error| {
+            tracing::warn!(path = %path.display(), %error, "reading the volume");
+            None
+        });
+        let fitting = volume.filter(|volume| size(volume) <= room);
+        if fitting.is_none() && !is_known {
+            state.forget(name);
+        }
+        fitting
+    }
+
+    /// Tells the guest from now on. Once is enough.
+    pub(crate) fn follow(&self, agent: &AgentClient) {
+        let inotify = self.state.lock().unwrap_or_else(PoisonError::into_inner).inotify.clone();
+        let Some(inotify) = inotify else { return };
+        self.following.get_or_init(|| tokio::spawn(follow(inotify, Arc::clone(&self.state), agent.clone())));
+    }
+}
+
+/// Bytes of its files.
+pub(crate) fn size(volume: &WatchedVolume) -> usize {
+    volume.files.iter().map(|file| file.content.len()).sum()
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        if let Some(task) = self.following.get() {
+            task.abort();
+        }
+    }
+}
+
+impl State {
+    fn watch(&mut self, path: &Path, name: &str) -> nix::Result<()> {
+        let inotify = if let Some(inotify) = &self.inotify {
+            inotify
+        } else {
+            let fresh = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+            self.inotify.insert(Arc::new(fresh))
+        };
+        // a swap is a rename; what else kubelet does in the folder is for the swap, or after it
+        let what = AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CREATE | AddWatchFlags::IN_DELETE;
+        let watch = inotify.add_watch(path, what | AddWatchFlags::IN_ONLYDIR)?;
+        self.volumes.insert(watch, Volume { name: name.into(), path: path.into() });
+        Ok(())
+    }
+
+    fn forget(&mut self, name: &str) {
+        let State { inotify, volumes, .. } = self;
+        volumes.retain(|watch, volume| {
+            if volume.name != name {
+                return true;
+            }
+            if let Some(inotify) = inotify {
+                let _ = inotify.rm_watch(*watch);
+            }
+            false
+        });
+    }
+
+    /// The number is given where the reading is, so that a later reading has the higher one.
+    fn read(&mut self, volume: &Volume, limit: Limit) -> io::Result<Option<WatchedVolume>> {
+        let Some(files) = snapshot::read(&volume.path, limit)? else { return Ok(None) };
+        self.revision += 1;
+        Ok(Some(WatchedVolume { name: volume.name.clone(), revision: self.revision, files, ..Default::default() }))
+    }
+}
+
+async fn follow(inotify: Arc<Inotify>, state: Arc<Mutex<State>>, agent: AgentClient) {
+    let ready = inotify.as_fd().try_clone_to_owned().and_then(|fd| {
+        // SAFETY: the descriptor is owned by what is made of it, and stays open as long.
+        unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)
+    });
+    let ready = match ready {
+        Ok(ready) => ready,
+        Err(error) => return tracing::warn!(%error, "changes of volumes do not reach the guest's inotify"),
+    };
+    loop {
+        let Ok(mut guard) = ready.readable().await else { return };
+        let changed = changes(&inotify, &state);
+        guard.clear_ready();
+        for volume in changed {
+            let read = state.lock().unwrap_or_else(PoisonError::into_inner).read(&volume, snapshot::GROWN);
+            match read {
+                Ok(Some(fresh)) => {
+                    if let Err(Error::VmGone { .. }) = refresh(&agent, &fresh).await {
+                        return;
+                    }
+                }
+                Ok(None) => tracing::warn!(
+                    path = %volume.path.display(),
+                    "the volume is too large for a copy now: the containers keep what they had"
+                ),
+                // kubelet takes a volume away at the pod's end
+                Err(error) => tracing::debug!(path = %volume.path.display(), %error, "reading the volume"),
+            }
+        }
+    }
+}
+
+/// Whose events have come, each once.
+fn changes(inotify: &Inotify, state: &Mutex<State>) -> Vec<Volume> {
+    let mut changed: Vec<Volume> = Vec::new();
+    loop {
+        let events = match inotify.read_events() {
+            Ok(events) => events,
+            Err(Errno::EINTR) => continue,
+            // no more of them
+            Err(_) => return changed,
+        };
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        for event in events {
+            if event.mask.contains(AddWatchFlags::IN_IGNORED) {
+                state.volumes.remove(&event.wd);
+            } else if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
+                changed = state.volumes.values().cloned().collect();
+            } else if let Some(volume) = state.volumes.get(&event.wd)
+                && changed.iter().all(|other| other.name != volume.name)
+            {
+                changed.push(volume.clone());
+            }
+        }
+    }
+}
+
+async fn refresh(agent: &AgentClient, volume: &WatchedVolume) -> Result<(), Error> {
+    let told = agent
+        .call("refreshing a volume", |client, context| async { client.refresh_volume(context, volume).await })
+        .await;
+    if let Err(error) = &told {
+        tracing::warn!(volume = volume.name, %error, "the volume stays as it was in the guest");
+    }
+    told.map(drop)
+}
