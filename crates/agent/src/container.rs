@@ -28,6 +28,8 @@ pub(crate) struct Container {
     execs: Mutex<HashMap<String, Option<Arc<Process>>>>,
     /// Mount points of its own storages.
     pub(crate) mounts: Vec<String>,
+    /// Its volumes in the share.
+    pub(crate) volumes: Vec<String>,
     /// It only holds namespaces: it has no files in which a program could run.
     holder: bool,
 }
@@ -39,6 +41,8 @@ pub(crate) struct Plan {
     pub(crate) own_hostname: bool,
     /// Its storages' mount points.
     pub(crate) mounts: Vec<String>,
+    /// Its volumes in the share.
+    pub(crate) volumes: Vec<String>,
     /// It only holds namespaces.
     pub(crate) holder: bool,
     /// The process whose PID namespace it joins.
@@ -50,7 +54,7 @@ pub(crate) struct Plan {
 impl Container {
     /// Makes everything up to the program's execution.
     pub(crate) async fn create(id: &str, plan: Plan, reaper: &Reaper) -> Result<Self, Error> {
-        let Plan { spec, own_hostname, mounts, holder, pids_of, submounts } = plan;
+        let Plan { spec, own_hostname, mounts, volumes, holder, pids_of, submounts } = plan;
         let resources = spec.Linux.Resources.as_ref();
         let cgroup = Cgroup::create(id, resources)?;
         let procs = cgroup.procs()?;
@@ -72,7 +76,7 @@ impl Container {
         }
         let stdio = with_terminal(stdio, launched.terminal)?;
         let init = Arc::new(Process::new(launched.pid, stdio, launched.exit));
-        Ok(Self { spec, cgroup, init, go: Mutex::new(Some(go)), execs: Mutex::default(), mounts, holder })
+        Ok(Self { spec, cgroup, init, go: Mutex::new(Some(go)), execs: Mutex::default(), mounts, volumes, holder })
     }
 
     /// Lets the first process execute its program.

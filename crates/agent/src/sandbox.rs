@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::oom::OomWatch;
 use crate::process::Process;
 use crate::reaper::Reaper;
-use crate::storage;
+use crate::storage::{self, Entered};
 use crate::watched::Watched;
 
 /// The state of the guest.
@@ -26,6 +26,7 @@ pub(crate) struct Sandbox {
     /// Mount points of the sandbox that have caches to be written back.
     mounts: Mutex<Vec<String>>,
     pub(crate) watched: Watched,
+    entered: Entered,
 }
 
 /// Ids become folder names.
@@ -45,8 +46,8 @@ pub(crate) fn check_id(kind: &str, id: &str) -> Result<(), Error> {
 
 impl Sandbox {
     pub(crate) fn new(reaper: Reaper, oom: OomWatch) -> Self {
-        let (containers, hostname, first, mounts, watched) = Default::default();
-        Self { reaper, oom, containers, hostname, first, mounts, watched }
+        let (containers, hostname, first, mounts, watched, entered) = Default::default();
+        Self { reaper, oom, containers, hostname, first, mounts, watched, entered }
     }
 
     fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
@@ -120,6 +121,7 @@ impl Sandbox {
                 && *self.hostname.lock().unwrap_or_else(PoisonError::into_inner) != spec.Hostname,
             spec,
             mounts: Vec::new(),
+            volumes: Vec::new(),
             holder: request.namespace_holder,
             pids_of,
             submounts: request.submounts,
@@ -168,7 +170,10 @@ impl Sandbox {
                 self.watched.refresh(volume)?;
             }
             plan.mounts.clone_from(&mounts);
-            Container::create(id, plan, &self.reaper).await
+            plan.volumes = self.entered.enter(&plan.spec);
+            let volumes = plan.volumes.clone();
+            let made = Container::create(id, plan, &self.reaper).await;
+            made.inspect_err(|_| self.entered.leave(&volumes))
         }
         .await;
         if outcome.is_err() {
@@ -204,6 +209,7 @@ impl Sandbox {
             storage::disconnect(point);
         }
         self.containers().remove(id);
+        self.entered.leave(&container.volumes);
         Ok(())
     }
 

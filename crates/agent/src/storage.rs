@@ -1,12 +1,14 @@
 //! `Storage` messages: what the host gives the guest to mount, by driver (Kata's names).
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use agent_api::agent::Storage;
-use agent_api::paths;
+use agent_api::{oci, paths};
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, mount, umount2};
 
@@ -46,6 +48,49 @@ pub(crate) fn disconnect(point: &str) {
     if let Err(errno) = umount2(point, MntFlags::MNT_DETACH) {
         crate::log::debug(&format!("unmounting {point}: {errno}"));
     }
+}
+
+/// The volumes in the share that containers have, and how many have each.
+///
+/// The guest's kernel makes a file system of a mount in the share when somebody goes there, another one in each
+/// namespace. So the agent goes there before a container has a namespace of its own, and all containers get the same
+/// one, with its locks and memory maps.
+#[derive(Debug, Default)]
+pub(crate) struct Entered(Mutex<HashMap<String, usize>>);
+
+impl Entered {
+    /// For a container with this specification; returns its volumes.
+    pub(crate) fn enter(&self, spec: &oci::Spec) -> Vec<String> {
+        let sources = shared_sources(spec);
+        for source in &sources {
+            *self.counts().entry(source.clone()).or_default() += 1;
+            // who binds it tells what is wrong with it
+            let _ = fs::metadata(source);
+        }
+        sources
+    }
+
+    /// What nobody has any more must not be kept in use on the host.
+    pub(crate) fn leave(&self, sources: &[String]) {
+        let mut counts = self.counts();
+        for source in sources {
+            let Some(count) = counts.get_mut(source) else { continue };
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(source);
+                disconnect(source);
+            }
+        }
+    }
+
+    fn counts(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn shared_sources(spec: &oci::Spec) -> Vec<String> {
+    let all = spec.Mounts.iter().map(|mount| &mount.source);
+    all.filter(|source| Path::new(source).starts_with(paths::SHARED)).cloned().collect()
 }
 
 /// Opens a part of a volume of the guest's own, in which containers make the links; `None` for any other path.
