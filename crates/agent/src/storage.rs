@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use agent_api::agent::Storage;
 use agent_api::{oci, paths};
 use nix::fcntl::OFlag;
-use nix::mount::{MntFlags, mount, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::error::Error;
 use crate::inside;
@@ -67,6 +67,14 @@ impl Entered {
             // who binds it tells what is wrong with it
             let _ = fs::metadata(source);
         }
+        for mount in spec.Mounts.iter().filter(|mount| is_shareable(&mount.source)) {
+            let follows = ["shared", "rshared", "slave", "rslave"];
+            if mount.options.iter().any(|option| follows.contains(&option.as_str())) {
+                // what is no mount by itself, as a file, has nothing mounted below it
+                let kind = MsFlags::MS_SHARED | MsFlags::MS_REC;
+                let _ = nix::mount::mount(None::<&str>, mount.source.as_str(), None::<&str>, kind, None::<&str>);
+            }
+        }
         sources
     }
 
@@ -86,6 +94,14 @@ impl Entered {
     fn counts(&self) -> MutexGuard<'_, HashMap<String, usize>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The agent has a mount of its own of it, which containers may share.
+pub(crate) fn is_shareable(source: &str) -> bool {
+    let has_mount =
+        [paths::SHARED, paths::SANDBOX_EPHEMERAL].iter().any(|folder| Path::new(source).starts_with(folder));
+    // in a part containers make the links
+    has_mount && volume_and_rest(source).is_none()
 }
 
 fn shared_sources(spec: &oci::Spec) -> Vec<String> {

@@ -13,7 +13,7 @@ use std::fs;
 
 const PROGRAM: &str = include_str!("file_semantics.c");
 
-/// Where Linux' FUSE differs, and docs/design/007-volumes.md says so: `O_TMPFILE`.
+/// Where Linux' FUSE differs, and docs/design/009-volumes.md says so: `O_TMPFILE`.
 const KNOWN: [&str; 1] = ["nameless: "];
 
 #[test]

@@ -401,3 +401,119 @@ fn mounts_of_ctr() -> Result<()> {
         Ok(())
     })
 }
+
+/// Maps a file of huge pages and writes to all of them.
+const MAPPER: &str = r#"
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/statfs.h>
+int main(int argc, char **argv) {
+    enum { SIZE = 4 << 20 };
+    struct statfs fs;
+    statfs("/huge", &fs);
+    printf("type %lx, pages of %ld, %ld of them\\n", (long)fs.f_type, (long)fs.f_bsize, (long)fs.f_blocks);
+    int file = open("/huge/file", O_RDWR | O_CREAT, 0600);
+    char *map = mmap(0, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (map == MAP_FAILED) { perror("mmap"); return 1; }
+    memset(map, 'h', SIZE);
+    printf("%c\\n", map[SIZE - 1]);
+    statfs("/huge", &fs);
+    printf("%ld left\\n", (long)fs.f_bfree);
+}
+"#;
+
+/// The host's huge pages, as many as before when it is dropped.
+struct HugePages(String);
+
+impl HugePages {
+    const FILE: &'static str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+    fn more(count: u64) -> Result<Self> {
+        let before = Self(fs::read_to_string(Self::FILE)?);
+        fs::write(Self::FILE, (before.0.trim().parse::<u64>()? + count).to_string())?;
+        Ok(before)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::FILE, self.0.trim());
+    }
+}
+
+#[test]
+fn huge_pages() -> Result<()> {
+    with_node(|node| {
+        let _pages = HugePages::more(4)?;
+        let kubelet = Kubelet(node.dir().join("kubelet"));
+        let mut seen = Vec::new();
+        for runtime in BOTH {
+            let volume = kubelet.volume("empty-dir", &format!("huge-{}", runtime.tag()))?;
+            let options = Some("pagesize=2M,size=4M");
+            mount(Some("nodev"), &volume, Some("hugetlbfs"), MsFlags::empty(), options)?;
+            let tools = node.dir().join("tools");
+            fs::create_dir_all(&tools)?;
+            fs::write(tools.join("mapper"), compile(node.dir(), "mapper", MAPPER)?)?;
+            let bind = |from: &Path, to: &str| format!("type=bind,src={},dst={to},options=rbind:rw", from.display());
+            let (huge, tools) = (bind(&volume, "/huge"), bind(&tools, "/tools"));
+            let script = "cp /tools/mapper /bin/m && chmod 755 /bin/m && m";
+            let options = ["--mount", &huge, "--mount", &tools];
+            let id = format!("huge-{}", runtime.tag());
+            seen.push(node.run(runtime, &id, &options, &["sh", "-c", script]).output()?.ok()?.text());
+        }
+        ensure!(seen[0] == seen[1], "runc {:?}, kata {:?}", seen[0], seen[1]);
+        // as kubelet mounts it, and without a limit
+        let volume = kubelet.volume("empty-dir", "unlimited")?;
+        mount(Some("nodev"), &volume, Some("hugetlbfs"), MsFlags::empty(), Some("pagesize=2M"))?;
+        let huge = format!("type=bind,src={},dst=/huge,options=rbind:rw", volume.display());
+        let refused = node.run(Runtime::Kata, "unlimited", &["--mount", &huge], &["true"]).output()?;
+        ensure!(refused.code != 0 && refused.stderr.contains("hugepages-2Mi"), "{}", refused.stderr);
+        Ok(())
+    })
+}
+
+#[test]
+fn mounts_of_a_container_reach_the_pods_others() -> Result<()> {
+    with_cri(NodeSetup::default(), Network::default(), |cri| {
+        let mut all = Vec::new();
+        for runtime in BOTH {
+            let volume = cri.node.dir().join(runtime.tag());
+            fs::create_dir(&volume)?;
+            let _mounted = Kubelet(volume.clone());
+            mount(Some(&volume), &volume, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+            mount(None::<&str>, &volume, None::<&str>, MsFlags::MS_SHARED, None::<&str>)?;
+            let mut pod = json!({"linux": {"security_context": {"privileged": true}}});
+            let with = |propagation: u32| {
+                let mut config = pod.clone();
+                let place = at("/data", &volume);
+                config["mounts"] = json!([place]);
+                config["mounts"][0]["propagation"] = propagation.into();
+                config
+            };
+            let configs = [0, 1, 2].map(with);
+            let pod = cri.run_pod(runtime, &format!("propagation-{}", runtime.tag()), &pod.take())?;
+            let private = cri.run(&pod, "private", &FOREVER, &configs[0])?;
+            let slave = cri.run(&pod, "slave", &FOREVER, &configs[1])?;
+            let shared = cri.run(&pod, "shared", &FOREVER, &configs[2])?;
+            let other = cri.run(&pod, "other", &FOREVER, &configs[2])?;
+            let mut seen = Vec::new();
+            for (mounts, name) in [(&shared, "a"), (&other, "b"), (&slave, "c"), (&private, "d")] {
+                let make =
+                    format!("mkdir /data/{name} && mount -t tmpfs none /data/{name} && echo {name} > /data/{name}/f");
+                cri.sh(mounts, &make)?;
+                let ask = format!("cat /data/{name}/f 2> /dev/null || echo nothing");
+                for container in [&private, &slave, &shared, &other] {
+                    seen.push(cri.sh(container, &ask)?);
+                }
+            }
+            cri.sh(&shared, "umount /data/a")?;
+            seen.push(cri.sh(&other, "ls /data/a")?);
+            cri.remove(&pod)?;
+            all.push(seen);
+        }
+        ensure!(all[0] == all[1], "runc {:?}, kata {:?}", all[0], all[1]);
+        Ok(())
+    })
+}

@@ -11,6 +11,7 @@ mod holder;
 mod hooks;
 mod lookup;
 pub(crate) mod options;
+mod peers;
 mod rootfs;
 mod seccomp;
 

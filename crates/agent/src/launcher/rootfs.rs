@@ -18,6 +18,7 @@ use nix::unistd::{UnlinkatFlags, symlinkat};
 
 use super::child::{Outcome, named};
 use super::options;
+use super::peers::Peers;
 use crate::inside::{make_file, make_folders, open_in};
 use crate::{storage, sysctl};
 
@@ -37,6 +38,7 @@ const LINKS: [(&str, &str); 5] = [
 /// Mounts and devices, then the change of root. `submounts` are the host's below read-only mounts.
 pub(super) fn build(id: &str, spec: &oci::Spec, submounts: &[String]) -> Outcome<()> {
     let linux = &spec.Linux;
+    let volumes = Volumes { submounts, peers: Peers::of(spec)? };
     // never shared: nothing of a container's mounts is to reach the agent's view, and a shared root cannot be changed
     let propagation = match linux.RootfsPropagation.as_str() {
         "" => MsFlags::MS_SLAVE | MsFlags::MS_REC,
@@ -57,7 +59,7 @@ pub(super) fn build(id: &str, spec: &oci::Spec, submounts: &[String]) -> Outcome
     for one in &spec.Mounts {
         let lexical = clean(&one.destination);
         has_dev |= lexical == "dev" && one.type_ != "bind";
-        mount_one(&root, one, &lexical, submounts)
+        mount_one(&root, one, &lexical, &volumes)
             .map_err(named(format!("error mounting {:?} to rootfs at {:?}", one.source, one.destination)))?;
     }
     if has_dev || open_in(&root, "dev", OFlag::O_PATH).is_ok() {
@@ -119,7 +121,14 @@ fn by_fd(fd: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
-fn mount_one(root: &OwnedFd, one: &oci::Mount, lexical: &str, submounts: &[String]) -> Outcome<()> {
+/// What is to be known of the host's folders.
+struct Volumes<'a> {
+    /// Mounts of the host's below read-only ones.
+    submounts: &'a [String],
+    peers: Peers,
+}
+
+fn mount_one(root: &OwnedFd, one: &oci::Mount, lexical: &str, volumes: &Volumes<'_>) -> Outcome<()> {
     let parsed = options::parse(&one.options);
     let is_bind = one.type_ == "bind" || parsed.flags.contains(MsFlags::MS_BIND);
     if let Some(rest) = lexical.strip_prefix("proc/") {
@@ -129,7 +138,7 @@ fn mount_one(root: &OwnedFd, one: &oci::Mount, lexical: &str, submounts: &[Strin
         }
     }
     if is_bind {
-        return bind(root, one, lexical, &parsed, submounts);
+        return bind(root, one, lexical, &parsed, volumes);
     }
     let (kind, source, data) = match one.type_.as_str() {
         // the guest has version 2 alone; the container's own cgroup is its root
@@ -150,7 +159,7 @@ fn bind(
     one: &oci::Mount,
     lexical: &str,
     parsed: &options::Options,
-    submounts: &[String],
+    volumes: &Volumes<'_>,
 ) -> Outcome<()> {
     // held for as long as it is named
     let opened = storage::open_part(&one.source).map_err(named(format!("bind source {}", one.source)))?;
@@ -158,12 +167,14 @@ fn bind(
     let meta = fs::metadata(&source).map_err(named(format!("bind source {}", one.source)))?;
     let target = if meta.is_dir() { make_folders(root, lexical) } else { make_file(root, lexical) };
     let target = target.map_err(named("mount point"))?;
-    let recursive = parsed.flags & (MsFlags::MS_BIND | MsFlags::MS_REC) | MsFlags::MS_BIND;
-    mount(Some(source.as_str()), by_fd(&target).as_str(), None::<&str>, recursive, None::<&str>)
-        .map_err(|errno| errno.desc().to_owned())?;
+    if !volumes.peers.attach(one, &target).map_err(named("shared mount"))? {
+        let recursive = parsed.flags & (MsFlags::MS_BIND | MsFlags::MS_REC) | MsFlags::MS_BIND;
+        mount(Some(source.as_str()), by_fd(&target).as_str(), None::<&str>, recursive, None::<&str>)
+            .map_err(|errno| errno.desc().to_owned())?;
+    }
     let extra = parsed.flags & !(MsFlags::MS_BIND | MsFlags::MS_REC);
     if extra.contains(MsFlags::MS_RDONLY) && !parsed.recursive_read_only {
-        meet(root, lexical, submounts);
+        meet(root, lexical, volumes.submounts);
     }
     if !extra.is_empty() {
         // the kernel takes further flags of a bind mount in a second call only; opened again to reach the new mount

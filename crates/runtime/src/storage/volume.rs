@@ -165,12 +165,6 @@ fn shared(
     if how.read_only == ReadOnly::Top {
         volumes.submounts.extend(submounts(&target, &mount.destination)?);
     }
-    if mount.options.iter().any(|option| option == "shared" || option == "rshared") {
-        tracing::warn!(
-            destination = mount.destination,
-            "what the container mounts below a shared mount stays in the virtual machine"
-        );
-    }
     Ok(guest_path(&name))
 }
 
