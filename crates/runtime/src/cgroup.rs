@@ -121,7 +121,9 @@ pub(crate) struct Members {
 impl HostCgroup {
     /// Makes it. A host that lets nobody write there gets a pod all the same, without one.
     pub(crate) fn create(path: &str, id: &str, everything: bool, run: &mut RunDir) -> Result<Option<Self>, Error> {
-        let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(Error::host("/proc/self/mountinfo"))?;
+        // names of other mounts may be no text
+        let mounts = fs::read("/proc/self/mountinfo").map_err(Error::host("/proc/self/mountinfo"))?;
+        let mounts = String::from_utf8_lossy(&mounts);
         let overhead = (!everything).then(|| Path::new(OVERHEAD).join(id));
         let cgroup = Self { trees: trees(&mounts), pod: folder(path)?, overhead };
         match cgroup.make(run) {

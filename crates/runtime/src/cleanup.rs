@@ -18,10 +18,12 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+mod mountinfo;
 mod mounts;
 
 pub use journal::Journal;
-pub(crate) use mounts::{mount_points, path_in_file_system, remove_mount_points, unmount_tree, writable_mount_points};
+pub(crate) use mountinfo::{MountInfo, Place};
+pub(crate) use mounts::{mount_points, remove_mount_points, unmount_tree};
 
 /// Largest journal that is read, bytes.
 const JOURNAL_LIMIT: u64 = 1 << 20;

@@ -5,8 +5,10 @@ use anyhow::{Context as _, Result, ensure};
 use e2e::{Node, NodeSetup, Runtime, compile::compile, install::Install, mounts, with_node, with_node_setup};
 use nix::mount::{MsFlags, mount};
 use std::{
+    ffi::OsStr,
     fs,
     os::fd::AsRawFd as _,
+    os::unix::ffi::OsStrExt as _,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -82,6 +84,7 @@ fn links_of_a_guest_lead_the_host_nowhere() -> Result<()> {
         fs::create_dir_all(volume.join("part"))?;
         fs::create_dir_all(volume.join("above/later"))?;
         tmpfs(&volume.join("above/mounted"), "")?;
+        tmpfs(&volume.join("odd/mounted"), "")?;
         // the host's own way to it, whatever becomes of its name
         let above = fs::File::open(volume.join("above"))?;
         let later = PathBuf::from(format!("/proc/self/fd/{}/later", above.as_raw_fd()));
@@ -102,10 +105,16 @@ fn links_of_a_guest_lead_the_host_nowhere() -> Result<()> {
         let whole = bind(&volume);
         let options = member("pod", &whole);
         let options: Vec<_> = options.iter().map(String::as_str).collect();
-        let script = "cp /data/swapper /bin/s; chmod 755 /bin/s; \
+        // a mount's path on the host that is no text is nobody's trouble
+        let script = "mv /data/odd \"/data/o$(printf '\\377')d\"; cp /data/swapper /bin/s; chmod 755 /bin/s; \
                       exec s /data part part-link above above-link file file-link";
         node.detached(Runtime::Kata, "attacker", &options, &["sh", "-c", script])?;
 
+        let odd = volume.join(OsStr::from_bytes(b"o\xffd/mounted"));
+        let began = Instant::now();
+        while !odd.exists() {
+            ensure!(began.elapsed() < Duration::from_secs(20), "the attacker did not begin within 20 s");
+        }
         let (mut inside, mut refused) = (0, 0);
         let end = Instant::now() + Duration::from_secs(seconds);
         for round in 0.. {
@@ -129,11 +138,9 @@ fn links_of_a_guest_lead_the_host_nowhere() -> Result<()> {
                 node.run(Runtime::Kata, &id, options, &["sh", "-c", write]).output()?
             };
             if out.code == 0 {
-                inside += 1
+                inside += 1;
             } else {
-                refused += 1
-            }
-            if out.code != 0 {
+                refused += 1;
                 let words = &out.stderr;
                 let known =
                     ["no such file", "not a directory", "too many levels", "temporarily unavailable", "try again"];

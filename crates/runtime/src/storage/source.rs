@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat};
 use nix::sys::statfs::{FsType, fstatfs};
 
-use crate::cleanup;
+use crate::cleanup::{MountInfo, Place};
 
 /// As many links as the kernel follows.
 const LINKS: usize = 40;
@@ -40,32 +40,28 @@ pub(crate) struct Identity {
     mount: u64,
 }
 
-/// Folders that virtual machines of this host can write to, by device and inode.
+/// Folders that virtual machines of this host can write to.
 #[derive(Debug, Default)]
-pub(crate) struct GuestWritable(HashSet<(u64, u64)>);
+pub(crate) struct GuestWritable {
+    /// By file system and path in it: nothing has to be asked of a file system that another pod has.
+    folders: HashSet<Place>,
+    mounts: MountInfo,
+}
 
 impl GuestWritable {
     /// What is mounted read-write below the run folders of all sandboxes, `sandboxes`, is what their daemons serve.
     pub(crate) fn of(sandboxes: &Path) -> io::Result<Self> {
-        let points = cleanup::writable_mount_points(sandboxes)?;
-        let mut all = HashSet::new();
-        for point in points {
-            // a pod that ends at this moment shares nothing any more
-            if let Ok(meta) = fs::symlink_metadata(&point)
-                && meta.is_dir()
-            {
-                all.insert((meta.dev(), meta.ino()));
-            }
-        }
-        Ok(Self(all))
+        let mounts = MountInfo::read()?;
+        let folders = mounts.written_below(sandboxes).collect();
+        Ok(Self { folders, mounts })
     }
 
     fn has(&self, folder: &OwnedFd) -> io::Result<bool> {
-        if self.0.is_empty() {
+        if self.folders.is_empty() {
             return Ok(false);
         }
-        let stat = nix::sys::stat::fstat(folder)?;
-        Ok(self.0.contains(&(stat.st_dev, stat.st_ino)))
+        let place = self.mounts.place(mount_id(folder.as_fd())?, &shown(folder)?);
+        Ok(place.is_some_and(|place| self.folders.contains(&place)))
     }
 }
 
@@ -108,9 +104,10 @@ impl Source {
 
     /// Where it is in its file system, whatever is mounted where.
     pub(crate) fn path_in_file_system(&self) -> io::Result<PathBuf> {
-        let shown = fs::read_link(format!("/proc/self/fd/{}", self.fd.as_raw_fd()))?;
-        cleanup::path_in_file_system(self.mount, &shown)?
-            .ok_or_else(|| io::Error::other(format!("mount {} is not in mountinfo", self.mount)))
+        let (_, path) = MountInfo::read()?
+            .place(self.mount, &shown(&self.fd)?)
+            .ok_or_else(|| io::Error::other(format!("mount {} is not in mountinfo", self.mount)))?;
+        Ok(path)
     }
 }
 
@@ -118,6 +115,11 @@ impl AsFd for Source {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// The kernel's name for it.
+fn shown(fd: &OwnedFd) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
 fn walk(path: &Path, writable: &GuestWritable) -> io::Result<OwnedFd> {
@@ -210,8 +212,7 @@ mod tests {
     use super::*;
 
     fn at(path: &Path, writable: &GuestWritable) -> io::Result<PathBuf> {
-        let source = Source::open(path, writable)?;
-        fs::read_link(format!("/proc/self/fd/{}", source.fd.as_raw_fd()))
+        shown(&Source::open(path, writable)?.fd)
     }
 
     #[test]
@@ -242,8 +243,10 @@ mod tests {
         symlink("../secret", volume.join("up")).expect("linked");
         symlink("/etc", volume.join("top")).expect("linked");
         symlink("volume", root.join("way")).expect("linked");
-        let meta = fs::metadata(&volume).expect("there");
-        let guests = GuestWritable(HashSet::from([(meta.dev(), meta.ino())]));
+        let mounts = MountInfo::read().expect("read");
+        let opened = Source::open(&volume, &GuestWritable::default()).expect("opened");
+        let place = mounts.place(opened.mount, &volume).expect("found");
+        let guests = GuestWritable { folders: HashSet::from([place]), mounts };
         for way in ["volume", "way"] {
             let folder = root.join(way);
             assert_eq!(at(&folder, &guests).expect("opened"), volume);

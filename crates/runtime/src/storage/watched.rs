@@ -190,3 +190,37 @@ async fn refresh(agent: &AgentClient, volume: &WatchedVolume) -> Result<(), Erro
     }
     told.map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn swap(volume: &Path, time: &str, content: &str) {
+        fs::create_dir(volume.join(time)).expect("made");
+        fs::write(volume.join(time).join("key"), content).expect("written");
+        symlink(time, volume.join("..data_tmp")).expect("linked");
+        fs::rename(volume.join("..data_tmp"), volume.join("..data")).expect("swapped");
+    }
+
+    #[test]
+    fn a_swap_is_noticed_once_and_read_with_a_higher_number() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let watcher = Watcher::default();
+        assert!(watcher.add(folder.path(), "v", 100).is_none(), "nobody swaps it");
+        swap(folder.path(), "..1", "old");
+        assert!(watcher.add(folder.path(), "v", 2).is_none(), "no room");
+        let first = watcher.add(folder.path(), "v", 100).expect("a volume");
+        assert_eq!(size(&first), 3 + "..1".len());
+        swap(folder.path(), "..2", "new");
+        let inotify = watcher.state.lock().expect("whole").inotify.clone().expect("watched");
+        let changed = changes(&inotify, &watcher.state);
+        assert_eq!(changed.iter().map(|volume| volume.name.as_str()).collect::<Vec<_>>(), ["v"]);
+        assert!(changes(&inotify, &watcher.state).is_empty());
+        let again = watcher.add(folder.path(), "v", 100).expect("a volume");
+        assert!(again.revision > first.revision);
+        assert!(again.files.iter().any(|file| file.content == b"new"));
+    }
+}
