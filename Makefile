@@ -26,7 +26,7 @@ deps: ## install the Debian packages that are missing (sudo when you are not roo
 build: rust deps ## compile the shim and the static agent
 	@$(xtask) build
 
-guest: rust deps ## build the guest's kernel (once, then cached) and initrd into dist/
+guest: rust deps ## build the guest's kernel (once, then cached), initrd and image into dist/
 	@$(xtask) guest
 
 install: build guest ## install under $(DESTDIR)$(PREFIX)

@@ -7,6 +7,7 @@ mod compile;
 mod containerd;
 mod demo;
 mod failures;
+mod guest_image;
 mod image;
 mod initrd;
 mod install;
@@ -93,11 +94,12 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Kernel and initrd into dist/.
+/// Kernel, initrd and image into dist/.
 fn guest(workspace: &Workspace) -> Result<()> {
     kernel::provide(workspace)?;
     compile::agent(workspace)?;
-    initrd::provide(workspace)
+    initrd::provide(workspace)?;
+    guest_image::provide(workspace)
 }
 
 /// Everything, installed below `prefix`.

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crate::Error;
 use crate::file::{Entry, Value};
-use crate::known;
 use crate::types::{Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime};
+use crate::{known, root};
 
 /// The entries that stand, by key: later files win.
 pub(crate) type Settings = BTreeMap<String, Entry>;
@@ -40,6 +40,7 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
         }
         one(&mut config, entry)?;
     }
+    root::choose(&mut config.hypervisor, &settings)?;
     limits(&mut config.hypervisor, &settings)?;
     if let Some(entry) = settings.get("agent.kata.agent_channel")
         && config.factory.enable_template
@@ -48,6 +49,15 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
         return Err(refuse(
             entry,
             "clones are reached by the serial port: set it to \"auto\" or \"serial\", or enable_template to false",
+        ));
+    }
+    if let Some(entry) = settings.get("hypervisor.qemu.image")
+        && config.factory.enable_template
+        && config.hypervisor.image.is_some()
+    {
+        return Err(refuse(
+            entry,
+            "a template is a guest that booted an initrd: set `initrd` instead, or enable_template to false",
         ));
     }
     // as Kata: with a model the pod's interfaces are wanted, and they are in the namespace
@@ -118,13 +128,16 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
     match entry.key.as_str() {
         "hypervisor.qemu.path" => hypervisor.path = path(entry)?,
         "hypervisor.qemu.kernel" => hypervisor.kernel = path(entry)?,
-        "hypervisor.qemu.initrd" => hypervisor.initrd = Some(initrd(entry)?),
-        // templates of many makers set it to nothing beside an initrd
-        "hypervisor.qemu.image" => {
-            if !line(entry)?.is_empty() {
-                return Err(refuse(entry, "a guest image is not supported yet: remove the key and set `initrd`"));
-            }
+        // templates of many makers set the one that is not meant to nothing
+        "hypervisor.qemu.initrd" => hypervisor.initrd = optional_path(entry)?,
+        "hypervisor.qemu.image" => hypervisor.image = optional_path(entry)?,
+        "hypervisor.qemu.rootfs_type" => {
+            hypervisor.rootfs_type = one_of(entry, &["ext4", "xfs", "erofs"].map(|name| (name, name.to_owned())))?;
         }
+        "hypervisor.qemu.kernel_verity_params" => hypervisor.kernel_verity_params = root::verity(entry)?,
+        // looked at with the image: `root`
+        "hypervisor.qemu.disable_image_nvdimm" => drop(truth(entry)?),
+        "hypervisor.qemu.vm_rootfs_driver" => drop(line(entry)?),
         "hypervisor.qemu.machine_type" => only(entry, "q35", &["pc", "virt", "microvm", "pseries", "s390-ccw-virtio"])?,
         "hypervisor.qemu.accelerator" => {
             hypervisor.accelerator =
@@ -216,7 +229,7 @@ fn text(entry: &Entry) -> Result<&str, Error> {
 }
 
 /// A string that ends up in one argument: no line breaks.
-fn line(entry: &Entry) -> Result<String, Error> {
+pub(crate) fn line(entry: &Entry) -> Result<String, Error> {
     let text = text(entry)?;
     if !is_line(text) {
         return Err(refuse(entry, "must be one line of at most 2048 bytes"));
@@ -273,10 +286,6 @@ fn host_cpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |count| count.get() as u32)
 }
 
-fn initrd(entry: &Entry) -> Result<PathBuf, Error> {
-    optional_path(entry)?.ok_or_else(|| refuse(entry, "a guest needs an initrd: set its path, or remove the key"))
-}
-
 /// Kata's default asks for submounts to be announced, in a spelling for each of virtiofsd's makes. Here that is always
 /// asked for, in the right one, and asked for twice or in the wrong one the daemon would not start.
 fn daemon_args(args: Vec<String>) -> Vec<String> {
@@ -322,6 +331,10 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.kernel",
     "hypervisor.qemu.initrd",
     "hypervisor.qemu.image",
+    "hypervisor.qemu.rootfs_type",
+    "hypervisor.qemu.kernel_verity_params",
+    "hypervisor.qemu.disable_image_nvdimm",
+    "hypervisor.qemu.vm_rootfs_driver",
     "hypervisor.qemu.machine_type",
     "hypervisor.qemu.accelerator",
     "hypervisor.qemu.kernel_params",

@@ -8,6 +8,7 @@ const TEMPLATE: &str = include_str!("../../../config/configuration-qemu.toml");
 /// Names of the Rust runtime, and what is accepted for other reasons than to be used.
 const LEFT_OUT: &[&str] = &[
     "hypervisor.qemu.image",
+    "hypervisor.qemu.vm_rootfs_driver",
     "hypervisor.qemu.seccomp_sandbox",
     "agent.kata.dial_timeout_ms",
     "agent.kata.reconnect_timeout_ms",

@@ -70,6 +70,21 @@ impl FsCache {
     }
 }
 
+/// `kernel_verity_params`: Kata's names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verity {
+    /// 64 hexadecimal digits.
+    pub root_hash: String,
+    /// Hexadecimal digits, or `-` for none.
+    pub salt: String,
+    /// Blocks of the image's first partition.
+    pub data_blocks: u64,
+    /// Bytes of each.
+    pub data_block_size: u64,
+    /// Bytes of a block of hashes, which are the second partition.
+    pub hash_block_size: u64,
+}
+
 /// How an interface of the pod gets into the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Internetworking {
@@ -89,8 +104,14 @@ pub struct Hypervisor {
     pub path: PathBuf,
     /// Guest kernel: bzImage, or ELF with a PVH note (quicker).
     pub kernel: PathBuf,
-    /// Guest initrd with the agent as `/init`.
+    /// Guest initrd with the agent as `/init`; either this or `image` is there.
     pub initrd: Option<PathBuf>,
+    /// Disk with the agent as `/sbin/init` in its first partition.
+    pub image: Option<PathBuf>,
+    /// The kernel's name of the image's file system: `ext4`, `xfs` or `erofs`.
+    pub rootfs_type: String,
+    /// What the guest's kernel holds the image against.
+    pub kernel_verity_params: Option<Verity>,
     /// `-machine`.
     pub machine_type: String,
     /// Own key.
@@ -192,6 +213,9 @@ impl Default for Hypervisor {
             path: "/usr/bin/qemu-system-x86_64".into(),
             kernel: "/usr/local/share/kata-containers/vmlinux.container".into(),
             initrd: Some("/usr/local/share/kata-containers/kata-containers-initrd.img".into()),
+            image: None,
+            rootfs_type: "ext4".into(),
+            kernel_verity_params: None,
             machine_type: "q35".into(),
             accelerator: Accelerator::Auto,
             kernel_params: String::new(),

@@ -24,8 +24,8 @@ fn values_that_cannot_be() {
     value(qemu, "kernel = 7", "must be a string");
     value(qemu, "kernel = \"vmlinux\"", "must be an absolute path");
     value(qemu, "kernel_params = \"a\\nb\"", "must be one line of at most 2048 bytes");
-    value(qemu, "initrd = \"\"", "a guest needs an initrd: set its path, or remove the key");
-    value(qemu, "image = \"/i\"", "a guest image is not supported yet: remove the key and set `initrd`");
+    value(qemu, "initrd = \"\"", "a guest needs an initrd or an image: set a path, or remove the key");
+    value(qemu, "rootfs_type = \"btrfs\"", "must be \"ext4\" or \"xfs\" or \"erofs\"");
     value(qemu, "accelerator = \"hvf\"", "must be \"auto\" or \"kvm\" or \"tcg\"");
     value(qemu, "machine_type = \"q36\"", "must be \"q35\"");
     value(qemu, "machine_type = \"microvm\"", "is not supported yet: must be \"q35\"");
@@ -43,6 +43,32 @@ fn values_that_cannot_be() {
     value("agent.kata", "dial_timeout = 0", "must be a whole number from 1 to 3600");
     value("runtime", "create_container_timeout = 1.5", "must be a whole number from 1 to 86400");
     value("runtime", "disable_guest_seccomp = 1", "must be true or false");
+}
+
+#[test]
+fn a_guest_boots_one_thing() {
+    let both = "[hypervisor.qemu]\ninitrd = \"/a\"\nimage = \"/b\"\n";
+    let why = "a guest boots an image or an initrd, and `initrd` is set too: remove one of them";
+    assert_eq!(refused(both), format!("/etc/c.toml:3: hypervisor.qemu.image = \"/b\": {why}"));
+    let root = |text: &str| {
+        let hypervisor = Config::parse(text, Path::new("/c.toml")).expect("right").hypervisor;
+        (hypervisor.initrd.is_some(), hypervisor.image)
+    };
+    assert_eq!(root(""), (true, None));
+    assert_eq!(root("[hypervisor.qemu]\nimage = \"\"\n"), (true, None));
+    assert_eq!(root("[hypervisor.qemu]\nimage = \"/b\"\n"), (false, Some("/b".into())));
+    assert_eq!(root("[hypervisor.qemu]\ninitrd = \"\"\nimage = \"/b\"\n"), (false, Some("/b".into())));
+    for (setting, why) in [
+        ("disable_image_nvdimm = false", "not an nvdimm: remove the key or set it to true"),
+        ("vm_rootfs_driver = \"virtio-pmem\"", "remove the key or set \"virtio-blk-pci\""),
+    ] {
+        assert_eq!(root(&format!("[hypervisor.qemu]\n{setting}\n")), (true, None));
+        let error = refused(&format!("[hypervisor.qemu]\nimage = \"/b\"\n{setting}\n"));
+        assert!(error.ends_with(why), "{error}");
+    }
+    let verity = format!("root_hash={},data_blocks=1,data_block_size=4096,hash_block_size=4096", "0".repeat(64));
+    let error = refused(&format!("[hypervisor.qemu]\nkernel_verity_params = \"{verity}\"\n"));
+    assert!(error.ends_with("works with `image` only, and none is set: set it too, or remove this key"), "{error}");
 }
 
 #[test]

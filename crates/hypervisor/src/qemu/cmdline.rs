@@ -6,15 +6,16 @@ use super::QemuSettings;
 use super::accelerator::Accelerator;
 use super::device::{self, escape};
 use super::pci::{self, Bridge};
+use super::root::RootArguments;
 use crate::{Channel, Device, VmSpec};
 
-/// What the child inherits: the kernel and its ends of the sockets that the driver made.
+/// What the child inherits: the kernel, the root and its ends of the sockets that the driver made.
 #[derive(Debug, Clone)]
 pub(super) struct Inherited {
     /// The rate of the guest's time stamp counter, where only the host knows it.
     pub(super) tsc_khz: Option<u64>,
-    /// Paths of kernel and initrd; a clone needs none.
-    pub(super) boot: Option<(String, String)>,
+    /// The kernel's path and the guest's root; a clone needs neither.
+    pub(super) boot: Option<(String, RootArguments)>,
     pub(super) memory: Memory,
     pub(super) qmp: RawFd,
     pub(super) console: RawFd,
@@ -100,16 +101,21 @@ pub(super) fn arguments(
         args.pair("-sandbox", settings.seccomp_sandbox.clone());
     }
 
-    if let Some((kernel, initrd)) = &inherited.boot {
-        // these take their value as it is
+    if let Some((kernel, root)) = &inherited.boot {
+        // this takes its value as it is
         args.pair("-kernel", kernel.clone());
-        args.pair("-initrd", initrd.clone());
+        for (name, value) in &root.arguments {
+            args.pair(name, value.clone());
+        }
         let quiet = if spec.debug { "" } else { " quiet" };
         let timer = if no_local_timer { " noapictimer" } else { "" };
         let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
         args.pair(
             "-append",
-            format!("{KERNEL_PARAMS}{timer}{tsc}{quiet} nr_cpus={} {}", size.vcpus, spec.boot.kernel_params),
+            format!(
+                "{KERNEL_PARAMS}{timer}{tsc}{quiet} nr_cpus={}{} {}",
+                size.vcpus, root.kernel_params, spec.boot.kernel_params
+            ),
         );
     } else {
         // told where the state is once the memory is there
@@ -178,13 +184,17 @@ impl Args {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Boot, Size};
+    use crate::{Boot, Root, Size};
 
     fn spec(memory_mib: u64) -> VmSpec {
         VmSpec {
             id: "pod,1".into(),
             begin: crate::Begin::Boot,
-            boot: Boot { kernel: "/k,x".into(), initrd: "/i,x".into(), kernel_params: "agent.log=debug".into() },
+            boot: Boot {
+                kernel: "/k,x".into(),
+                root: Root::Initrd("/i,x".into()),
+                kernel_params: "agent.log=debug".into(),
+            },
             size: Size { vcpus: 2, memory_mib },
             channel: Channel::Serial { port: "agent.0" },
             shared_dirs: Vec::new(),
@@ -207,8 +217,8 @@ mod tests {
 
     fn line(settings: &QemuSettings, spec: &VmSpec) -> String {
         let bridge = super::super::bridge(settings, spec).expect("room");
-        let boot = Some(("/proc/self/fd/6".into(), "/proc/self/fd/7".into()));
-        let inherited = Inherited { boot, ..INHERITED };
+        let root = RootArguments::new(&spec.boot.root, "/proc/self/fd/7");
+        let inherited = Inherited { boot: Some(("/proc/self/fd/6".into(), root)), ..INHERITED };
         arguments(settings, Accelerator::Tcg, spec, &bridge, &inherited).join(" ")
     }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_api::{paths, ports, wake};
-use hypervisor::{Begin, Boot, Channel, Device, MemoryWay, SharedDir, Size, Vm, VmSpec};
+use hypervisor::{Begin, Boot, Channel, Device, Image, MemoryWay, Root, SharedDir, Size, Verity, Vm, VmSpec};
 
 use super::Env;
 use crate::agent_channel::AgentChannel;
@@ -157,7 +157,7 @@ fn vm_spec(env: &Env, size: Size, channel: Channel, channel_params: &str) -> VmS
         begin: Begin::Boot,
         boot: Boot {
             kernel: config.kernel.clone(),
-            initrd: config.initrd.clone().unwrap_or_default(),
+            root: root(config),
             kernel_params: kernel_params(channel_params, log, &config.kernel_params),
         },
         size,
@@ -169,6 +169,22 @@ fn vm_spec(env: &Env, size: Size, channel: Channel, channel_params: &str) -> VmS
         entropy_source: config.entropy_source.clone(),
         debug: config.enable_debug || env.config.agent.enable_debug,
     }
+}
+
+/// What the guest boots from; the configuration has exactly one.
+fn root(config: &config::Hypervisor) -> Root {
+    let Some(path) = config.image.clone() else { return Root::Initrd(config.initrd.clone().unwrap_or_default()) };
+    Root::Image(Image {
+        path,
+        file_system: config.rootfs_type.clone(),
+        verity: config.kernel_verity_params.clone().map(|verity| Verity {
+            root_hash: verity.root_hash,
+            salt: verity.salt,
+            data_blocks: verity.data_blocks,
+            data_block_size: verity.data_block_size,
+            hash_block_size: verity.hash_block_size,
+        }),
+    })
 }
 
 /// What this side asks of the guest's kernel, and what the configuration does.
