@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::Error;
 use crate::file::{Entry, Value};
 use crate::keys::{MOST_MEMORY_MIB, Settings, refuse};
-use crate::types::{Config, Hypervisor};
+use crate::types::{Config, Hypervisor, SharedFs};
 
 pub(crate) fn check(config: &Config, settings: &Settings) -> Result<(), Error> {
     let hypervisor = &config.hypervisor;
@@ -26,7 +26,10 @@ pub(crate) fn check(config: &Config, settings: &Settings) -> Result<(), Error> {
 
     program(&of_path("path", &hypervisor.path), &hypervisor.path, "install qemu-system-x86")?;
     file(&of_path("kernel", &hypervisor.kernel), &hypervisor.kernel, "run `make install`")?;
-    if let Some(daemon) = &hypervisor.virtio_fs_daemon {
+    if let Some(daemon) = &hypervisor.virtio_fs_daemon
+        // Kata's configurations name it whoever serves the files
+        && matches!(hypervisor.shared_fs, SharedFs::Auto | SharedFs::VirtioFs)
+    {
         program(&of_path("virtio_fs_daemon", daemon), daemon, "install virtiofsd or qemu-system-common")?;
     }
     if let Some(firmware) = &hypervisor.firmware {

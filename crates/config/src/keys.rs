@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use crate::Error;
 use crate::file::{Entry, Value};
-use crate::types::{Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime};
-use crate::{known, root};
+use crate::types::{
+    Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime, SharedFs,
+};
+use crate::{known, root, share};
 
 /// The entries that stand, by key: later files win.
 pub(crate) type Settings = BTreeMap<String, Entry>;
@@ -59,6 +61,13 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
             entry,
             "a template is a guest that booted an initrd: set `initrd` instead, or enable_template to false",
         ));
+    }
+    if let Some(entry) = settings.get("hypervisor.qemu.shared_fs")
+        && config.factory.enable_template
+        && config.hypervisor.shared_fs == SharedFs::VirtioNineP
+    {
+        let why = "a clone gets its files by virtio-fs: set \"virtio-fs\" or \"auto\", or enable_template to false";
+        return Err(refuse(entry, why));
     }
     // as Kata: with a model the pod's interfaces are wanted, and they are in the namespace
     if let Some(entry) = settings.get("runtime.disable_new_netns")
@@ -153,9 +162,9 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         "hypervisor.qemu.network_queues" => hypervisor.network_queues = number(entry, 1, 256)? as u32,
         "hypervisor.qemu.disable_vhost_net" => hypervisor.disable_vhost_net = truth(entry)?,
         "hypervisor.qemu.tcg_tb_size" => hypervisor.tcg_tb_size_mib = number(entry, 0, 1024)? as u32,
-        "hypervisor.qemu.shared_fs" => {
-            only(entry, "virtio-fs", &["virtio-9p", "virtio-fs-nydus", "inline-virtio-fs", "none"])?;
-        }
+        "hypervisor.qemu.shared_fs" => hypervisor.shared_fs = share::kind(entry)?,
+        "hypervisor.qemu.msize_9p" => hypervisor.msize_9p = share::msize(entry)?,
+        "hypervisor.qemu.virtio_fs_cache_size" => share::window(entry)?,
         "hypervisor.qemu.virtio_fs_daemon" => hypervisor.virtio_fs_daemon = optional_path(entry)?,
         "hypervisor.qemu.virtio_fs_cache" => {
             let all = [FsCache::Never, FsCache::Metadata, FsCache::Auto, FsCache::Always];
@@ -166,7 +175,7 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
             let size = size.ok_or_else(|| refuse(entry, "must be a power of two from 2 to 1024"))?;
             hypervisor.virtio_fs_queue_size = size as u32;
         }
-        "hypervisor.qemu.virtio_fs_extra_args" => hypervisor.virtio_fs_extra_args = daemon_args(list(entry)?),
+        "hypervisor.qemu.virtio_fs_extra_args" => hypervisor.virtio_fs_extra_args = share::daemon_args(list(entry)?),
         "hypervisor.qemu.reclaim_guest_freed_memory" => hypervisor.reclaim_guest_freed_memory = truth(entry)?,
         "hypervisor.qemu.entropy_source" => {
             // Kata's word for the default
@@ -257,7 +266,7 @@ fn truth(entry: &Entry) -> Result<bool, Error> {
     }
 }
 
-fn number(entry: &Entry, least: u64, most: u64) -> Result<u64, Error> {
+pub(crate) fn number(entry: &Entry, least: u64, most: u64) -> Result<u64, Error> {
     match entry.value {
         Value::Integer(number) if u64::try_from(number).is_ok_and(|number| (least..=most).contains(&number)) => {
             Ok(number as u64)
@@ -286,20 +295,6 @@ fn host_cpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |count| count.get() as u32)
 }
 
-/// Kata's default asks for submounts to be announced, in a spelling for each of virtiofsd's makes. Here that is always
-/// asked for, in the right one, and asked for twice or in the wrong one the daemon would not start.
-fn daemon_args(args: Vec<String>) -> Vec<String> {
-    let mut kept: Vec<String> = Vec::with_capacity(args.len());
-    for arg in args {
-        if arg == "announce_submounts" && kept.last().is_some_and(|last| last == "-o") {
-            kept.pop();
-        } else if !["--announce-submounts", "-oannounce_submounts"].contains(&arg.as_str()) {
-            kept.push(arg);
-        }
-    }
-    kept
-}
-
 fn list(entry: &Entry) -> Result<Vec<String>, Error> {
     match &entry.value {
         Value::List(list) if list.iter().all(|item| is_line(item)) => Ok(list.clone()),
@@ -308,7 +303,7 @@ fn list(entry: &Entry) -> Result<Vec<String>, Error> {
     }
 }
 
-fn one_of<T: Clone>(entry: &Entry, allowed: &[(&str, T)]) -> Result<T, Error> {
+pub(crate) fn one_of<T: Clone>(entry: &Entry, allowed: &[(&str, T)]) -> Result<T, Error> {
     let text = text(entry)?;
     allowed.iter().find(|(name, _)| *name == text).map(|(_, value)| value.clone()).ok_or_else(|| {
         let names: Vec<_> = allowed.iter().map(|(name, _)| format!("{name:?}")).collect();
@@ -348,6 +343,8 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.disable_vhost_net",
     "hypervisor.qemu.tcg_tb_size",
     "hypervisor.qemu.shared_fs",
+    "hypervisor.qemu.msize_9p",
+    "hypervisor.qemu.virtio_fs_cache_size",
     "hypervisor.qemu.virtio_fs_daemon",
     "hypervisor.qemu.virtio_fs_cache",
     "hypervisor.qemu.virtio_fs_queue_size",
@@ -389,12 +386,5 @@ mod tests {
             let error = apply(vec![entry], source).expect_err("no key takes a date").to_string();
             assert!(error.starts_with(&format!("/c.toml:7: {key} = 1979-05-27: must be ")), "{error}");
         }
-    }
-
-    #[test]
-    fn submounts_are_asked_for_once() {
-        let args = |args: &[&str]| daemon_args(args.iter().map(|arg| (*arg).to_owned()).collect());
-        assert_eq!(args(&["--thread-pool-size=1", "--announce-submounts"]), ["--thread-pool-size=1"]);
-        assert_eq!(args(&["-o", "announce_submounts", "-o", "flock"]), ["-o", "flock"]);
     }
 }

@@ -32,8 +32,6 @@ const ROWS: &[Row] = &[
     ("hypervisor.qemu.numa_mapping", &["[]"]),
     ("hypervisor.qemu.enable_guest_swap", &["false"]),
     ("hypervisor.qemu.disable_block_device_use", &["true", "false"]),
-    ("hypervisor.qemu.virtio_fs_cache_size", &["0"]),
-    ("hypervisor.qemu.msize_9p", &["*"]),
     ("hypervisor.qemu.block_device_driver", &["*"]),
     ("hypervisor.qemu.block_device_aio", &["*"]),
     ("hypervisor.qemu.block_device_cache_set", &["false"]),

@@ -8,6 +8,7 @@ mod host;
 mod keys;
 mod known;
 mod root;
+mod share;
 #[cfg(test)]
 mod template;
 mod types;
@@ -17,7 +18,7 @@ use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
 
 pub use types::{
-    Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime, Verity,
+    Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime, SharedFs, Verity,
 };
 
 /// A configuration that cannot be used. One line.

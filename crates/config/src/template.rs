@@ -28,7 +28,9 @@ fn installed(chosen: impl Fn(&str) -> bool) -> String {
 
 /// `key = value` straight after the `#`; prose has a space there.
 fn is_setting(line: &str) -> bool {
-    line.split_once(" = ").is_some_and(|(key, _)| key.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'))
+    line.split_once(" = ").is_some_and(|(key, _)| {
+        key.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+    })
 }
 
 fn parse(text: &str) -> Config {

@@ -70,6 +70,20 @@ impl FsCache {
     }
 }
 
+/// How the host's files reach the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SharedFs {
+    /// virtio-fs where the host has a virtiofsd, else 9p.
+    #[default]
+    Auto,
+    /// virtio-fs or an error.
+    VirtioFs,
+    /// 9p, served by the VMM.
+    VirtioNineP,
+    /// Not at all: block devices only.
+    None,
+}
+
 /// `kernel_verity_params`: Kata's names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verity {
@@ -139,6 +153,10 @@ pub struct Hypervisor {
     pub disable_vhost_net: bool,
     /// Own key: QEMU's translation buffer, MiB. QEMU alone takes up to 1 GiB a VM.
     pub tcg_tb_size_mib: u32,
+    /// How the host's files reach the guest.
+    pub shared_fs: SharedFs,
+    /// Largest packet of 9p, bytes. Kata's default is 8192, of which a file is many.
+    pub msize_9p: u32,
     /// `None` looks at the usual places.
     pub virtio_fs_daemon: Option<PathBuf>,
     /// What the guest may keep.
@@ -228,6 +246,8 @@ impl Default for Hypervisor {
             network_queues: 1,
             disable_vhost_net: false,
             tcg_tb_size_mib: 26,
+            shared_fs: SharedFs::default(),
+            msize_9p: 128 << 10,
             virtio_fs_daemon: None,
             virtio_fs_cache: FsCache::Auto,
             virtio_fs_queue_size: 1024,

@@ -29,7 +29,11 @@ fn values_that_cannot_be() {
     value(qemu, "accelerator = \"hvf\"", "must be \"auto\" or \"kvm\" or \"tcg\"");
     value(qemu, "machine_type = \"q36\"", "must be \"q35\"");
     value(qemu, "machine_type = \"microvm\"", "is not supported yet: must be \"q35\"");
-    value(qemu, "shared_fs = \"virtio-9p\"", "is not supported yet: must be \"virtio-fs\"");
+    let others = "is not supported: set \"virtio-fs\", \"virtio-9p\" or \"none\"";
+    value(qemu, "shared_fs = \"virtio-fs-nydus\"", others);
+    let all = "must be \"auto\" or \"virtio-fs\" or \"virtio-9p\" or \"none\"";
+    value(qemu, "shared_fs = \"nfs\"", all);
+    value(qemu, "msize_9p = 1024", "must be a whole number from 4096 to 512000");
     value(qemu, "virtio_fs_cache = \"none\"", "must be \"never\" or \"metadata\" or \"auto\" or \"always\"");
     value(qemu, "virtio_fs_queue_size = 1000", "must be a power of two from 2 to 1024");
     value(qemu, "virtio_fs_queue_size = 2048", "must be a power of two from 2 to 1024");
@@ -71,6 +75,16 @@ fn a_guest_boots_one_thing() {
     assert!(error.ends_with("works with `image` only, and none is set: set it too, or remove this key"), "{error}");
 }
 
+/// A clone has no disk that was there at the boot, and QEMU can add no 9p server to one.
+#[test]
+fn templates_are_of_an_initrd_and_virtio_fs() {
+    let template = "[factory]\nenable_template = true\n[hypervisor.qemu]\n";
+    let error = refused(&format!("{template}image = \"/b\"\n"));
+    assert!(error.ends_with("set `initrd` instead, or enable_template to false"), "{error}");
+    let error = refused(&format!("{template}shared_fs = \"virtio-9p\"\n"));
+    assert!(error.ends_with("set \"virtio-fs\" or \"auto\", or enable_template to false"), "{error}");
+}
+
 #[test]
 fn memory_that_cannot_be_says_what_the_host_has() {
     for setting in ["0", "127", "-1", "\"2G\"", "512.0", "16777217"] {
@@ -95,7 +109,8 @@ fn what_is_not_supported_yet_is_never_ignored() {
     let qemu = "hypervisor.qemu";
     value(qemu, "enable_hugepages = true", "is not supported yet: remove it or set it to false");
     value(qemu, "hot_plug_vfio = \"root-port\"", "is not supported yet: remove it or set it to \"no-port\"");
-    value(qemu, "virtio_fs_cache_size = 1024", "is not supported yet: remove it or set it to 0");
+    let window = "a DAX window of virtio-fs needs a QEMU that has one, which no release of QEMU is: set it to 0";
+    value(qemu, "virtio_fs_cache_size = 1024", window);
     value("agent.kata", "kernel_modules = [\"e1000e\"]", "is not supported yet: remove it or set it to []");
     value("agent.kata.mem_agent", "mem_agent_enable = true", "is not supported yet: remove it or set it to false");
     value("runtime", "internetworking_model = \"l3forwarding\"", "must be \"tcfilter\" or \"macvtap\" or \"none\"");

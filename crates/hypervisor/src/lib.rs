@@ -22,8 +22,8 @@ use tokio::sync::watch;
 pub use console::Console;
 pub use error::Error;
 pub use spec::{
-    Begin, Boot, Channel, Device, HostDevice, Image, MemoryWay, NetDevice, Root, SharedDir, Size, Snapshot, Verity,
-    VmSpec,
+    Begin, Boot, Channel, Device, FileServer, HostDevice, Image, MemoryWay, NetDevice, Root, SharedDir, Size, Snapshot,
+    Verity, VmSpec,
 };
 
 /// A VMM driver. Cheap to make: it holds paths and options, no VM.

@@ -85,15 +85,30 @@ pub enum Channel {
     },
 }
 
-/// A folder that the guest mounts by virtio-fs.
+/// A folder that the guest mounts.
 #[derive(Debug)]
 pub struct SharedDir {
     /// The guest's name for it.
     pub tag: &'static str,
-    /// A connection to the vhost-user daemon.
-    pub socket: OwnedFd,
-    /// Entries of the request queue.
-    pub queue_size: u32,
+    /// Who serves it.
+    pub server: FileServer,
+}
+
+/// Who serves a folder.
+#[derive(Debug)]
+pub enum FileServer {
+    /// A vhost-user daemon, by virtio-fs.
+    VirtioFs {
+        /// A connection to it.
+        socket: OwnedFd,
+        /// Entries of the request queue.
+        queue_size: u32,
+    },
+    /// The VMM itself, by 9p.
+    NineP {
+        /// The folder, open.
+        folder: OwnedFd,
+    },
 }
 
 /// Something that a VM is booted with, or gets while it runs.

@@ -1,7 +1,13 @@
 //! The guest's image instead of the initrd: what boots from it, and what is refused.
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::{Node, NodeSetup, Runtime, install::Install, with_node_setup};
+use e2e::{
+    Node, NodeSetup, Runtime,
+    cri::{Network, with_cri},
+    install::Install,
+    with_node_setup,
+};
+use serde_json::json;
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -40,6 +46,19 @@ fn boots_from_a_disk_that_nobody_writes() -> Result<()> {
     })?;
     ensure!(fs::read(&image)? == before, "the guest wrote into the image");
     Ok(())
+}
+
+/// A pod tells its guest more: names to resolve by, which are written where nothing can be.
+#[test]
+fn a_pod_boots_from_a_disk() -> Result<()> {
+    let config = Some(Install::locate()?.image_config_with(&[])?);
+    with_cri(NodeSetup { config, ..NodeSetup::default() }, Network::default(), |cri| {
+        let pod = cri.run_pod(Runtime::Kata, "disk", &json!({"dns_config": {"servers": ["192.0.2.53"]}}))?;
+        let one = cri.run(&pod, "one", &["sleep", "1000"], &json!({}))?;
+        let said = cri.sh(&one, "cat /proc/cmdline /etc/resolv.conf")?;
+        ensure!(said.contains("root=/dev/dm-0") && said.contains("192.0.2.53"), "{said}");
+        cri.remove(&pod)
+    })
 }
 
 /// Without a hash the disk is believed, as Kata's are.

@@ -7,7 +7,7 @@ use super::accelerator::Accelerator;
 use super::device::{self, escape};
 use super::pci::{self, Bridge};
 use super::root::RootArguments;
-use crate::{Channel, Device, VmSpec};
+use crate::{Channel, Device, FileServer, SharedDir, VmSpec};
 
 /// What the child inherits: the kernel, the root and its ends of the sockets that the driver made.
 #[derive(Debug, Clone)]
@@ -152,11 +152,7 @@ pub(super) fn arguments(
         args.pair("-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on");
     }
     for (index, dir) in spec.shared_dirs.iter().enumerate() {
-        args.pair("-chardev", format!("socket,id=fs{index},fd={}", dir.socket.as_raw_fd()));
-        // its state cannot be read, so a clone gets it after that
-        if inherited.boot.is_some() {
-            args.pair("-device", device::folder(index, dir.tag, dir.queue_size, None).line());
-        }
+        share(&mut args, index, dir, inherited.boot.is_some());
     }
     for device in &spec.devices {
         let place = bridge.find(device.id());
@@ -170,6 +166,25 @@ pub(super) fn arguments(
         }
     }
     args.0
+}
+
+fn share(args: &mut Args, index: usize, dir: &SharedDir, boots: bool) {
+    match &dir.server {
+        FileServer::VirtioFs { socket, queue_size } => {
+            args.pair("-chardev", format!("socket,id=fs{index},fd={}", socket.as_raw_fd()));
+            // its state cannot be read, so a clone gets it after that
+            if boots {
+                args.pair("-device", device::folder(index, dir.tag, *queue_size, None).line());
+            }
+        }
+        // owners and modes are the host's own, as with virtio-fs, and one that the host's file system does not take is no
+        // reason to fail (an NFS that makes root nobody); files of several file systems get numbers of their own
+        FileServer::NineP { folder } => {
+            let path = format!("/proc/self/fd/{}", folder.as_raw_fd());
+            args.pair("-fsdev", format!("local,id=fs{index},path={path},security_model=none,multidevs=remap"));
+            args.pair("-device", format!("virtio-9p-pci,fsdev=fs{index},mount_tag={}", escape(dir.tag)));
+        }
+    }
 }
 
 struct Args(Vec<String>);
@@ -250,6 +265,20 @@ mod tests {
         let line = arguments(&settings, Accelerator::Tcg, &spec(512), &Bridge::default(), &inherited).join(" ");
         assert!(line.contains("memory-backend-file,id=mem,size=512M,mem-path=/proc/self/fd/8,share=off "), "{line}");
         assert!(line.contains("-incoming defer") && !line.contains("-kernel") && !line.contains("-append"), "{line}");
+    }
+
+    #[test]
+    fn a_folder_is_served_by_a_daemon_or_by_qemu() {
+        let fd = || OwnedFd::from(tempfile::tempfile().expect("a file"));
+        let served = |server| {
+            let spec = VmSpec { shared_dirs: vec![SharedDir { tag: "files", server }], ..spec(512) };
+            line(&QemuSettings::default(), &spec)
+        };
+        let virtio_fs = served(FileServer::VirtioFs { socket: fd(), queue_size: 512 });
+        assert!(virtio_fs.contains("vhost-user-fs-pci,chardev=fs0,tag=files,queue-size=512"), "{virtio_fs}");
+        let nine_p = served(FileServer::NineP { folder: fd() });
+        assert!(nine_p.contains(",security_model=none,multidevs=remap -device virtio-9p-pci,fsdev=fs0"), "{nine_p}");
+        assert!(nine_p.contains("-fsdev local,id=fs0,path=/proc/self/fd/"), "{nine_p}");
     }
 
     #[test]

@@ -32,7 +32,7 @@ use self::qmp::Qmp;
 use self::root::{RootArguments, RootFile};
 use self::snapshot::Restore;
 use crate::helper::Helper;
-use crate::{Begin, Boot, Channel, Console, Device, Error, Hypervisor, Vm, VmExit, VmSpec};
+use crate::{Begin, Boot, Channel, Console, Device, Error, FileServer, Hypervisor, Vm, VmExit, VmSpec};
 
 /// What the driver must know, from the configuration.
 #[derive(Debug, Clone)]
@@ -156,7 +156,9 @@ impl Qemu {
                 passed.extend(card.queues.into_iter().chain(card.vhost));
             }
         }
-        passed.extend(spec.shared_dirs.into_iter().map(|dir| dir.socket));
+        passed.extend(spec.shared_dirs.into_iter().map(|dir| match dir.server {
+            FileServer::VirtioFs { socket: fd, .. } | FileServer::NineP { folder: fd } => fd,
+        }));
         if let Channel::Vsock { vhost, .. } = spec.channel {
             passed.push(vhost);
         }
@@ -238,8 +240,12 @@ fn bridge(settings: &QemuSettings, spec: &VmSpec) -> Result<Bridge, Error> {
 fn folders(spec: &VmSpec, bridge: &mut Bridge) -> Result<Vec<device::Options>, Error> {
     let device = |(index, dir): (usize, &crate::SharedDir)| {
         let name = device::folder_name(index);
+        let FileServer::VirtioFs { queue_size, .. } = dir.server else {
+            let answer = "QEMU's monitor can add no 9p server".into();
+            return Err(Error::Refused { call: format!("plugging {name}"), answer });
+        };
         let place = bridge.take(&name).ok_or(Error::NoSlot { device: name })?;
-        Ok(device::folder(index, dir.tag, dir.queue_size, Some(place)))
+        Ok(device::folder(index, dir.tag, queue_size, Some(place)))
     };
     spec.shared_dirs.iter().enumerate().map(device).collect()
 }

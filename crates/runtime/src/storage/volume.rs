@@ -45,6 +45,7 @@ pub(crate) fn connect(
         if ["/dev", "/proc", "/sys"].iter().any(|own| source.starts_with(own)) {
             continue;
         }
+        share.must_serve(&format!("the mount on {}", mount.destination))?;
         let name = format!("{id}-{index:04}");
         let meta = fs::metadata(source)
             .map_err(Error::host(format!("source {} of the mount on {}", mount.source, mount.destination)))?;
