@@ -7,6 +7,7 @@ mod compile;
 mod containerd;
 mod demo;
 mod failures;
+mod fstest;
 mod guest_image;
 mod image;
 mod initrd;
@@ -27,7 +28,7 @@ use anyhow::{Result, bail};
 use crate::workspace::Workspace;
 
 const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | clients | \
-                     nested [TEST…] | bench | conformance [FOCUS] | soak [SECONDS] | check | image FILE   (see make help)";
+                     nested [TEST…] | bench | fstest | conformance [FOCUS] | soak [SECONDS] | check | image FILE   (see make help)";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -76,6 +77,10 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
             prepare(&workspace, &workspace.test_prefix())?;
             clients::provide(&workspace)?;
             verify::bench(&workspace)?;
+        }
+        ("fstest", []) => {
+            prepare(&workspace, &workspace.test_prefix())?;
+            fstest::run(&workspace)?;
         }
         ("conformance", focus) => {
             prepare(&workspace, &workspace.test_prefix())?;
