@@ -11,7 +11,7 @@ xtask = cargo run --quiet --package xtask --
 .DEFAULT_GOAL := help
 # the targets share cargo's lock and one terminal: side by side they would only wait for each other
 .NOTPARALLEL:
-.PHONY: help deps build guest install run test nested bench conformance soak check fmt rust
+.PHONY: help deps build guest install run test nested bench fstest conformance soak check fmt rust
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +26,7 @@ deps: ## install the Debian packages that are missing (sudo when you are not roo
 build: rust deps ## compile the shim and the static agent
 	@$(xtask) build
 
-guest: rust deps ## build the guest's kernel (once, then cached) and initrd into dist/
+guest: rust deps ## build the guest's kernel (once, then cached), initrd and image into dist/
 	@$(xtask) guest
 
 install: build guest ## install under $(DESTDIR)$(PREFIX)
@@ -43,6 +43,9 @@ nested: rust deps ## tests in a VM that has KVM (emulated) and vhost-vsock; ARGS
 
 bench: rust deps ## measure starts, exec, memory, pods and network against runc and bare QEMU
 	@$(xtask) bench
+
+fstest: rust deps ## a file system test suite (pjdfstest) with runc, on virtio-fs and on 9p, and the difference
+	@$(xtask) fstest
 
 conformance: rust deps ## Kubernetes' critest with runc and with kata, and the difference; ARGS="regular expression" for some
 	@$(xtask) conformance -- '$(ARGS)'

@@ -10,7 +10,10 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::step;
-use crate::workspace::{COMMAND_LINE, CONFIGURATION, GUEST_FILES, INITRD, SHIM, VMLINUX, VMLINUZ, Workspace};
+use crate::workspace::{
+    COMMAND_LINE, CONFIGURATION, GUEST_FILES, IMAGE, IMAGE_CONFIGURATION, IMAGE_VERITY, INITRD, SHIM, VMLINUX, VMLINUZ,
+    Workspace,
+};
 
 /// `make install`: where PREFIX and DESTDIR say, through sudo where we may not write.
 pub(crate) fn from_environment(workspace: &Workspace) -> Result<ExitCode> {
@@ -58,12 +61,28 @@ pub(crate) fn below(workspace: &Workspace, destdir: &Path, prefix: &Path) -> Res
         };
         put(&root.join(SHIM), &read(&workspace.shim(), "run `make build`")?, 0o755)?;
         put(&root.join(COMMAND_LINE), &read(&workspace.command_line(), "run `make build`")?, 0o755)?;
-        for name in [VMLINUZ, VMLINUX, INITRD] {
+        for name in [VMLINUZ, VMLINUX, INITRD, IMAGE] {
             let file = read(&workspace.guest_files().join(name), "run `make guest`")?;
             put(&root.join(GUEST_FILES).join(name), &file, 0o644)?;
         }
-        put(&root.join(CONFIGURATION), template.replace("@PREFIX@", prefix).as_bytes(), 0o644)
+        let configuration = template.replace("@PREFIX@", prefix);
+        put(&root.join(CONFIGURATION), configuration.as_bytes(), 0o644)?;
+        let verity = read(&workspace.guest_files().join(IMAGE_VERITY), "run `make guest`")?;
+        let verity = String::from_utf8(verity).context("the image's root hash is not UTF-8")?;
+        put(&root.join(IMAGE_CONFIGURATION), with_image(&configuration, prefix, &verity)?.as_bytes(), 0o644)
     })
+}
+
+/// The configuration with an image in the place of the initrd.
+fn with_image(configuration: &str, prefix: &str, verity: &str) -> Result<String> {
+    let (initrd, image) = (
+        format!("initrd = \"{prefix}/{GUEST_FILES}/{INITRD}\"\n"),
+        format!(
+            "image = \"{prefix}/{GUEST_FILES}/{IMAGE}\"\nrootfs_type = \"erofs\"\nkernel_verity_params = \"{verity}\"\n"
+        ),
+    );
+    ensure!(configuration.contains(&initrd), "the configuration's template has no line {initrd}");
+    Ok(configuration.replace(&initrd, &image))
 }
 
 fn under(destdir: &Path, prefix: &Path) -> PathBuf {

@@ -7,6 +7,8 @@ mod compile;
 mod containerd;
 mod demo;
 mod failures;
+mod fstest;
+mod guest_image;
 mod image;
 mod initrd;
 mod install;
@@ -26,7 +28,7 @@ use anyhow::{Result, bail};
 use crate::workspace::Workspace;
 
 const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | clients | \
-                     nested [TEST…] | bench | conformance [FOCUS] | soak [SECONDS] | check | image FILE   (see make help)";
+                     nested [TEST…] | bench | fstest | conformance [FOCUS] | soak [SECONDS] | check | image FILE   (see make help)";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -76,6 +78,10 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
             clients::provide(&workspace)?;
             verify::bench(&workspace)?;
         }
+        ("fstest", []) => {
+            prepare(&workspace, &workspace.test_prefix())?;
+            fstest::run(&workspace)?;
+        }
         ("conformance", focus) => {
             prepare(&workspace, &workspace.test_prefix())?;
             clients::provide(&workspace)?;
@@ -93,11 +99,12 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Kernel and initrd into dist/.
+/// Kernel, initrd and image into dist/.
 fn guest(workspace: &Workspace) -> Result<()> {
     kernel::provide(workspace)?;
     compile::agent(workspace)?;
-    initrd::provide(workspace)
+    initrd::provide(workspace)?;
+    guest_image::provide(workspace)
 }
 
 /// Everything, installed below `prefix`.

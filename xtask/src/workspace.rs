@@ -91,10 +91,12 @@ pub(crate) fn triple() -> String {
     format!("{}-unknown-linux-gnu", env::consts::ARCH)
 }
 
-/// Below a prefix: the guest's kernel and initrd.
+/// Below a prefix: the guest's kernel, initrd and image.
 pub(crate) const GUEST_FILES: &str = "share/kata-containers";
 /// Below a prefix: the configuration that the shim finds by itself.
 pub(crate) const CONFIGURATION: &str = "share/defaults/kata-containers/configuration.toml";
+/// Below a prefix: the same with the image instead of the initrd.
+pub(crate) const IMAGE_CONFIGURATION: &str = "share/defaults/kata-containers/configuration-image.toml";
 /// Below a prefix: the shim.
 pub(crate) const SHIM: &str = "bin/containerd-shim-kata-v2";
 /// Below a prefix: the command line.
@@ -103,5 +105,9 @@ pub(crate) const COMMAND_LINE: &str = "bin/kata-runtime";
 pub(crate) const VMLINUX: &str = "vmlinux.container";
 /// The same kernel as every boot loader likes it.
 pub(crate) const VMLINUZ: &str = "vmlinuz.container";
+/// The image.
+pub(crate) const IMAGE: &str = "kata-containers.img";
+/// What the configuration says of it: `kernel_verity_params`.
+pub(crate) const IMAGE_VERITY: &str = "kata-containers.img.verity";
 /// The initrd.
 pub(crate) const INITRD: &str = "kata-containers-initrd.img";

@@ -8,7 +8,7 @@ use std::path::Path;
 use crate::Error;
 use crate::file::{Entry, Value};
 use crate::keys::{MOST_MEMORY_MIB, Settings, refuse};
-use crate::types::Config;
+use crate::types::{Config, Hypervisor, SharedFs};
 
 pub(crate) fn check(config: &Config, settings: &Settings) -> Result<(), Error> {
     let hypervisor = &config.hypervisor;
@@ -26,7 +26,10 @@ pub(crate) fn check(config: &Config, settings: &Settings) -> Result<(), Error> {
 
     program(&of_path("path", &hypervisor.path), &hypervisor.path, "install qemu-system-x86")?;
     file(&of_path("kernel", &hypervisor.kernel), &hypervisor.kernel, "run `make install`")?;
-    if let Some(daemon) = &hypervisor.virtio_fs_daemon {
+    if let Some(daemon) = &hypervisor.virtio_fs_daemon
+        // Kata's configurations name it whoever serves the files
+        && matches!(hypervisor.shared_fs, SharedFs::Auto | SharedFs::VirtioFs)
+    {
         program(&of_path("virtio_fs_daemon", daemon), daemon, "install virtiofsd or qemu-system-common")?;
     }
     if let Some(firmware) = &hypervisor.firmware {
@@ -41,12 +44,27 @@ pub(crate) fn check(config: &Config, settings: &Settings) -> Result<(), Error> {
     if memory > host_memory_mib() {
         return Err(refuse(&setting("hypervisor.qemu.default_memory", memory.to_string()), memory_range()));
     }
+    if let Some(image) = &hypervisor.image {
+        return check_image(hypervisor, &of_path("image", image), image);
+    }
     let initrd = hypervisor.initrd.clone().unwrap_or_default();
     let initrd_setting = of_path("initrd", &initrd);
     let size = file(&initrd_setting, &initrd, "run `make install`")?.len();
     if size >= memory << 20 {
         let why = format!("its {} MiB must be fewer than default_memory, {memory} MiB", size.div_ceil(1 << 20));
         return Err(refuse(&initrd_setting, why));
+    }
+    Ok(())
+}
+
+fn check_image(hypervisor: &Hypervisor, setting: &Entry, image: &Path) -> Result<(), Error> {
+    let size = file(setting, image, "run `make install`")?.len();
+    if let Some(verity) = &hypervisor.kernel_verity_params {
+        let data = verity.data_blocks.saturating_mul(verity.data_block_size);
+        if data > size {
+            let why = format!("has {size} bytes, fewer than the {data} of kernel_verity_params: it is another image's");
+            return Err(refuse(setting, why));
+        }
     }
     Ok(())
 }

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use crate::Error;
 use crate::file::{Entry, Value};
-use crate::known;
-use crate::types::{Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime};
+use crate::types::{
+    Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime, SharedFs,
+};
+use crate::{known, root, share};
 
 /// The entries that stand, by key: later files win.
 pub(crate) type Settings = BTreeMap<String, Entry>;
@@ -40,6 +42,7 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
         }
         one(&mut config, entry)?;
     }
+    root::choose(&mut config.hypervisor, &settings)?;
     limits(&mut config.hypervisor, &settings)?;
     if let Some(entry) = settings.get("agent.kata.agent_channel")
         && config.factory.enable_template
@@ -49,6 +52,22 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
             entry,
             "clones are reached by the serial port: set it to \"auto\" or \"serial\", or enable_template to false",
         ));
+    }
+    if let Some(entry) = settings.get("hypervisor.qemu.image")
+        && config.factory.enable_template
+        && config.hypervisor.image.is_some()
+    {
+        return Err(refuse(
+            entry,
+            "a template is a guest that booted an initrd: set `initrd` instead, or enable_template to false",
+        ));
+    }
+    if let Some(entry) = settings.get("hypervisor.qemu.shared_fs")
+        && config.factory.enable_template
+        && config.hypervisor.shared_fs == SharedFs::VirtioNineP
+    {
+        let why = "a clone gets its files by virtio-fs: set \"virtio-fs\" or \"auto\", or enable_template to false";
+        return Err(refuse(entry, why));
     }
     // as Kata: with a model the pod's interfaces are wanted, and they are in the namespace
     if let Some(entry) = settings.get("runtime.disable_new_netns")
@@ -118,13 +137,16 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
     match entry.key.as_str() {
         "hypervisor.qemu.path" => hypervisor.path = path(entry)?,
         "hypervisor.qemu.kernel" => hypervisor.kernel = path(entry)?,
-        "hypervisor.qemu.initrd" => hypervisor.initrd = Some(initrd(entry)?),
-        // templates of many makers set it to nothing beside an initrd
-        "hypervisor.qemu.image" => {
-            if !line(entry)?.is_empty() {
-                return Err(refuse(entry, "a guest image is not supported yet: remove the key and set `initrd`"));
-            }
+        // templates of many makers set the one that is not meant to nothing
+        "hypervisor.qemu.initrd" => hypervisor.initrd = optional_path(entry)?,
+        "hypervisor.qemu.image" => hypervisor.image = optional_path(entry)?,
+        "hypervisor.qemu.rootfs_type" => {
+            hypervisor.rootfs_type = one_of(entry, &["ext4", "xfs", "erofs"].map(|name| (name, name.to_owned())))?;
         }
+        "hypervisor.qemu.kernel_verity_params" => hypervisor.kernel_verity_params = root::verity(entry)?,
+        // looked at with the image: `root`
+        "hypervisor.qemu.disable_image_nvdimm" => drop(truth(entry)?),
+        "hypervisor.qemu.vm_rootfs_driver" => drop(line(entry)?),
         "hypervisor.qemu.machine_type" => only(entry, "q35", &["pc", "virt", "microvm", "pseries", "s390-ccw-virtio"])?,
         "hypervisor.qemu.accelerator" => {
             hypervisor.accelerator =
@@ -140,9 +162,9 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         "hypervisor.qemu.network_queues" => hypervisor.network_queues = number(entry, 1, 256)? as u32,
         "hypervisor.qemu.disable_vhost_net" => hypervisor.disable_vhost_net = truth(entry)?,
         "hypervisor.qemu.tcg_tb_size" => hypervisor.tcg_tb_size_mib = number(entry, 0, 1024)? as u32,
-        "hypervisor.qemu.shared_fs" => {
-            only(entry, "virtio-fs", &["virtio-9p", "virtio-fs-nydus", "inline-virtio-fs", "none"])?;
-        }
+        "hypervisor.qemu.shared_fs" => hypervisor.shared_fs = share::kind(entry)?,
+        "hypervisor.qemu.msize_9p" => hypervisor.msize_9p = share::msize(entry)?,
+        "hypervisor.qemu.virtio_fs_cache_size" => share::window(entry)?,
         "hypervisor.qemu.virtio_fs_daemon" => hypervisor.virtio_fs_daemon = optional_path(entry)?,
         "hypervisor.qemu.virtio_fs_cache" => {
             let all = [FsCache::Never, FsCache::Metadata, FsCache::Auto, FsCache::Always];
@@ -153,7 +175,7 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
             let size = size.ok_or_else(|| refuse(entry, "must be a power of two from 2 to 1024"))?;
             hypervisor.virtio_fs_queue_size = size as u32;
         }
-        "hypervisor.qemu.virtio_fs_extra_args" => hypervisor.virtio_fs_extra_args = daemon_args(list(entry)?),
+        "hypervisor.qemu.virtio_fs_extra_args" => hypervisor.virtio_fs_extra_args = share::daemon_args(list(entry)?),
         "hypervisor.qemu.reclaim_guest_freed_memory" => hypervisor.reclaim_guest_freed_memory = truth(entry)?,
         "hypervisor.qemu.entropy_source" => {
             // Kata's word for the default
@@ -217,7 +239,7 @@ fn text(entry: &Entry) -> Result<&str, Error> {
 }
 
 /// A string that ends up in one argument: no line breaks.
-fn line(entry: &Entry) -> Result<String, Error> {
+pub(crate) fn line(entry: &Entry) -> Result<String, Error> {
     let text = text(entry)?;
     if !is_line(text) {
         return Err(refuse(entry, "must be one line of at most 2048 bytes"));
@@ -245,7 +267,7 @@ fn truth(entry: &Entry) -> Result<bool, Error> {
     }
 }
 
-fn number(entry: &Entry, least: u64, most: u64) -> Result<u64, Error> {
+pub(crate) fn number(entry: &Entry, least: u64, most: u64) -> Result<u64, Error> {
     match entry.value {
         Value::Integer(number) if u64::try_from(number).is_ok_and(|number| (least..=most).contains(&number)) => {
             Ok(number as u64)
@@ -274,24 +296,6 @@ fn host_cpus() -> u32 {
     std::thread::available_parallelism().map_or(1, |count| count.get() as u32)
 }
 
-fn initrd(entry: &Entry) -> Result<PathBuf, Error> {
-    optional_path(entry)?.ok_or_else(|| refuse(entry, "a guest needs an initrd: set its path, or remove the key"))
-}
-
-/// Kata's default asks for submounts to be announced, in a spelling for each of virtiofsd's makes. Here that is always
-/// asked for, in the right one, and asked for twice or in the wrong one the daemon would not start.
-fn daemon_args(args: Vec<String>) -> Vec<String> {
-    let mut kept: Vec<String> = Vec::with_capacity(args.len());
-    for arg in args {
-        if arg == "announce_submounts" && kept.last().is_some_and(|last| last == "-o") {
-            kept.pop();
-        } else if !["--announce-submounts", "-oannounce_submounts"].contains(&arg.as_str()) {
-            kept.push(arg);
-        }
-    }
-    kept
-}
-
 fn list(entry: &Entry) -> Result<Vec<String>, Error> {
     match &entry.value {
         Value::List(list) if list.iter().all(|item| is_line(item)) => Ok(list.clone()),
@@ -300,7 +304,7 @@ fn list(entry: &Entry) -> Result<Vec<String>, Error> {
     }
 }
 
-fn one_of<T: Clone>(entry: &Entry, allowed: &[(&str, T)]) -> Result<T, Error> {
+pub(crate) fn one_of<T: Clone>(entry: &Entry, allowed: &[(&str, T)]) -> Result<T, Error> {
     let text = text(entry)?;
     allowed.iter().find(|(name, _)| *name == text).map(|(_, value)| value.clone()).ok_or_else(|| {
         let names: Vec<_> = allowed.iter().map(|(name, _)| format!("{name:?}")).collect();
@@ -323,6 +327,10 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.kernel",
     "hypervisor.qemu.initrd",
     "hypervisor.qemu.image",
+    "hypervisor.qemu.rootfs_type",
+    "hypervisor.qemu.kernel_verity_params",
+    "hypervisor.qemu.disable_image_nvdimm",
+    "hypervisor.qemu.vm_rootfs_driver",
     "hypervisor.qemu.machine_type",
     "hypervisor.qemu.accelerator",
     "hypervisor.qemu.kernel_params",
@@ -336,6 +344,8 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.disable_vhost_net",
     "hypervisor.qemu.tcg_tb_size",
     "hypervisor.qemu.shared_fs",
+    "hypervisor.qemu.msize_9p",
+    "hypervisor.qemu.virtio_fs_cache_size",
     "hypervisor.qemu.virtio_fs_daemon",
     "hypervisor.qemu.virtio_fs_cache",
     "hypervisor.qemu.virtio_fs_queue_size",
@@ -378,12 +388,5 @@ mod tests {
             let error = apply(vec![entry], source).expect_err("no key takes a date").to_string();
             assert!(error.starts_with(&format!("/c.toml:7: {key} = 1979-05-27: must be ")), "{error}");
         }
-    }
-
-    #[test]
-    fn submounts_are_asked_for_once() {
-        let args = |args: &[&str]| daemon_args(args.iter().map(|arg| (*arg).to_owned()).collect());
-        assert_eq!(args(&["--thread-pool-size=1", "--announce-submounts"]), ["--thread-pool-size=1"]);
-        assert_eq!(args(&["-o", "announce_submounts", "-o", "flock"]), ["-o", "flock"]);
     }
 }

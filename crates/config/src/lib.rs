@@ -7,6 +7,8 @@ mod file;
 mod host;
 mod keys;
 mod known;
+mod root;
+mod share;
 #[cfg(test)]
 mod template;
 mod types;
@@ -15,7 +17,9 @@ use std::ffi::OsString;
 use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
 
-pub use types::{Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime};
+pub use types::{
+    Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime, SharedFs, Verity,
+};
 
 /// A configuration that cannot be used. One line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

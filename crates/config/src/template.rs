@@ -8,6 +8,7 @@ const TEMPLATE: &str = include_str!("../../../config/configuration-qemu.toml");
 /// Names of the Rust runtime, and what is accepted for other reasons than to be used.
 const LEFT_OUT: &[&str] = &[
     "hypervisor.qemu.image",
+    "hypervisor.qemu.vm_rootfs_driver",
     "hypervisor.qemu.seccomp_sandbox",
     "agent.kata.dial_timeout_ms",
     "agent.kata.reconnect_timeout_ms",
@@ -27,7 +28,9 @@ fn installed(chosen: impl Fn(&str) -> bool) -> String {
 
 /// `key = value` straight after the `#`; prose has a space there.
 fn is_setting(line: &str) -> bool {
-    line.split_once(" = ").is_some_and(|(key, _)| key.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'))
+    line.split_once(" = ").is_some_and(|(key, _)| {
+        key.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+    })
 }
 
 fn parse(text: &str) -> Config {

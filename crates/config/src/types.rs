@@ -70,6 +70,35 @@ impl FsCache {
     }
 }
 
+/// How the host's files reach the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SharedFs {
+    /// virtio-fs where the host has a virtiofsd, else 9p.
+    #[default]
+    Auto,
+    /// virtio-fs or an error.
+    VirtioFs,
+    /// 9p, served by the VMM.
+    VirtioNineP,
+    /// Not at all: block devices only.
+    None,
+}
+
+/// `kernel_verity_params`: Kata's names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verity {
+    /// 64 hexadecimal digits.
+    pub root_hash: String,
+    /// Hexadecimal digits, or `-` for none.
+    pub salt: String,
+    /// Blocks of the image's first partition.
+    pub data_blocks: u64,
+    /// Bytes of each.
+    pub data_block_size: u64,
+    /// Bytes of a block of hashes, which are the second partition.
+    pub hash_block_size: u64,
+}
+
 /// How an interface of the pod gets into the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Internetworking {
@@ -89,8 +118,14 @@ pub struct Hypervisor {
     pub path: PathBuf,
     /// Guest kernel: bzImage, or ELF with a PVH note (quicker).
     pub kernel: PathBuf,
-    /// Guest initrd with the agent as `/init`.
+    /// Guest initrd with the agent as `/init`; either this or `image` is there.
     pub initrd: Option<PathBuf>,
+    /// Disk with the agent as `/sbin/init` in its first partition.
+    pub image: Option<PathBuf>,
+    /// The kernel's name of the image's file system: `ext4`, `xfs` or `erofs`.
+    pub rootfs_type: String,
+    /// What the guest's kernel holds the image against.
+    pub kernel_verity_params: Option<Verity>,
     /// `-machine`.
     pub machine_type: String,
     /// Own key.
@@ -118,6 +153,10 @@ pub struct Hypervisor {
     pub disable_vhost_net: bool,
     /// Own key: QEMU's translation buffer, MiB. QEMU alone takes up to 1 GiB a VM.
     pub tcg_tb_size_mib: u32,
+    /// How the host's files reach the guest.
+    pub shared_fs: SharedFs,
+    /// Largest packet of 9p, bytes. Kata's default is 8192, of which a file is many.
+    pub msize_9p: u32,
     /// `None` looks at the usual places.
     pub virtio_fs_daemon: Option<PathBuf>,
     /// What the guest may keep.
@@ -194,6 +233,9 @@ impl Default for Hypervisor {
             path: "/usr/bin/qemu-system-x86_64".into(),
             kernel: "/usr/local/share/kata-containers/vmlinux.container".into(),
             initrd: Some("/usr/local/share/kata-containers/kata-containers-initrd.img".into()),
+            image: None,
+            rootfs_type: "ext4".into(),
+            kernel_verity_params: None,
             machine_type: "q35".into(),
             accelerator: Accelerator::Auto,
             kernel_params: String::new(),
@@ -206,6 +248,8 @@ impl Default for Hypervisor {
             network_queues: 1,
             disable_vhost_net: false,
             tcg_tb_size_mib: 26,
+            shared_fs: SharedFs::default(),
+            msize_9p: 128 << 10,
             virtio_fs_daemon: None,
             virtio_fs_cache: FsCache::Auto,
             virtio_fs_queue_size: 1024,

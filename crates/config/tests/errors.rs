@@ -24,12 +24,16 @@ fn values_that_cannot_be() {
     value(qemu, "kernel = 7", "must be a string");
     value(qemu, "kernel = \"vmlinux\"", "must be an absolute path");
     value(qemu, "kernel_params = \"a\\nb\"", "must be one line of at most 2048 bytes");
-    value(qemu, "initrd = \"\"", "a guest needs an initrd: set its path, or remove the key");
-    value(qemu, "image = \"/i\"", "a guest image is not supported yet: remove the key and set `initrd`");
+    value(qemu, "initrd = \"\"", "a guest needs an initrd or an image: set a path, or remove the key");
+    value(qemu, "rootfs_type = \"btrfs\"", "must be \"ext4\" or \"xfs\" or \"erofs\"");
     value(qemu, "accelerator = \"hvf\"", "must be \"auto\" or \"kvm\" or \"tcg\"");
     value(qemu, "machine_type = \"q36\"", "must be \"q35\"");
     value(qemu, "machine_type = \"microvm\"", "is not supported yet: must be \"q35\"");
-    value(qemu, "shared_fs = \"virtio-9p\"", "is not supported yet: must be \"virtio-fs\"");
+    let others = "is not supported: set \"virtio-fs\", \"virtio-9p\" or \"none\"";
+    value(qemu, "shared_fs = \"virtio-fs-nydus\"", others);
+    let all = "must be \"auto\" or \"virtio-fs\" or \"virtio-9p\" or \"none\"";
+    value(qemu, "shared_fs = \"nfs\"", all);
+    value(qemu, "msize_9p = 1024", "must be a whole number from 4096 to 512000");
     value(qemu, "virtio_fs_cache = \"none\"", "must be \"never\" or \"metadata\" or \"auto\" or \"always\"");
     value(qemu, "virtio_fs_queue_size = 1000", "must be a power of two from 2 to 1024");
     value(qemu, "virtio_fs_queue_size = 2048", "must be a power of two from 2 to 1024");
@@ -43,6 +47,42 @@ fn values_that_cannot_be() {
     value("agent.kata", "dial_timeout = 0", "must be a whole number from 1 to 3600");
     value("runtime", "create_container_timeout = 1.5", "must be a whole number from 1 to 86400");
     value("runtime", "disable_guest_seccomp = 1", "must be true or false");
+}
+
+#[test]
+fn a_guest_boots_one_thing() {
+    let both = "[hypervisor.qemu]\ninitrd = \"/a\"\nimage = \"/b\"\n";
+    let why = "a guest boots an image or an initrd, and `initrd` is set too: remove one of them";
+    assert_eq!(refused(both), format!("/etc/c.toml:3: hypervisor.qemu.image = \"/b\": {why}"));
+    let root = |text: &str| {
+        let hypervisor = Config::parse(text, Path::new("/c.toml")).expect("right").hypervisor;
+        (hypervisor.initrd.is_some(), hypervisor.image)
+    };
+    assert_eq!(root(""), (true, None));
+    assert_eq!(root("[hypervisor.qemu]\nimage = \"\"\n"), (true, None));
+    assert_eq!(root("[hypervisor.qemu]\nimage = \"/b\"\n"), (false, Some("/b".into())));
+    assert_eq!(root("[hypervisor.qemu]\ninitrd = \"\"\nimage = \"/b\"\n"), (false, Some("/b".into())));
+    for (setting, why) in [
+        ("disable_image_nvdimm = false", "not an nvdimm: remove the key or set it to true"),
+        ("vm_rootfs_driver = \"virtio-pmem\"", "remove the key or set \"virtio-blk-pci\""),
+    ] {
+        assert_eq!(root(&format!("[hypervisor.qemu]\n{setting}\n")), (true, None));
+        let error = refused(&format!("[hypervisor.qemu]\nimage = \"/b\"\n{setting}\n"));
+        assert!(error.ends_with(why), "{error}");
+    }
+    let verity = format!("root_hash={},data_blocks=1,data_block_size=4096,hash_block_size=4096", "0".repeat(64));
+    let error = refused(&format!("[hypervisor.qemu]\nkernel_verity_params = \"{verity}\"\n"));
+    assert!(error.ends_with("works with `image` only, and none is set: set it too, or remove this key"), "{error}");
+}
+
+/// A clone has no disk that was there at the boot, and QEMU can add no 9p server to one.
+#[test]
+fn templates_are_of_an_initrd_and_virtio_fs() {
+    let template = "[factory]\nenable_template = true\n[hypervisor.qemu]\n";
+    let error = refused(&format!("{template}image = \"/b\"\n"));
+    assert!(error.ends_with("set `initrd` instead, or enable_template to false"), "{error}");
+    let error = refused(&format!("{template}shared_fs = \"virtio-9p\"\n"));
+    assert!(error.ends_with("set \"virtio-fs\" or \"auto\", or enable_template to false"), "{error}");
 }
 
 #[test]
@@ -69,7 +109,8 @@ fn what_is_not_supported_yet_is_never_ignored() {
     let qemu = "hypervisor.qemu";
     value(qemu, "enable_hugepages = true", "is not supported yet: remove it or set it to false");
     value(qemu, "hot_plug_vfio = \"root-port\"", "is not supported yet: remove it or set it to \"no-port\"");
-    value(qemu, "virtio_fs_cache_size = 1024", "is not supported yet: remove it or set it to 0");
+    let window = "a DAX window of virtio-fs needs a QEMU that has one, which no release of QEMU is: set it to 0";
+    value(qemu, "virtio_fs_cache_size = 1024", window);
     value("agent.kata", "kernel_modules = [\"e1000e\"]", "is not supported yet: remove it or set it to []");
     value("agent.kata.mem_agent", "mem_agent_enable = true", "is not supported yet: remove it or set it to false");
     value("runtime", "internetworking_model = \"l3forwarding\"", "must be \"tcfilter\" or \"macvtap\" or \"none\"");

@@ -21,7 +21,10 @@ use tokio::sync::watch;
 
 pub use console::Console;
 pub use error::Error;
-pub use spec::{Begin, Boot, Channel, Device, HostDevice, MemoryWay, NetDevice, SharedDir, Size, Snapshot, VmSpec};
+pub use spec::{
+    Begin, Boot, Channel, Device, FileServer, HostDevice, Image, MemoryWay, NetDevice, Root, SharedDir, Size, Snapshot,
+    Verity, VmSpec,
+};
 
 /// A VMM driver. Cheap to make: it holds paths and options, no VM.
 #[async_trait]

@@ -1,7 +1,7 @@
 //! What a VM is made of: plain data, decided before anything is started.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Processors and memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,10 +17,55 @@ pub struct Size {
 pub struct Boot {
     /// A bzImage, or an uncompressed ELF with a PVH note.
     pub kernel: PathBuf,
-    /// A cpio archive with `/init`.
-    pub initrd: PathBuf,
+    /// What its first process is in.
+    pub root: Root,
     /// Added after the driver's own parameters.
     pub kernel_params: String,
+}
+
+/// The guest's root file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Root {
+    /// A cpio archive with `/init`, which the kernel unpacks into memory.
+    Initrd(PathBuf),
+    /// A disk.
+    Image(Image),
+}
+
+impl Root {
+    /// The file on the host.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Initrd(path) => path,
+            Self::Image(image) => &image.path,
+        }
+    }
+}
+
+/// A disk with the guest's root in its first partition and `/sbin/init` in that. Many VMs have the same, none writes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// The file on the host.
+    pub path: PathBuf,
+    /// The kernel's name of the file system.
+    pub file_system: String,
+    /// What the guest's kernel holds every block that it reads against; `None` believes the disk.
+    pub verity: Option<Verity>,
+}
+
+/// dm-verity over the first partition, with SHA-256; the hashes are the second partition, without a superblock.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verity {
+    /// 64 hexadecimal digits.
+    pub root_hash: String,
+    /// Hexadecimal digits, or `-` for none.
+    pub salt: String,
+    /// Blocks of data.
+    pub data_blocks: u64,
+    /// Bytes of each, a power of two from 512.
+    pub data_block_size: u64,
+    /// Bytes of a block of hashes, likewise.
+    pub hash_block_size: u64,
 }
 
 /// How the host speaks to the guest.
@@ -40,15 +85,30 @@ pub enum Channel {
     },
 }
 
-/// A folder that the guest mounts by virtio-fs.
+/// A folder that the guest mounts.
 #[derive(Debug)]
 pub struct SharedDir {
     /// The guest's name for it.
     pub tag: &'static str,
-    /// A connection to the vhost-user daemon.
-    pub socket: OwnedFd,
-    /// Entries of the request queue.
-    pub queue_size: u32,
+    /// Who serves it.
+    pub server: FileServer,
+}
+
+/// Who serves a folder.
+#[derive(Debug)]
+pub enum FileServer {
+    /// A vhost-user daemon, by virtio-fs.
+    VirtioFs {
+        /// A connection to it.
+        socket: OwnedFd,
+        /// Entries of the request queue.
+        queue_size: u32,
+    },
+    /// The VMM itself, by 9p.
+    NineP {
+        /// The folder, open.
+        folder: OwnedFd,
+    },
 }
 
 /// Something that a VM is booted with, or gets while it runs.
@@ -162,7 +222,7 @@ pub struct VmSpec {
     pub id: String,
     /// How it begins.
     pub begin: Begin,
-    /// Kernel and initrd.
+    /// Kernel and root.
     pub boot: Boot,
     /// Processors and memory.
     pub size: Size,

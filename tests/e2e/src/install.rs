@@ -24,7 +24,7 @@ impl Install {
             format!("{}: no installation to test there: run `make test`, or set KATA_PREFIX", prefix.display())
         })?;
         let install = Self { prefix };
-        for path in [install.shim(), install.kernel(), install.initrd(), install.config()] {
+        for path in [install.shim(), install.kernel(), install.initrd(), install.image(), install.config()] {
             if !path.is_file() {
                 bail!("{}: missing from the installation: run `make test`, or set KATA_PREFIX", path.display());
             }
@@ -68,6 +68,23 @@ impl Install {
         self.prefix.join("share/kata-containers/kata-containers-initrd.img")
     }
 
+    /// The guest's image.
+    pub fn image(&self) -> PathBuf {
+        self.prefix.join("share/kata-containers/kata-containers.img")
+    }
+
+    /// The installed configuration of a guest that boots the image.
+    pub fn image_config(&self) -> PathBuf {
+        self.prefix.join("share/defaults/kata-containers/configuration-image.toml")
+    }
+
+    /// It, with keys of `[hypervisor.qemu]` set to other values, as text.
+    pub fn image_config_with(&self, changes: &[(&str, toml::Value)]) -> Result<String> {
+        let mut table = table(&self.image_config())?;
+        change(&mut table, "hypervisor.qemu", changes)?;
+        Ok(table.to_string())
+    }
+
     /// The installed configuration.
     pub fn config(&self) -> PathBuf {
         self.prefix.join("share/defaults/kata-containers/configuration.toml")
@@ -75,9 +92,7 @@ impl Install {
 
     /// The installed configuration as a table, to be changed and written elsewhere.
     pub fn config_table(&self) -> Result<toml::Table> {
-        let path = self.config();
-        let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let mut table: toml::Table = text.parse().with_context(|| format!("parsing {}", path.display()))?;
+        let mut table = table(&self.config())?;
         if Self::wants_templates() {
             let factory = table.entry("factory").or_insert_with(|| toml::Table::new().into());
             factory.as_table_mut().context("[factory] is no table")?.insert("enable_template".into(), true.into());
@@ -103,16 +118,26 @@ impl Install {
     /// As `config_with`, of another table.
     pub fn config_table_with(&self, name: &str, changes: &[(&str, toml::Value)]) -> Result<String> {
         let mut table = self.config_table()?;
-        let mut at = &mut table;
-        for part in name.split('.') {
-            let inner = at.get_mut(part).and_then(toml::Value::as_table_mut);
-            at = inner.with_context(|| format!("the installed configuration has no [{name}]"))?;
-        }
-        for (key, value) in changes {
-            at.insert((*key).to_owned(), value.clone());
-        }
+        change(&mut table, name, changes)?;
         Ok(table.to_string())
     }
+}
+
+fn table(path: &Path) -> Result<toml::Table> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    text.parse().with_context(|| format!("parsing {}", path.display()))
+}
+
+fn change(table: &mut toml::Table, name: &str, changes: &[(&str, toml::Value)]) -> Result<()> {
+    let mut at = table;
+    for part in name.split('.') {
+        let inner = at.get_mut(part).and_then(toml::Value::as_table_mut);
+        at = inner.with_context(|| format!("the installed configuration has no [{name}]"))?;
+    }
+    for (key, value) in changes {
+        at.insert((*key).to_owned(), value.clone());
+    }
+    Ok(())
 }
 
 /// Finds a program in PATH.

@@ -11,10 +11,11 @@ use std::{
 };
 
 /// Folders and files that are shared by all sandboxes and stay until the next boot.
-const LASTING: [&str; 8] = [
+const LASTING: [&str; 9] = [
     "/run/kata-containers",
     "/run/kata-containers/kvm-probe",
     "/run/kata-containers/tsc-khz",
+    "/run/kata-containers/virtiofsd",
     "/run/kata-containers/sandboxes",
     "/run/kata-containers/shared",
     "/run/kata-containers/shared/sandboxes",
@@ -118,8 +119,9 @@ fn files(path: &Path, found: &mut BTreeSet<String>) {
     let shown = path.display().to_string();
     // a served socket counts as its process
     let served = meta.file_type().is_socket() && fs::read_to_string("/proc/net/unix").is_ok_and(|u| u.contains(&shown));
-    // a probe's answer for each guest of this machine
-    let answer = path.parent().is_some_and(|parent| parent.ends_with("kata-containers/kvm-probe"));
+    // a probe's answer for each guest of this machine, and for each virtiofsd
+    let answers = ["kata-containers/kvm-probe", "kata-containers/virtiofsd"];
+    let answer = path.parent().is_some_and(|parent| answers.iter().any(|one| parent.ends_with(one)));
     if !served && !answer && !LASTING.contains(&shown.as_str()) {
         found.insert(format!("file {shown}"));
     }

@@ -66,7 +66,7 @@ impl Memory {
     pub(super) fn new(dir: &Path, qemu: &Path, boot: &Boot) -> Self {
         let mut hash = Sha256::new();
         hash.update(fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default());
-        for path in [qemu, &boot.kernel, &boot.initrd, Path::new("/dev/kvm")] {
+        for path in [qemu, &boot.kernel, boot.root.path(), Path::new("/dev/kvm")] {
             hash.update(path.as_os_str().as_encoded_bytes());
             if let Ok(meta) = fs::metadata(path) {
                 hash.update(format!(" {} {} {}\n", meta.ino(), meta.size(), meta.mtime_nsec()));
@@ -123,12 +123,17 @@ fn forget_old(dir: &Path) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Root;
 
     #[test]
     fn answers_do_not_pile_up() {
         let dir = tempfile::tempdir().expect("a folder");
         let memory = |number: usize| {
-            let boot = Boot { kernel: format!("/k{number}").into(), initrd: "/i".into(), kernel_params: String::new() };
+            let boot = Boot {
+                kernel: format!("/k{number}").into(),
+                root: Root::Initrd("/i".into()),
+                kernel_params: String::new(),
+            };
             Memory::new(dir.path(), Path::new("/q"), &boot)
         };
         for number in 0..KEPT + 5 {
@@ -142,7 +147,11 @@ mod tests {
     #[test]
     fn an_answer_is_kept_for_the_same_guest_only() {
         let dir = tempfile::tempdir().expect("a folder");
-        let boot = |kernel: &str| Boot { kernel: kernel.into(), initrd: "/i".into(), kernel_params: String::new() };
+        let boot = |kernel: &str| Boot {
+            kernel: kernel.into(),
+            root: Root::Initrd("/i".into()),
+            kernel_params: String::new(),
+        };
         let memory = Memory::new(dir.path(), Path::new("/q"), &boot("/k"));
         assert_eq!(memory.recall(), None);
         memory.store(Accelerator::Tcg, "QEMU ended\nmore");

@@ -6,15 +6,16 @@ use super::QemuSettings;
 use super::accelerator::Accelerator;
 use super::device::{self, escape};
 use super::pci::{self, Bridge};
-use crate::{Channel, Device, VmSpec};
+use super::root::RootArguments;
+use crate::{Channel, Device, FileServer, SharedDir, VmSpec};
 
-/// What the child inherits: the kernel and its ends of the sockets that the driver made.
+/// What the child inherits: the kernel, the root and its ends of the sockets that the driver made.
 #[derive(Debug, Clone)]
 pub(super) struct Inherited {
     /// The rate of the guest's time stamp counter, where only the host knows it.
     pub(super) tsc_khz: Option<u64>,
-    /// Paths of kernel and initrd; a clone needs none.
-    pub(super) boot: Option<(String, String)>,
+    /// The kernel's path and the guest's root; a clone needs neither.
+    pub(super) boot: Option<(String, RootArguments)>,
     pub(super) memory: Memory,
     pub(super) qmp: RawFd,
     pub(super) console: RawFd,
@@ -100,16 +101,21 @@ pub(super) fn arguments(
         args.pair("-sandbox", settings.seccomp_sandbox.clone());
     }
 
-    if let Some((kernel, initrd)) = &inherited.boot {
-        // these take their value as it is
+    if let Some((kernel, root)) = &inherited.boot {
+        // this takes its value as it is
         args.pair("-kernel", kernel.clone());
-        args.pair("-initrd", initrd.clone());
+        for (name, value) in &root.arguments {
+            args.pair(name, value.clone());
+        }
         let quiet = if spec.debug { "" } else { " quiet" };
         let timer = if no_local_timer { " noapictimer" } else { "" };
         let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
         args.pair(
             "-append",
-            format!("{KERNEL_PARAMS}{timer}{tsc}{quiet} nr_cpus={} {}", size.vcpus, spec.boot.kernel_params),
+            format!(
+                "{KERNEL_PARAMS}{timer}{tsc}{quiet} nr_cpus={}{} {}",
+                size.vcpus, root.kernel_params, spec.boot.kernel_params
+            ),
         );
     } else {
         // told where the state is once the memory is there
@@ -146,11 +152,7 @@ pub(super) fn arguments(
         args.pair("-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on");
     }
     for (index, dir) in spec.shared_dirs.iter().enumerate() {
-        args.pair("-chardev", format!("socket,id=fs{index},fd={}", dir.socket.as_raw_fd()));
-        // its state cannot be read, so a clone gets it after that
-        if inherited.boot.is_some() {
-            args.pair("-device", device::folder(index, dir.tag, dir.queue_size, None).line());
-        }
+        share(&mut args, index, dir, inherited.boot.is_some());
     }
     for device in &spec.devices {
         let place = bridge.find(device.id());
@@ -166,6 +168,25 @@ pub(super) fn arguments(
     args.0
 }
 
+fn share(args: &mut Args, index: usize, dir: &SharedDir, boots: bool) {
+    match &dir.server {
+        FileServer::VirtioFs { socket, queue_size } => {
+            args.pair("-chardev", format!("socket,id=fs{index},fd={}", socket.as_raw_fd()));
+            // its state cannot be read, so a clone gets it after that
+            if boots {
+                args.pair("-device", device::folder(index, dir.tag, *queue_size, None).line());
+            }
+        }
+        // owners and modes are the host's own, as with virtio-fs, and one that the host's file system does not take is no
+        // reason to fail (an NFS that makes root nobody); files of several file systems get numbers of their own
+        FileServer::NineP { folder } => {
+            let path = format!("/proc/self/fd/{}", folder.as_raw_fd());
+            args.pair("-fsdev", format!("local,id=fs{index},path={path},security_model=none,multidevs=remap"));
+            args.pair("-device", format!("virtio-9p-pci,fsdev=fs{index},mount_tag={}", escape(dir.tag)));
+        }
+    }
+}
+
 struct Args(Vec<String>);
 
 impl Args {
@@ -178,13 +199,17 @@ impl Args {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Boot, Size};
+    use crate::{Boot, Root, Size};
 
     fn spec(memory_mib: u64) -> VmSpec {
         VmSpec {
             id: "pod,1".into(),
             begin: crate::Begin::Boot,
-            boot: Boot { kernel: "/k,x".into(), initrd: "/i,x".into(), kernel_params: "agent.log=debug".into() },
+            boot: Boot {
+                kernel: "/k,x".into(),
+                root: Root::Initrd("/i,x".into()),
+                kernel_params: "agent.log=debug".into(),
+            },
             size: Size { vcpus: 2, memory_mib },
             channel: Channel::Serial { port: "agent.0" },
             shared_dirs: Vec::new(),
@@ -207,8 +232,8 @@ mod tests {
 
     fn line(settings: &QemuSettings, spec: &VmSpec) -> String {
         let bridge = super::super::bridge(settings, spec).expect("room");
-        let boot = Some(("/proc/self/fd/6".into(), "/proc/self/fd/7".into()));
-        let inherited = Inherited { boot, ..INHERITED };
+        let root = RootArguments::new(&spec.boot.root, "/proc/self/fd/7");
+        let inherited = Inherited { boot: Some(("/proc/self/fd/6".into(), root)), ..INHERITED };
         arguments(settings, Accelerator::Tcg, spec, &bridge, &inherited).join(" ")
     }
 
@@ -240,6 +265,20 @@ mod tests {
         let line = arguments(&settings, Accelerator::Tcg, &spec(512), &Bridge::default(), &inherited).join(" ");
         assert!(line.contains("memory-backend-file,id=mem,size=512M,mem-path=/proc/self/fd/8,share=off "), "{line}");
         assert!(line.contains("-incoming defer") && !line.contains("-kernel") && !line.contains("-append"), "{line}");
+    }
+
+    #[test]
+    fn a_folder_is_served_by_a_daemon_or_by_qemu() {
+        let fd = || OwnedFd::from(tempfile::tempfile().expect("a file"));
+        let served = |server| {
+            let spec = VmSpec { shared_dirs: vec![SharedDir { tag: "files", server }], ..spec(512) };
+            line(&QemuSettings::default(), &spec)
+        };
+        let virtio_fs = served(FileServer::VirtioFs { socket: fd(), queue_size: 512 });
+        assert!(virtio_fs.contains("vhost-user-fs-pci,chardev=fs0,tag=files,queue-size=512"), "{virtio_fs}");
+        let nine_p = served(FileServer::NineP { folder: fd() });
+        assert!(nine_p.contains(",security_model=none,multidevs=remap -device virtio-9p-pci,fsdev=fs0"), "{nine_p}");
+        assert!(nine_p.contains("-fsdev local,id=fs0,path=/proc/self/fd/"), "{nine_p}");
     }
 
     #[test]

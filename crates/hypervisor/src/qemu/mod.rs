@@ -8,6 +8,7 @@ mod pci;
 mod plug;
 mod probe;
 mod qmp;
+mod root;
 mod snapshot;
 mod tsc;
 
@@ -28,9 +29,10 @@ use self::boot_file::BootFile;
 use self::cmdline::Inherited;
 use self::pci::Bridge;
 use self::qmp::Qmp;
+use self::root::{RootArguments, RootFile};
 use self::snapshot::Restore;
 use crate::helper::Helper;
-use crate::{Begin, Boot, Channel, Console, Device, Error, Hypervisor, Vm, VmExit, VmSpec};
+use crate::{Begin, Boot, Channel, Console, Device, Error, FileServer, Hypervisor, Vm, VmExit, VmSpec};
 
 /// What the driver must know, from the configuration.
 #[derive(Debug, Clone)]
@@ -127,21 +129,18 @@ impl Qemu {
             Channel::Vsock { .. } => (None, None),
         };
         let mut passed = vec![qmp_child, console_child];
-        let boot_files = match spec.begin {
-            Begin::Clone(_) => Vec::new(),
-            Begin::Boot | Begin::Template { .. } => copies(&spec.boot).await?,
+        let (boot, boot_files) = match spec.begin {
+            Begin::Clone(_) => (None, Vec::new()),
+            Begin::Boot | Begin::Template { .. } => {
+                let (boot, files) = boot(&spec.boot, &mut passed).await?;
+                (Some(boot), files)
+            }
         };
-        let mut paths = Vec::new();
-        for file in &boot_files {
-            let (child, path) = file.share().map_err(Error::system("the copies of kernel and initrd"))?;
-            passed.push(child);
-            paths.push(path);
-        }
         let (memory, restore) = memory(spec.begin, &mut passed).map_err(Error::system("the guest's memory"))?;
         let [qmp_child, console_child] = [&passed[0], &passed[1]];
         let inherited = Inherited {
             tsc_khz: self.tsc_khz(accelerator).await,
-            boot: <[String; 2]>::try_from(paths).ok().map(|[kernel, initrd]| (kernel, initrd)),
+            boot,
             memory,
             qmp: qmp_child.as_raw_fd(),
             console: console_child.as_raw_fd(),
@@ -157,7 +156,9 @@ impl Qemu {
                 passed.extend(card.queues.into_iter().chain(card.vhost));
             }
         }
-        passed.extend(spec.shared_dirs.into_iter().map(|dir| dir.socket));
+        passed.extend(spec.shared_dirs.into_iter().map(|dir| match dir.server {
+            FileServer::VirtioFs { socket: fd, .. } | FileServer::NineP { folder: fd } => fd,
+        }));
         if let Channel::Vsock { vhost, .. } = spec.channel {
             passed.push(vhost);
         }
@@ -188,13 +189,19 @@ impl Qemu {
     }
 }
 
-/// Copies of kernel and initrd.
-async fn copies(boot: &Boot) -> Result<Vec<BootFile>, Error> {
-    let files = [boot.kernel.clone(), boot.initrd.clone()];
-    tokio::task::spawn_blocking(move || files.iter().map(|file| BootFile::new(file)).collect())
+/// What the guest boots, open: what QEMU is told of it, and what can be given back after the boot. QEMU's descriptors are
+/// added to `passed`.
+async fn boot(boot: &Boot, passed: &mut Vec<OwnedFd>) -> Result<((String, RootArguments), Vec<BootFile>), Error> {
+    let (kernel, root) = (boot.kernel.clone(), boot.root.clone());
+    let opened = tokio::task::spawn_blocking(move || Ok((BootFile::new(&kernel)?, RootFile::open(&root)?)));
+    let (kernel, root) = opened
         .await
         .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-        .map_err(Error::system("copying kernel and initrd"))
+        .map_err(Error::system("opening what the guest boots"))?;
+    let (kernel_child, path) = kernel.share().map_err(Error::system("the kernel's copy"))?;
+    let (root_child, arguments) = root.share(&boot.root).map_err(Error::system("the guest's root"))?;
+    passed.extend([kernel_child, root_child]);
+    Ok(((path, arguments), std::iter::once(kernel).chain(root.into_copy()).collect()))
 }
 
 /// What the guest's memory is, and for a clone what is to be done before it can go on. QEMU's descriptor of it is added to
@@ -233,8 +240,12 @@ fn bridge(settings: &QemuSettings, spec: &VmSpec) -> Result<Bridge, Error> {
 fn folders(spec: &VmSpec, bridge: &mut Bridge) -> Result<Vec<device::Options>, Error> {
     let device = |(index, dir): (usize, &crate::SharedDir)| {
         let name = device::folder_name(index);
+        let FileServer::VirtioFs { queue_size, .. } = dir.server else {
+            let answer = "QEMU's monitor can add no 9p server".into();
+            return Err(Error::Refused { call: format!("plugging {name}"), answer });
+        };
         let place = bridge.take(&name).ok_or(Error::NoSlot { device: name })?;
-        Ok(device::folder(index, dir.tag, dir.queue_size, Some(place)))
+        Ok(device::folder(index, dir.tag, queue_size, Some(place)))
     };
     spec.shared_dirs.iter().enumerate().map(device).collect()
 }

@@ -21,6 +21,7 @@ use tokio::task::JoinHandle;
 use super::cmdline::{self, Inherited, Memory};
 use super::device::Options;
 use super::qmp::Qmp;
+use super::root::RootArguments;
 use super::{Accelerator, Bridge, QemuSettings};
 use crate::{Begin, Channel, Error, MemoryWay, Snapshot, VmSpec};
 
@@ -133,7 +134,7 @@ pub(super) fn fingerprint(
 ) -> String {
     let inherited = Inherited {
         tsc_khz,
-        boot: Some((String::new(), String::new())),
+        boot: Some((String::new(), RootArguments::new(&spec.boot.root, ""))),
         memory: Memory::Anonymous,
         qmp: 0,
         console: 0,
@@ -147,7 +148,7 @@ pub(super) fn fingerprint(
     // the same files, on the same boot of the host: its processor and its kernel shape the guest too
     hash.update(read("/proc/sys/kernel/random/boot_id").unwrap_or_default());
     let firmware = settings.firmware.as_deref().unwrap_or(Path::new(""));
-    for path in [&settings.path, &spec.boot.kernel, &spec.boot.initrd, firmware] {
+    for path in [&settings.path, &spec.boot.kernel, spec.boot.root.path(), firmware] {
         hash.update(path.as_os_str().as_encoded_bytes());
         if let Ok(meta) = std::fs::metadata(path) {
             hash.update(format!(" {} {} {} {}\n", meta.dev(), meta.ino(), meta.size(), meta.mtime_nsec()));

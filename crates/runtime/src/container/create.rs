@@ -52,6 +52,7 @@ pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec, run: &
             Some(root) => from.bundle.join(root.path()),
             None => return Err(Error::Invalid("the specification has no root".into())),
         };
+        share.must_serve("the container's root file system")?;
         let rootfs = share.host_path(&root_name);
         rootfs::connect(&from.rootfs, &bundle_root, &rootfs)?;
         if !from.rootfs.is_empty() {

@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use agent_api::agent as api;
-use agent_api::paths;
 use hypervisor::Vm;
 use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, mpsc};
@@ -104,7 +103,7 @@ async fn boot(
         trace.step("network-connected");
     }
     let cgroup = host_cgroup(&env.config, id, oci, run)?.map(Arc::new);
-    let (mut share, socket) = Share::start(config, run)?;
+    let (mut share, shared) = Share::start(config, run).await?;
     trace.step("virtiofsd-started");
     let size = sizing::plan(config, Limits::of(oci, &role));
     let devices = network.take_devices();
@@ -118,13 +117,13 @@ async fn boot(
     };
     let is_changing = network.may_change();
     let wanted = up::Wanted { env, id, size, devices, is_changing, cgroup };
-    let up = up::bring_up(wanted, &mut share, socket, run, trace, prepare).await?;
+    let up = up::bring_up(wanted, &mut share, shared, run, trace, prepare).await?;
     let up::Up { vm, agent, prepared, is_clone } = up;
 
     let pid = vm.pid();
     let guest = async {
         let clock = async { if is_clone { Ok(()) } else { set_clock(&agent).await } };
-        tokio::try_join!(create_sandbox(&agent, id, oci, shm.as_ref()), clock)?;
+        tokio::try_join!(create_sandbox(&agent, id, oci, share.storage(), shm.as_ref()), clock)?;
         trace.step("sandbox-created");
         if !network.is_empty() {
             network.tell(&agent, vm.as_ref()).await?;
@@ -156,14 +155,13 @@ fn host_cgroup(
     }
 }
 
-async fn create_sandbox(agent: &AgentClient, id: &ContainerId, oci: &Spec, shm: Option<&Shm>) -> Result<(), Error> {
-    let share = api::Storage {
-        driver: "virtio-fs".into(),
-        source: paths::SHARE_TAG.into(),
-        fstype: "virtiofs".into(),
-        mount_point: paths::SHARED.into(),
-        ..Default::default()
-    };
+async fn create_sandbox(
+    agent: &AgentClient,
+    id: &ContainerId,
+    oci: &Spec,
+    share: Option<api::Storage>,
+    shm: Option<&Shm>,
+) -> Result<(), Error> {
     let request = api::CreateSandboxRequest {
         // a container without a name of its own has its host's, as with runc
         hostname: match oci.hostname() {
@@ -172,7 +170,7 @@ async fn create_sandbox(agent: &AgentClient, id: &ContainerId, oci: &Spec, shm: 
         },
         sandbox_id: id.as_str().into(),
         dns: resolver::lines(oci),
-        storages: std::iter::once(share).chain(shm.map(Shm::storage)).collect(),
+        storages: share.into_iter().chain(shm.map(Shm::storage)).collect(),
         ..Default::default()
     };
     agent

@@ -10,8 +10,8 @@ use crate::Error;
 
 /// What still runs in the guest is ended there, so that its files are whole; the VM ends; the journal is undone.
 ///
-/// A guest in which nothing runs has nothing to say: it writes through to virtio-fs, also memory maps when their process
-/// ends (the kernel's fs/fuse), and a process that has ended has told so after that.
+/// A guest in which nothing runs has nothing to say: it writes through to virtio-fs and 9p, also memory maps when their
+/// process ends (the kernel's fs/fuse, fs/9p), and a process that has ended has told so after that.
 pub(super) async fn stop(inner: &Arc<Inner>) -> Result<(), Error> {
     let Some(mut host) = inner.host.lock().await.take() else { return Ok(()) };
     if let Some(forwarding) = host.forwarding.take() {
@@ -32,11 +32,11 @@ pub(super) async fn stop(inner: &Arc<Inner>) -> Result<(), Error> {
     }
     if is_quiet {
         // everything is on the host: there is nothing to wait for
-        let (ended, ()) = tokio::join!(host.vm.stop(Duration::ZERO), host.share.daemon.stop(Duration::ZERO));
+        let (ended, ()) = tokio::join!(host.vm.stop(Duration::ZERO), host.share.stop());
         ended?;
     } else {
         host.vm.stop(Duration::ZERO).await?;
-        host.share.daemon.stop(Duration::ZERO).await;
+        host.share.stop().await;
     }
     if let Some(following) = host.following.take() {
         following.end().await;

@@ -2,12 +2,11 @@
 
 use std::future::Future;
 use std::io::Read;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use agent_api::{paths, ports, wake};
-use hypervisor::{Begin, Boot, Channel, Device, MemoryWay, SharedDir, Size, Vm, VmSpec};
+use agent_api::{ports, wake};
+use hypervisor::{Begin, Boot, Channel, Device, Image, MemoryWay, Root, SharedDir, Size, Verity, Vm, VmSpec};
 
 use super::Env;
 use crate::agent_channel::AgentChannel;
@@ -44,19 +43,19 @@ pub(super) struct Up {
 pub(super) async fn bring_up(
     wanted: Wanted<'_>,
     share: &mut Share,
-    mut socket: OwnedFd,
+    mut shared: Option<SharedDir>,
     run: &mut RunDir,
     trace: &Trace,
     prepare: impl FnOnce(&Share, &mut RunDir) -> Result<Prepared, Error>,
 ) -> Result<Up, Error> {
     let mut prepare = Some(prepare);
     let mut prepared = None;
-    let mut template = template(&wanted).await?;
+    let mut template = template(&wanted, share).await?;
     loop {
         let mut found = template.take();
         let begin = found.as_mut().map(|found| std::mem::take(&mut found.begin));
         let is_clone = begin.is_some();
-        let (channel, spec) = wanted.spec(begin, socket)?;
+        let (channel, spec) = wanted.spec(begin, shared)?;
         let mut vm = wanted.env.hypervisor.launch(spec).await?;
         run.push(Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
         trace.step(if is_clone { "clone-started" } else { "vmm-started" });
@@ -92,7 +91,7 @@ pub(super) async fn bring_up(
             (Err(error), Some(found), kept) => {
                 found.discard(&error);
                 vm.stop(Duration::ZERO).await?;
-                socket = share.serve_again(&wanted.env.config.hypervisor, run).await?;
+                shared = share.serve_again(&wanted.env.config.hypervisor, run).await?;
                 prepared = kept;
             }
             (Err(error), None, _) => return Err(error),
@@ -103,10 +102,14 @@ pub(super) async fn bring_up(
 }
 
 /// What this VM can be a clone of.
-async fn template(wanted: &Wanted<'_>) -> Result<Option<template::Found>, Error> {
+async fn template(wanted: &Wanted<'_>, share: &Share) -> Result<Option<template::Found>, Error> {
     // a device of the host is there from the boot on
     let is_plain = !wanted.devices.iter().any(|device| matches!(device, Device::Host(_)));
     if !wanted.env.config.factory.enable_template || !is_plain {
+        return Ok(None);
+    }
+    if !share.can_be_plugged() {
+        tracing::warn!("a clone gets its files by virtio-fs only: this pod's machine boots");
         return Ok(None);
     }
     // virtiofsd works in the guest's memory
@@ -115,11 +118,10 @@ async fn template(wanted: &Wanted<'_>) -> Result<Option<template::Found>, Error>
 }
 
 impl Wanted<'_> {
-    fn spec(&self, begin: Option<Begin>, socket: OwnedFd) -> Result<(AgentChannel, VmSpec), Error> {
-        let config = &self.env.config.hypervisor;
+    fn spec(&self, begin: Option<Begin>, shared: Option<SharedDir>) -> Result<(AgentChannel, VmSpec), Error> {
         let devices = self.devices.iter().map(Device::try_clone).collect::<std::io::Result<Vec<_>>>();
         let devices = devices.map_err(Error::host("the pod's devices"))?;
-        let shared_dirs = vec![SharedDir { tag: paths::SHARE_TAG, socket, queue_size: config.virtio_fs_queue_size }];
+        let shared_dirs = shared.into_iter().collect();
         let id = self.id.as_str().to_owned();
         if let Some(begin) = begin {
             let spec = VmSpec { id, begin, shared_dirs, devices, ..template_spec(self.env, Some(self.size)) };
@@ -133,7 +135,7 @@ impl Wanted<'_> {
     /// Puts the VM into the pod's cgroup.
     async fn count(&self, vm: &dyn Vm, share: &Share) -> Result<(), Error> {
         let Some(cgroup) = self.cgroup.clone() else { return Ok(()) };
-        let processes = vec![vm.pid(), share.daemon.pid()];
+        let processes = std::iter::once(vm.pid()).chain(share.pid()).collect();
         let vcpus = if cgroup.parts_vcpus() { vm.vcpu_threads().await? } else { Vec::new() };
         tokio::task::spawn_blocking(move || cgroup.attach(&Members { processes, vcpus }))
             .await
@@ -157,7 +159,7 @@ fn vm_spec(env: &Env, size: Size, channel: Channel, channel_params: &str) -> VmS
         begin: Begin::Boot,
         boot: Boot {
             kernel: config.kernel.clone(),
-            initrd: config.initrd.clone().unwrap_or_default(),
+            root: root(config),
             kernel_params: kernel_params(channel_params, log, &config.kernel_params),
         },
         size,
@@ -169,6 +171,22 @@ fn vm_spec(env: &Env, size: Size, channel: Channel, channel_params: &str) -> VmS
         entropy_source: config.entropy_source.clone(),
         debug: config.enable_debug || env.config.agent.enable_debug,
     }
+}
+
+/// What the guest boots from; the configuration has exactly one.
+fn root(config: &config::Hypervisor) -> Root {
+    let Some(path) = config.image.clone() else { return Root::Initrd(config.initrd.clone().unwrap_or_default()) };
+    Root::Image(Image {
+        path,
+        file_system: config.rootfs_type.clone(),
+        verity: config.kernel_verity_params.clone().map(|verity| Verity {
+            root_hash: verity.root_hash,
+            salt: verity.salt,
+            data_blocks: verity.data_blocks,
+            data_block_size: verity.data_block_size,
+            hash_block_size: verity.hash_block_size,
+        }),
+    })
 }
 
 /// What this side asks of the guest's kernel, and what the configuration does.
@@ -204,11 +222,10 @@ pub(super) async fn while_served<T>(
     vm: VmWatch,
     work: impl Future<Output = Result<T, Error>>,
 ) -> Result<T, Error> {
-    let mut daemon = share.daemon.exit();
     let end = tokio::select! {
         biased;
         done = work => return done,
-        end = daemon.wait_for(Option::is_some) => end.ok().and_then(|end| end.clone()),
+        end = share.ended() => end,
     };
     // it ends in peace when QEMU does, and QEMU with an error when it was killed
     let limit = if end.as_ref().is_some_and(|end| end.is_success) { TOGETHER } else { Duration::ZERO };

@@ -76,13 +76,10 @@ fn end_execs(inner: &Arc<Inner>, id: &ContainerId) {
 
 /// A pod cannot live without its files: with virtiofsd the VM ends.
 pub(super) async fn virtiofsd(inner: &Arc<Inner>) {
-    let Some(mut daemon) = inner.host.lock().await.as_ref().map(|host| host.share.daemon.exit()) else { return };
+    let Some(ended) = inner.host.lock().await.as_ref().map(|host| host.share.ended()) else { return };
     let inner = Arc::downgrade(inner);
     tokio::spawn(async move {
-        let reason = match daemon.wait_for(Option::is_some).await {
-            Ok(end) => end.as_ref().map(ToString::to_string).unwrap_or_default(),
-            Err(_) => return,
-        };
+        let Some(reason) = ended.await.map(|end| end.to_string()) else { return };
         let Some(inner) = inner.upgrade() else { return };
         // a normal stop has taken the host's side already
         if let Some(host) = inner.host.lock().await.as_mut() {

@@ -1,5 +1,6 @@
 //! What a pod's containers see of the host's files.
 
+mod daemon;
 mod kubelet;
 mod local;
 pub(crate) mod rootfs;

@@ -1,6 +1,6 @@
-//! The pod's shared folder and the virtiofsd that serves it.
+//! The pod's shared folder and who serves it: virtiofsd, or QEMU itself by 9p.
 //!
-//! Two views of one folder: the shim mounts into `mounts`; virtiofsd serves `shared`, a read-only slave of it. So the
+//! Two views of one folder: the shim mounts into `mounts`; what is served is `shared`, a read-only slave of it. So the
 //! guest cannot make anything between the mount points, where the shim works by path, and what is mounted later appears
 //! by propagation (mount_namespaces(7)).
 
@@ -13,57 +13,82 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use agent_api::agent::Storage;
+use agent_api::paths;
+use config::SharedFs;
 use hypervisor::helper::Helper;
+use hypervisor::{FileServer, SharedDir, VmExit};
 use nix::mount::{MsFlags, mount};
 
+use super::daemon::{self, Daemon};
 use super::shelf::Shelf;
 use super::watched::Watcher;
 use crate::Error;
 use crate::cleanup::{RunDir, Step};
 
-/// A served folder.
+/// A served folder, or none.
 #[derive(Debug)]
 pub(crate) struct Share {
     mounts: PathBuf,
     shelf: Mutex<Shelf>,
     watcher: Watcher,
-    /// The daemon.
-    pub(crate) daemon: Helper,
+    server: Server,
+}
+
+#[derive(Debug)]
+enum Server {
+    /// virtiofsd.
+    VirtioFs(Helper),
+    /// QEMU, in packets of so many bytes.
+    NineP { msize: u32 },
+    /// Nobody: only what comes by block devices reaches the guest.
+    None,
 }
 
 impl Share {
-    /// Makes the two views and starts the daemon; returns the VMM's connection to it too.
-    pub(crate) fn start(config: &config::Hypervisor, run: &mut RunDir) -> Result<(Self, OwnedFd), Error> {
-        let mounts = run.path().join("mounts");
-        let shared = run.path().join(SHARED);
-        for folder in [&mounts, &shared] {
-            for step in [Step::Staging(folder.clone()), Step::Mounts(folder.clone())] {
-                run.push(step).map_err(Error::host("the undo journal"))?;
-            }
-            fs::DirBuilder::new().mode(0o755).create(folder).map_err(Error::host(folder.display().to_string()))?;
-        }
-        bind(&mounts, &mounts)?;
-        flags(&mounts, MsFlags::MS_PRIVATE)?;
-        flags(&mounts, MsFlags::MS_SHARED)?;
-        bind(&mounts, &shared)?;
-        flags(&shared, MsFlags::MS_SLAVE)?;
-        flags(&shared, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY)?;
-
-        let (daemon, connection) = serve(config, &shared, run)?;
+    fn new(mounts: PathBuf, server: Server) -> Self {
         let (shelf, watcher) = Default::default();
-        Ok((Self { mounts, shelf, watcher, daemon }, connection))
+        Self { mounts, shelf, watcher, server }
     }
 
-    /// A daemon for another VMM, in the place of that whose VMM is gone; returns the connection to it.
+    /// Makes the two views and starts the daemon, where one is needed; returns the VMM's part too.
+    pub(crate) async fn start(
+        config: &config::Hypervisor,
+        run: &mut RunDir,
+    ) -> Result<(Self, Option<SharedDir>), Error> {
+        let mounts = run.path().join("mounts");
+        if config.shared_fs == SharedFs::None {
+            return Ok((Self::new(mounts, Server::None), None));
+        }
+        let daemon = choose(config.shared_fs, || daemon::find(config))?;
+        let shared = views(&mounts, run)?;
+        let Some(program) = daemon else {
+            let folder = File::open(&shared).map_err(Error::host(shared.display().to_string()))?;
+            let server = Server::NineP { msize: config.msize_9p };
+            let dir = SharedDir { tag: TAG, server: FileServer::NineP { folder: folder.into() } };
+            return Ok((Self::new(mounts, server), Some(dir)));
+        };
+        let (helper, dir) = serve(program, config, &shared, run).await?;
+        Ok((Self::new(mounts, Server::VirtioFs(helper)), Some(dir)))
+    }
+
+    /// A daemon for another VMM, in the place of that whose VMM is gone; returns what that one is given.
     pub(crate) async fn serve_again(
         &mut self,
         config: &config::Hypervisor,
         run: &mut RunDir,
-    ) -> Result<OwnedFd, Error> {
-        self.daemon.stop(Duration::ZERO).await;
-        let (daemon, connection) = serve(config, &run.path().join(SHARED), run)?;
-        self.daemon = daemon;
-        Ok(connection)
+    ) -> Result<Option<SharedDir>, Error> {
+        self.stop().await;
+        let Server::VirtioFs(daemon) = &mut self.server else { return Ok(None) };
+        let program = daemon::find(config).ok_or_else(daemon::missing)?;
+        let (helper, dir) = serve(program, config, &run.path().join(SHARED), run).await?;
+        *daemon = helper;
+        Ok(Some(dir))
+    }
+
+    /// A VM that runs already can get it.
+    pub(crate) fn can_be_plugged(&self) -> bool {
+        !matches!(self.server, Server::NineP { .. })
     }
 
     /// The run folders of all sandboxes of this host.
@@ -85,19 +110,121 @@ impl Share {
     pub(crate) fn host_path(&self, name: &str) -> PathBuf {
         self.mounts.join(name)
     }
+
+    /// Refuses `what`, which only a shared file system brings into the guest, when there is none.
+    pub(crate) fn must_serve(&self, what: &str) -> Result<(), Error> {
+        match self.server {
+            Server::None => Err(Error::Unsupported(format!(
+                "shared_fs = \"none\" is set, and {what} reaches a virtual machine by a shared file system only: use a \
+                 block device for it, or set shared_fs = \"virtio-fs\""
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// What the guest mounts with the sandbox.
+    pub(crate) fn storage(&self) -> Option<Storage> {
+        let (driver, kind, options) = match &self.server {
+            Server::None => return None,
+            Server::VirtioFs(_) => ("virtio-fs", "virtiofs", Vec::new()),
+            // reads and writes go to the host at once; only what is mapped is kept, until it is unmapped
+            Server::NineP { msize } => {
+                let fixed = ["trans=virtio", "version=9p2000.L", "cache=mmap", "directio", "posixacl"];
+                let msize = format!("msize={msize}");
+                ("9p", "9p", fixed.iter().map(ToString::to_string).chain([msize]).collect())
+            }
+        };
+        Some(Storage {
+            driver: driver.into(),
+            source: TAG.into(),
+            fstype: kind.into(),
+            mount_point: paths::SHARED.into(),
+            options,
+            ..Default::default()
+        })
+    }
+
+    /// The daemon's process.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.daemon().map(Helper::pid)
+    }
+
+    /// Resolves when the daemon has ended, with how; never without one.
+    pub(crate) fn ended(&self) -> impl Future<Output = Option<VmExit>> + Send + use<> {
+        let exit = self.daemon().map(Helper::exit);
+        async move {
+            match exit {
+                Some(mut exit) => exit.wait_for(Option::is_some).await.ok().and_then(|end| end.clone()),
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Ends the daemon.
+    pub(crate) async fn stop(&self) {
+        if let Some(daemon) = self.daemon() {
+            daemon.stop(Duration::ZERO).await;
+        }
+    }
+
+    fn daemon(&self) -> Option<&Helper> {
+        match &self.server {
+            Server::VirtioFs(helper) => Some(helper),
+            _ => None,
+        }
+    }
+}
+
+/// The daemon's program where virtio-fs is to be had and wanted; `None` is 9p.
+fn choose(wanted: SharedFs, find: impl FnOnce() -> Option<PathBuf>) -> Result<Option<PathBuf>, Error> {
+    match wanted {
+        SharedFs::VirtioFs => find().map(Some).ok_or_else(daemon::missing),
+        SharedFs::Auto => Ok(find().or_else(|| {
+            tracing::warn!("{}; the guest has its files by virtio-9p, which is slower", daemon::missing());
+            None
+        })),
+        SharedFs::VirtioNineP | SharedFs::None => Ok(None),
+    }
+}
+
+/// Makes `mounts` and the view of it that is served.
+fn views(mounts: &Path, run: &mut RunDir) -> Result<PathBuf, Error> {
+    let shared = run.path().join(SHARED);
+    for folder in [mounts, &shared] {
+        for step in [Step::Staging(folder.to_owned()), Step::Mounts(folder.to_owned())] {
+            run.push(step).map_err(Error::host("the undo journal"))?;
+        }
+        fs::DirBuilder::new().mode(0o755).create(folder).map_err(Error::host(folder.display().to_string()))?;
+    }
+    bind(mounts, mounts)?;
+    flags(mounts, MsFlags::MS_PRIVATE)?;
+    flags(mounts, MsFlags::MS_SHARED)?;
+    bind(mounts, &shared)?;
+    flags(&shared, MsFlags::MS_SLAVE)?;
+    flags(&shared, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY)?;
+    Ok(shared)
 }
 
 /// What is served, in the pod's folder.
 const SHARED: &str = "shared";
 
-fn serve(config: &config::Hypervisor, shared: &Path, run: &mut RunDir) -> Result<(Helper, OwnedFd), Error> {
+/// The guest's name for it.
+const TAG: &str = paths::SHARE_TAG;
+
+async fn serve(
+    program: PathBuf,
+    config: &config::Hypervisor,
+    shared: &Path,
+    run: &mut RunDir,
+) -> Result<(Helper, SharedDir), Error> {
+    let daemon = Daemon::new(program).await?;
     let (listener, connection) = socket(run.path()).map_err(Error::host("virtiofsd's socket"))?;
-    let program = daemon_path(config)?;
     let listener = OwnedFd::from(listener);
-    let args = arguments(&program, config, shared, &listener);
-    let daemon = Helper::spawn("virtiofsd", "virtio_fs_daemon", &program, &args, &[listener])?;
-    run.push(Step::process(daemon.pid())).map_err(Error::host("the undo journal"))?;
-    Ok((daemon, connection.into()))
+    let args = daemon.arguments(config, shared, &listener)?;
+    let helper = Helper::spawn("virtiofsd", "virtio_fs_daemon", &daemon.program, &args, &[listener])?;
+    run.push(Step::process(helper.pid())).map_err(Error::host("the undo journal"))?;
+    let server = FileServer::VirtioFs { socket: connection.into(), queue_size: config.virtio_fs_queue_size };
+    Ok((helper, SharedDir { tag: TAG, server }))
 }
 
 /// Where the guest finds it.
@@ -115,49 +242,6 @@ fn socket(folder: &Path) -> io::Result<(UnixListener, UnixStream)> {
     let connection = UnixStream::connect(&path);
     fs::remove_file(&path)?;
     Ok((listener, connection?))
-}
-
-fn daemon_path(config: &config::Hypervisor) -> Result<PathBuf, Error> {
-    const USUAL: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd", "/usr/lib/qemu/virtiofsd"];
-    if let Some(path) = &config.virtio_fs_daemon {
-        return Ok(path.clone());
-    }
-    USUAL.iter().map(PathBuf::from).find(|path| path.is_file()).ok_or_else(|| {
-        Error::Unsupported(format!(
-            "virtiofsd not found in {}: install qemu-system-common or virtiofsd, or set `virtio_fs_daemon` in \
-             configuration.toml",
-            USUAL.join(", ")
-        ))
-    })
-}
-
-/// QEMU's own C daemon takes `-o` lists, the Rust one long options; they are told apart by where they come from.
-fn arguments(program: &Path, config: &config::Hypervisor, shared: &Path, listener: &OwnedFd) -> Vec<String> {
-    let cache = config.virtio_fs_cache.as_str();
-    let fd = listener.as_raw_fd();
-    // where Kata's default path is only a link to it
-    let program = program.canonicalize().unwrap_or_else(|_| program.to_owned());
-    let is_c = program.components().any(|part| part.as_os_str() == "qemu");
-    let mut args = if is_c {
-        // the C daemon has no "never" and "metadata"
-        let cache = match cache {
-            "never" | "metadata" => "none",
-            other => other,
-        };
-        let options = format!("source={},cache={cache},sandbox=namespace,announce_submounts,xattr", shared.display());
-        vec![format!("--fd={fd}"), "-f".into(), "-o".into(), options]
-    } else {
-        vec![
-            format!("--fd={fd}"),
-            format!("--shared-dir={}", shared.display()),
-            format!("--cache={cache}"),
-            "--sandbox=namespace".into(),
-            "--announce-submounts".into(),
-            "--xattr".into(),
-        ]
-    };
-    args.extend(config.virtio_fs_extra_args.iter().cloned());
-    args
 }
 
 fn bind(from: &Path, to: &Path) -> Result<(), Error> {
@@ -185,5 +269,27 @@ mod tests {
         let (listener, _connection) = socket(&folder).expect("made");
         listener.accept().expect("connected");
         assert_eq!(fs::read_dir(&folder).expect("listed").count(), 0);
+    }
+
+    #[test]
+    fn a_host_without_virtiofsd_has_9p_unless_virtio_fs_was_asked_for() {
+        let found = || Some(PathBuf::from("/virtiofsd"));
+        assert_eq!(choose(SharedFs::Auto, found).expect("fine"), found());
+        assert_eq!(choose(SharedFs::Auto, || None).expect("fine"), None);
+        assert_eq!(choose(SharedFs::VirtioNineP, found).expect("fine"), None);
+        let error = choose(SharedFs::VirtioFs, || None).expect_err("refused").to_string();
+        assert!(error.starts_with("virtiofsd not found in /usr/libexec/virtiofsd, "), "{error}");
+    }
+
+    #[test]
+    fn without_a_server_what_needs_one_is_refused() {
+        let share = Share::new("/m".into(), Server::None);
+        let error = share.must_serve("the mount on /data").expect_err("refused").to_string();
+        assert!(error.contains("shared_fs = \"none\"") && error.contains("the mount on /data"), "{error}");
+        assert_eq!((share.storage(), share.pid()), (None, None));
+        let share = Share::new("/m".into(), Server::NineP { msize: 8192 });
+        share.must_serve("anything").expect("served");
+        let storage = share.storage().expect("some");
+        assert_eq!((storage.driver.as_str(), storage.options.last().map(String::as_str)), ("9p", Some("msize=8192")));
     }
 }

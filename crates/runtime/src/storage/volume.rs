@@ -104,6 +104,7 @@ fn place(
     if let Some(copy) = copied(given, path, source, how, volumes) {
         return Ok(copy);
     }
+    given.share.must_serve(&format!("the mount on {}", mount.destination))?;
     shared(given, path, source, how, mount, volumes)
 }
 

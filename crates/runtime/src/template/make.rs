@@ -20,7 +20,7 @@ pub async fn make(env: &Env, size: Option<Size>) -> Result<bool, Error> {
     let store = Store::new(&env.config.factory.template_path);
     let key = env.hypervisor.fingerprint(&spec).await?;
     let Some(draft) = store.draft(&key, spec.size.memory_mib)? else { return Ok(false) };
-    let (size, boots) = (spec.size, format!("{} {}", spec.boot.kernel.display(), spec.boot.initrd.display()));
+    let (size, boots) = (spec.size, format!("{} {}", spec.boot.kernel.display(), spec.boot.root.path().display()));
 
     let memory = draft.file("memory")?.into();
     let mut vm = env.hypervisor.launch(VmSpec { begin: Begin::Template { memory }, ..spec }).await?;

@@ -31,6 +31,9 @@ fn main() -> Result<()> {
         if parts.include("start") {
             starts(node, rounds, &mut report)?;
         }
+        if parts.include("image") {
+            image(node, rounds, &mut report)?;
+        }
         if parts.include("exec") {
             execs(node, rounds, &mut report)?;
         }
@@ -65,7 +68,7 @@ fn main() -> Result<()> {
 struct Parts(Option<Vec<String>>);
 
 impl Parts {
-    const ALL: [&str; 8] = ["floor", "start", "exec", "memory", "agent", "warm", "pod", "network"];
+    const ALL: [&str; 9] = ["floor", "start", "image", "exec", "memory", "agent", "warm", "pod", "network"];
 
     fn from_environment() -> Result<Self> {
         let Ok(text) = std::env::var("BENCH_ONLY") else { return Ok(Self(None)) };
@@ -104,6 +107,25 @@ fn starts(node: &Node, rounds: usize, report: &mut Report) -> Result<()> {
     report.add("run.runc", "ctr run --rm … true, runc", runc, "ms");
     report.add("run.kata", "ctr run --rm … true, kata", kata, "ms");
     steps(&node.log.lines_from(first_line), report);
+    Ok(())
+}
+
+/// The same start with the guest's image instead of its initrd; they take turns.
+fn image(node: &Node, rounds: usize, report: &mut Report) -> Result<()> {
+    let configs = [node.install().config(), node.install().image_config()].map(|path| path.display().to_string());
+    let mut samples = [Sample::new(), Sample::new()];
+    for round in 0..=rounds {
+        for (config, sample) in configs.iter().zip(&mut samples) {
+            let options = ["--runtime-config-path", config];
+            let done = node.run(Runtime::Kata, &format!("image{round}"), &options, &["true"]).output()?.ok()?;
+            if round > 0 {
+                sample.add_time(done.took);
+            }
+        }
+    }
+    let [initrd, image] = samples;
+    report.add("image.initrd", "ctr run --rm … true, from the initrd", initrd, "ms");
+    report.add("image.image", "ctr run --rm … true, from the image with dm-verity", image, "ms");
     Ok(())
 }
 
