@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use super::QemuSettings;
 use super::accelerator::Accelerator;
 use super::device::{self, escape};
-use super::pci::{self, Bridge};
+use super::pci::{self, Bridge, Place};
 use super::root::RootArguments;
 use crate::{Channel, Device, FileServer, SharedDir, VmSpec};
 
@@ -152,7 +152,7 @@ pub(super) fn arguments(
         args.pair("-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on");
     }
     for (index, dir) in spec.shared_dirs.iter().enumerate() {
-        share(&mut args, index, dir, inherited.boot.is_some());
+        share(&mut args, index, dir, inherited.boot.is_some(), bridge.find(&device::folder_name(index)));
     }
     for device in &spec.devices {
         let place = bridge.find(device.id());
@@ -168,7 +168,7 @@ pub(super) fn arguments(
     args.0
 }
 
-fn share(args: &mut Args, index: usize, dir: &SharedDir, boots: bool) {
+fn share(args: &mut Args, index: usize, dir: &SharedDir, boots: bool, place: Option<Place>) {
     match &dir.server {
         FileServer::VirtioFs { socket, queue_size } => {
             args.pair("-chardev", format!("socket,id=fs{index},fd={}", socket.as_raw_fd()));
@@ -182,7 +182,7 @@ fn share(args: &mut Args, index: usize, dir: &SharedDir, boots: bool) {
         FileServer::NineP { folder } => {
             let path = format!("/proc/self/fd/{}", folder.as_raw_fd());
             args.pair("-fsdev", format!("local,id=fs{index},path={path},security_model=none,multidevs=remap"));
-            args.pair("-device", format!("virtio-9p-pci,fsdev=fs{index},mount_tag={}", escape(dir.tag)));
+            args.pair("-device", device::packets(index, dir.tag, place).line());
         }
     }
 }

@@ -87,6 +87,18 @@ pub(super) fn folder(index: usize, tag: &str, queue_size: u32, place: Option<Pla
     Options(options)
 }
 
+/// A folder that QEMU serves.
+pub(super) fn packets(index: usize, tag: &str, place: Option<Place>) -> Options {
+    let mut options = vec![
+        ("driver", json!("virtio-9p-pci")),
+        ("id", json!(folder_name(index))),
+        ("fsdev", json!(format!("fs{index}"))),
+        ("mount_tag", json!(tag)),
+    ];
+    at(&mut options, place);
+    Options(options)
+}
+
 /// Its id.
 pub(super) fn folder_name(index: usize) -> String {
     format!("folder{index}")

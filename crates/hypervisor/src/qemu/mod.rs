@@ -236,18 +236,17 @@ fn bridge(settings: &QemuSettings, spec: &VmSpec) -> Result<Bridge, Error> {
     Ok(bridge)
 }
 
-/// The folders of a clone, in places behind its bridge.
+/// Places behind the bridge for the folders of a clone; returns those that QEMU gets later than on its command line.
 fn folders(spec: &VmSpec, bridge: &mut Bridge) -> Result<Vec<device::Options>, Error> {
-    let device = |(index, dir): (usize, &crate::SharedDir)| {
+    let mut later = Vec::new();
+    for (index, dir) in spec.shared_dirs.iter().enumerate() {
         let name = device::folder_name(index);
-        let FileServer::VirtioFs { queue_size, .. } = dir.server else {
-            let answer = "QEMU's monitor can add no 9p server".into();
-            return Err(Error::Refused { call: format!("plugging {name}"), answer });
-        };
         let place = bridge.take(&name).ok_or(Error::NoSlot { device: name })?;
-        Ok(device::folder(index, dir.tag, queue_size, Some(place)))
-    };
-    spec.shared_dirs.iter().enumerate().map(device).collect()
+        if let FileServer::VirtioFs { queue_size, .. } = dir.server {
+            later.push(device::folder(index, dir.tag, queue_size, Some(place)));
+        }
+    }
+    Ok(later)
 }
 
 #[async_trait]

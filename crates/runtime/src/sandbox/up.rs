@@ -108,12 +108,9 @@ async fn template(wanted: &Wanted<'_>, share: &Share) -> Result<Option<template:
     if !wanted.env.config.factory.enable_template || !is_plain {
         return Ok(None);
     }
-    if !share.can_be_plugged() {
-        tracing::warn!("a clone gets its files by virtio-fs only: this pod's machine boots");
-        return Ok(None);
-    }
-    // virtiofsd works in the guest's memory
-    let way = MemoryWay::Copied;
+    // what is given back must be the clone's own
+    let is_own = share.shares_memory() || wanted.env.config.hypervisor.reclaim_guest_freed_memory;
+    let way = if is_own { MemoryWay::Copied } else { MemoryWay::Private };
     template::find(wanted.env, &template_spec(wanted.env, Some(wanted.size)), way).await
 }
 

@@ -63,10 +63,8 @@ impl Share {
         let daemon = choose(config.shared_fs, || daemon::find(config))?;
         let shared = views(&mounts, run)?;
         let Some(program) = daemon else {
-            let folder = File::open(&shared).map_err(Error::host(shared.display().to_string()))?;
             let server = Server::NineP { msize: config.msize_9p };
-            let dir = SharedDir { tag: TAG, server: FileServer::NineP { folder: folder.into() } };
-            return Ok((Self::new(mounts, server), Some(dir)));
+            return Ok((Self::new(mounts, server), Some(packets(&shared)?)));
         };
         let (helper, dir) = serve(program, config, &shared, run).await?;
         Ok((Self::new(mounts, Server::VirtioFs(helper)), Some(dir)))
@@ -79,16 +77,21 @@ impl Share {
         run: &mut RunDir,
     ) -> Result<Option<SharedDir>, Error> {
         self.stop().await;
-        let Server::VirtioFs(daemon) = &mut self.server else { return Ok(None) };
+        let shared = run.path().join(SHARED);
+        let daemon = match &mut self.server {
+            Server::VirtioFs(daemon) => daemon,
+            Server::NineP { .. } => return packets(&shared).map(Some),
+            Server::None => return Ok(None),
+        };
         let program = daemon::find(config).ok_or_else(daemon::missing)?;
-        let (helper, dir) = serve(program, config, &run.path().join(SHARED), run).await?;
+        let (helper, dir) = serve(program, config, &shared, run).await?;
         *daemon = helper;
         Ok(Some(dir))
     }
 
-    /// A VM that runs already can get it.
-    pub(crate) fn can_be_plugged(&self) -> bool {
-        !matches!(self.server, Server::NineP { .. })
+    /// Somebody else than the VMM works in the guest's memory.
+    pub(crate) fn shares_memory(&self) -> bool {
+        matches!(self.server, Server::VirtioFs(_))
     }
 
     /// The run folders of all sandboxes of this host.
@@ -225,6 +228,12 @@ async fn serve(
     run.push(Step::process(helper.pid())).map_err(Error::host("the undo journal"))?;
     let server = FileServer::VirtioFs { socket: connection.into(), queue_size: config.virtio_fs_queue_size };
     Ok((helper, SharedDir { tag: TAG, server }))
+}
+
+/// The folder for QEMU's own server.
+fn packets(shared: &Path) -> Result<SharedDir, Error> {
+    let folder = File::open(shared).map_err(Error::host(shared.display().to_string()))?;
+    Ok(SharedDir { tag: TAG, server: FileServer::NineP { folder: folder.into() } })
 }
 
 /// Where the guest finds it.
