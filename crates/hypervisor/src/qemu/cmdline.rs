@@ -275,9 +275,14 @@ mod tests {
             line(&QemuSettings::default(), &spec)
         };
         let virtio_fs = served(FileServer::VirtioFs { socket: fd(), queue_size: 512 });
-        assert!(virtio_fs.contains("vhost-user-fs-pci,chardev=fs0,tag=files,queue-size=512"), "{virtio_fs}");
+        assert!(virtio_fs.contains("vhost-user-fs-pci,id=folder0,chardev=fs0,tag=files,queue-size=512"), "{virtio_fs}");
         let nine_p = served(FileServer::NineP { folder: fd() });
-        assert!(nine_p.contains(",security_model=none,multidevs=remap -device virtio-9p-pci,fsdev=fs0"), "{nine_p}");
+        assert!(
+            nine_p.contains(
+                ",security_model=none,multidevs=remap -device virtio-9p-pci,id=folder0,fsdev=fs0,mount_tag=files"
+            ),
+            "{nine_p}"
+        );
         assert!(nine_p.contains("-fsdev local,id=fs0,path=/proc/self/fd/"), "{nine_p}");
     }
 
