@@ -475,6 +475,31 @@ fn huge_pages() -> Result<()> {
 }
 
 #[test]
+fn what_the_host_mounts_between_two_containers_is_the_seconds() -> Result<()> {
+    in_both(NodeSetup::default(), |cri, kubelet, runtime, seen| {
+        // private: who has a copy of it is told nothing
+        let volume = kubelet.volume("host-path", "private")?;
+        mount(Some(&volume), &volume, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+        mount(None::<&str>, &volume, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)?;
+        let mounts = json!({"mounts": [at("/data", &volume)]});
+        let pod = pod(cri, runtime, "between")?;
+        let one = cri.run(&pod, "one", &FOREVER, &mounts)?;
+        let later = volume.join("later");
+        fs::create_dir(&later)?;
+        mount(Some("tmpfs"), &later, Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
+        fs::write(later.join("word"), "later")?;
+        let two = cri.run(&pod, "two", &FOREVER, &mounts)?;
+        for container in [&one, &two] {
+            seen.push(("the host's mount".into(), cri.sh(container, "ls /data /data/later")?));
+        }
+        cri.say(["stop", "--timeout", "0", &one])?;
+        cri.say(["rm", &one])?;
+        seen.push(("after the first's end".into(), cri.sh(&two, "cat /data/later/word")?));
+        cri.remove(&pod)
+    })
+}
+
+#[test]
 fn mounts_of_a_container_reach_the_pods_others() -> Result<()> {
     with_cri(NodeSetup::default(), Network::default(), |cri| {
         let mut all = Vec::new();

@@ -15,7 +15,7 @@ const NAME: usize = 128;
 /// Who has what of a pod's share and of its VM's own volumes.
 #[derive(Debug, Default)]
 pub(crate) struct Shelf {
-    shared: HashMap<(Identity, How), Shared>,
+    shared: Vec<Shared>,
     /// By the host's folder that one stands for.
     local: HashMap<(PathBuf, u64, u64), String>,
     local_names: HashSet<String>,
@@ -24,8 +24,12 @@ pub(crate) struct Shelf {
 
 #[derive(Debug)]
 struct Shared {
+    source: Identity,
+    how: How,
     name: String,
     users: u64,
+    /// It is no longer what a container would get that is made now.
+    is_old: bool,
 }
 
 /// A name in the share.
@@ -40,24 +44,39 @@ pub(crate) enum Place {
 impl Shelf {
     /// The place of a source, for a container more. `owner` makes names that a person can read.
     pub(crate) fn take(&mut self, source: Identity, how: How, owner: &str) -> Place {
-        if let Some(shared) = self.shared.get_mut(&(source, how)) {
+        let current = |one: &&mut Shared| one.source == source && one.how == how && !one.is_old;
+        if let Some(shared) = self.shared.iter_mut().find(current) {
             shared.users += 1;
             return Place::Taken(shared.name.clone());
         }
+        Place::New(self.add(source, how, owner))
+    }
+
+    /// A place of its own for a container that was just told to share `old`, which has changed on the host since.
+    pub(crate) fn renew(&mut self, source: Identity, how: How, owner: &str, old: &str) -> String {
+        if let Some(shared) = self.shared.iter_mut().find(|one| one.name == old) {
+            shared.is_old = true;
+            shared.users = shared.users.saturating_sub(1);
+        }
+        self.add(source, how, owner)
+    }
+
+    fn add(&mut self, source: Identity, how: How, owner: &str) -> String {
         // never used again: the guest may still know what was there
         self.count += 1;
         let name = format!("{owner}-{:04}", self.count);
-        self.shared.insert((source, how), Shared { name: name.clone(), users: 1 });
-        Place::New(name)
+        self.shared.push(Shared { source, how, name: name.clone(), users: 1, is_old: false });
+        name
     }
 
     /// A container less has it; `true` when that was the last one, or nobody knows it.
     pub(crate) fn give_back(&mut self, name: &str) -> bool {
-        let Some((key, shared)) = self.shared.iter_mut().find(|(_, shared)| shared.name == name) else { return true };
+        let Some(index) = self.shared.iter().position(|shared| shared.name == name) else { return true };
+        let shared = &mut self.shared[index];
         shared.users = shared.users.saturating_sub(1);
-        let (key, is_last) = (*key, shared.users == 0);
+        let is_last = shared.users == 0;
         if is_last {
-            self.shared.remove(&key);
+            self.shared.swap_remove(index);
         }
         is_last
     }
@@ -109,6 +128,12 @@ mod tests {
         assert!(shelf.give_back("c1-0001"));
         assert_eq!(shelf.take(source, how, "c1"), Place::New("c1-0003".into()));
         assert!(shelf.give_back("unknown"));
+        // what has changed since stays with those that have it
+        assert_eq!(shelf.take(source, how, "c2"), Place::Taken("c1-0003".into()));
+        assert_eq!(shelf.renew(source, how, "c2", "c1-0003"), "c2-0004");
+        assert_eq!(shelf.take(source, how, "c3"), Place::Taken("c2-0004".into()));
+        assert!(shelf.give_back("c1-0003"));
+        assert!(!shelf.give_back("c2-0004"));
     }
 
     #[test]

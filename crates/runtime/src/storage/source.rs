@@ -102,10 +102,15 @@ impl Source {
         u64::try_from(fstatfs(&self.fd)?.block_size()).map_err(io::Error::other)
     }
 
+    /// The kernel's name for it.
+    pub(crate) fn shown(&self) -> io::Result<PathBuf> {
+        shown(&self.fd)
+    }
+
     /// Where it is in its file system, whatever is mounted where.
     pub(crate) fn path_in_file_system(&self) -> io::Result<PathBuf> {
         let (_, path) = MountInfo::read()?
-            .place(self.mount, &shown(&self.fd)?)
+            .place(self.mount, &self.shown()?)
             .ok_or_else(|| io::Error::other(format!("mount {} is not in mountinfo", self.mount)))?;
         Ok(path)
     }

@@ -1,9 +1,10 @@
 //! Bind mounts of a specification: the host's folder or file is bound into the share, the guest binds it from there.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use agent_api::agent::{Storage, WatchedVolume};
 use agent_api::{oci, paths};
@@ -150,7 +151,14 @@ fn shared(
     mount: &oci::Mount,
     volumes: &mut Volumes,
 ) -> Result<String, Error> {
-    let place = given.share.shelf().take(source.identity(), how, given.id.as_str());
+    let (identity, owner) = (source.identity(), given.id.as_str());
+    let mut place = given.share.shelf().take(identity, how, owner);
+    if let Place::Taken(old) = &place
+        && how.recursive
+        && has_other_mounts(source, &given.share.host_path(old)).map_err(Error::host("mounts of the host"))?
+    {
+        place = Place::New(given.share.shelf().renew(identity, how, owner, old));
+    }
     let (Place::New(name) | Place::Taken(name)) = &place;
     let (name, target) = (name.clone(), given.share.host_path(name));
     volumes.names.push(name.clone());
@@ -167,6 +175,22 @@ fn shared(
         volumes.submounts.extend(submounts(&target, &mount.destination)?);
     }
     Ok(guest_path(&name))
+}
+
+/// The host has mounted something below a source since `copy` was made of it, or taken it off, and not where that is told
+/// to the copy: a private mount tells nobody.
+fn has_other_mounts(source: &Source, copy: &Path) -> std::io::Result<bool> {
+    let mounts = cleanup::MountInfo::read()?;
+    let below = |folder: &Path| -> BTreeSet<PathBuf> {
+        let points = mounts.points_below(folder);
+        points.iter().filter_map(|point| Some(point.strip_prefix(folder).ok()?.to_owned())).collect()
+    };
+    let (mut here, mut there) = (below(&source.shown()?), below(copy));
+    // the source itself may be a mount, and the copy is one
+    for points in [&mut here, &mut there] {
+        points.remove(Path::new(""));
+    }
+    Ok(here != there)
 }
 
 /// Where a container finds what is mounted below `target`, which it sees as `destination`.
