@@ -15,6 +15,8 @@ packages=(
     qemu-system-x86 qemu-system-common qemu-system-data
     # the caller, the runtime its client package wants, the image `make run` builds, and looking at the result
     containerd runc busybox-static iproute2 procps
+    # root file systems and volumes on disks: the tests' images of them
+    e2fsprogs erofs-utils
     # the pod networks of the tests with a CRI client
     containernetworking-plugins
 )

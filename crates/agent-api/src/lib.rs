@@ -10,6 +10,7 @@ pub mod mount_options;
 pub mod oci_convert;
 pub mod paths;
 pub mod ports;
+pub mod storage;
 
 /// Generated code: `proto/*.proto` through `ttrpc-codegen`, see `build.rs`.
 #[allow(

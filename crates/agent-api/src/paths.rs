@@ -14,3 +14,5 @@ pub const SANDBOX_EPHEMERAL: &str = "/run/kata-containers/sandbox/ephemeral";
 pub const SANDBOX_LOCAL: &str = "/run/kata-containers/sandbox/local";
 /// Copies of small volumes that the host keeps up to date; a folder each.
 pub const SANDBOX_WATCHED: &str = "/run/kata-containers/sandbox/watched";
+/// Below it: what is mounted from disks of the VM.
+pub const DISKS: &str = "/run/kata-containers/disks";

@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 
@@ -19,6 +20,16 @@ const PIPE: i32 = 256 << 10;
 pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives, which is what is asked for.
     unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)
+}
+
+/// Reads away what a netlink socket tells, until it has no more. What it is does not matter; a lost one is as good as any.
+pub(crate) fn drain(events: &OwnedFd) -> io::Result<()> {
+    loop {
+        match recv(events.as_raw_fd(), &mut [0], MsgFlags::MSG_TRUNC) {
+            Ok(_) | Err(Errno::ENOBUFS | Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
 }
 
 /// Makes a file of the kernel's wait for its exceptional condition.

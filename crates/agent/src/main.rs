@@ -5,7 +5,9 @@
 
 mod cgroup;
 mod container;
+mod device;
 mod device_filter;
+mod disk;
 mod error;
 mod guest;
 mod init;
@@ -15,7 +17,9 @@ mod launcher;
 mod log;
 mod network;
 mod oom;
+mod ownership;
 mod params;
+mod pci;
 mod port;
 mod process;
 mod reaper;
@@ -24,6 +28,7 @@ mod server;
 mod storage;
 mod sysctl;
 mod transport;
+mod volume;
 mod wake;
 mod watched;
 

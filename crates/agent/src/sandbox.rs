@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use agent_api::agent as api;
 use agent_api::limits;
 
 use crate::container::{Container, Plan};
+use crate::device;
 use crate::error::Error;
 use crate::oom::OomWatch;
 use crate::process::Process;
@@ -27,6 +29,8 @@ pub(crate) struct Sandbox {
     mounts: Mutex<Vec<String>>,
     pub(crate) watched: Watched,
     entered: Entered,
+    /// How long a plugged disk may take to appear.
+    patience: Duration,
 }
 
 /// Ids become folder names.
@@ -45,16 +49,16 @@ pub(crate) fn check_id(kind: &str, id: &str) -> Result<(), Error> {
 }
 
 impl Sandbox {
-    pub(crate) fn new(reaper: Reaper, oom: OomWatch) -> Self {
+    pub(crate) fn new(reaper: Reaper, oom: OomWatch, patience: Duration) -> Self {
         let (containers, hostname, first, mounts, watched, entered) = Default::default();
-        Self { reaper, oom, containers, hostname, first, mounts, watched, entered }
+        Self { reaper, oom, containers, hostname, first, mounts, watched, entered, patience }
     }
 
     fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn create(&self, request: &api::CreateSandboxRequest) -> Result<(), Error> {
+    pub(crate) async fn create(&self, request: &api::CreateSandboxRequest) -> Result<(), Error> {
         if !request.kernel_modules.is_empty() {
             return Err(Error::Unsupported("loading kernel modules (this kernel has everything built in)".into()));
         }
@@ -66,7 +70,7 @@ impl Sandbox {
             write_resolver(&request.dns).map_err(Error::failed("/etc/resolv.conf of the guest"))?;
         }
         for storage in &request.storages {
-            let point = storage::connect(storage)?;
+            let point = storage::connect(storage, self.patience).await?;
             if storage.driver != "virtio-fs" {
                 self.mounts.lock().unwrap_or_else(PoisonError::into_inner).push(point);
             }
@@ -101,7 +105,6 @@ impl Sandbox {
             ("a container without root", spec.Root.is_none() && !request.namespace_holder),
             ("a container without linux", spec.Linux.is_none()),
             ("a hook other than startContainer", spec.Hooks.as_ref().is_some_and(has_other_hooks)),
-            ("devices passed to the guest", !request.devices.is_empty()),
             ("a pod's sandbox with a terminal", request.namespace_holder && spec.Process.Terminal),
         ] {
             if present {
@@ -126,7 +129,7 @@ impl Sandbox {
             pids_of,
             submounts: request.submounts,
         };
-        let made = self.make(&id, plan, &request.storages, &request.watched).await;
+        let made = self.make(&id, plan, &request.storages, &request.watched, &request.devices).await;
         let mut containers = self.containers();
         match made {
             Ok(container) => {
@@ -156,14 +159,16 @@ impl Sandbox {
         mut plan: Plan,
         storages: &[api::Storage],
         watched: &[api::WatchedVolume],
+        devices: &[api::Device],
     ) -> Result<Container, Error> {
         let mut mounts = Vec::new();
         let outcome = async {
+            device::translate(devices, &mut plan.spec, self.patience).await?;
             for storage in storages {
                 if storage.shared {
                     self.connect_shared(storage)?;
                 } else {
-                    mounts.push(storage::connect(storage)?);
+                    mounts.push(storage::connect(storage, self.patience).await?);
                 }
             }
             for volume in watched {
@@ -189,9 +194,9 @@ impl Sandbox {
         let mut mounts = self.mounts.lock().unwrap_or_else(PoisonError::into_inner);
         if storage.driver == "local" {
             // nothing is mounted, and nothing is to be written back
-            storage::connect(storage)?;
+            storage::connect_now(storage)?;
         } else if !mounts.contains(&storage.mount_point) {
-            mounts.push(storage::connect(storage)?);
+            mounts.push(storage::connect_now(storage)?);
         }
         Ok(())
     }

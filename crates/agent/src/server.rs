@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use agent_api::agent::{self as api};
 use agent_api::agent_ttrpc::{AgentService, create_agent_service};
+use agent_api::csi::VolumeStatsResponse;
 use agent_api::health::{
     CheckRequest, HealthCheckResponse, VersionCheckResponse, health_check_response::ServingStatus,
 };
@@ -28,7 +29,9 @@ use crate::params::Params;
 use crate::port::Ports;
 use crate::reaper::Reaper;
 use crate::sandbox::Sandbox;
+use crate::storage;
 use crate::transport;
+use crate::volume;
 use crate::wake::Waking;
 
 type Rpc<T> = ttrpc::Result<T>;
@@ -42,7 +45,7 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
     transport::serve_log(params);
     let reaper = Reaper::start().map_err(Error::failed("reaper"))?;
     let oom = OomWatch::start().map_err(Error::failed("memory watch"))?;
-    let sandbox = Arc::new(Sandbox::new(reaper, oom));
+    let sandbox = Arc::new(Sandbox::new(reaper, oom, params.hotplug_timeout));
     let service = Arc::new(Service { sandbox, network: OnceLock::new(), hotplug_timeout: params.hotplug_timeout });
     let mut server = Server::new()
         .add_listener(listener)
@@ -91,7 +94,7 @@ impl Service {
 #[async_trait]
 impl AgentService for Service {
     async fn create_sandbox(&self, _: &TtrpcContext, request: api::CreateSandboxRequest) -> Rpc<Empty> {
-        self.sandbox.create(&request)?;
+        self.sandbox.create(&request).await?;
         Ok(Empty::new())
     }
 
@@ -279,7 +282,8 @@ impl AgentService for Service {
             agent_details: Some(api::AgentDetails {
                 version: env!("CARGO_PKG_VERSION").into(),
                 init_daemon: true,
-                storage_handlers: ["virtio-fs", "9p", "ephemeral", "bind", "local"].map(String::from).into(),
+                device_handlers: ["blk", "scsi"].map(String::from).into(),
+                storage_handlers: storage::DRIVERS.map(String::from).into(),
                 supports_seccomp: true,
                 ..Default::default()
             })
@@ -295,6 +299,15 @@ impl AgentService for Service {
 
     async fn refresh_volume(&self, _: &TtrpcContext, volume: api::WatchedVolume) -> Rpc<Empty> {
         self.sandbox.watched.refresh(&volume)?;
+        Ok(Empty::new())
+    }
+
+    async fn get_volume_stats(&self, _: &TtrpcContext, request: api::VolumeStatsRequest) -> Rpc<VolumeStatsResponse> {
+        Ok(volume::stats(&request.volume_guest_path)?)
+    }
+
+    async fn resize_volume(&self, _: &TtrpcContext, request: api::ResizeVolumeRequest) -> Rpc<Empty> {
+        volume::grow(&request.volume_guest_path, request.size, self.hotplug_timeout).await?;
         Ok(Empty::new())
     }
 

@@ -6,22 +6,51 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use agent_api::agent::Storage;
+use agent_api::storage::{CREATE_DIRECTORY, MORE_DEVICE};
 use agent_api::{oci, paths};
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use crate::disk;
 use crate::error::Error;
 use crate::inside;
 use crate::launcher::options;
+use crate::ownership;
 
-/// Mounts one and returns its mount point.
-pub(crate) fn connect(storage: &Storage) -> Result<String, Error> {
-    let point = storage.mount_point.as_str();
-    if !point.starts_with("/run/") || point.split('/').any(|part| part == "..") {
-        return Err(Error::Invalid(format!("mount point {point:?} of a storage is not below /run")));
+/// Names of the drivers.
+pub(crate) const DRIVERS: [&str; 8] = ["virtio-fs", "9p", "ephemeral", "bind", "local", "blk", "scsi", "overlayfs"];
+
+/// Mounts one and returns its mount point. A disk may take `patience` to appear.
+pub(crate) async fn connect(storage: &Storage, patience: Duration) -> Result<String, Error> {
+    let driver = storage.driver.as_str();
+    if !["blk", "scsi"].contains(&driver) {
+        return connect_now(storage);
     }
+    let point = below_run(&storage.mount_point)?;
+    fs::create_dir_all(point).map_err(Error::failed(point))?;
+    let path = disk::find(driver, &storage.source, patience).await?.path.display().to_string();
+    let mut options = storage.options.clone();
+    for address in driver_options(storage, MORE_DEVICE) {
+        let more = disk::find(driver, address, patience).await?;
+        options.push(format!("device={}", more.path.display()));
+    }
+    let shown = format!("block device {}", storage.source);
+    mount_on(point, &storage.fstype, &path, &shown, &options)?;
+    if let Some(group) = storage.fs_group.as_ref()
+        && let Err(error) = ownership::apply(point, group)
+    {
+        disconnect(point);
+        return Err(Error::failed(format!("group {} of {shown}", group.group_id))(error));
+    }
+    Ok(point.to_owned())
+}
+
+/// Mounts one for which nothing has to come.
+pub(crate) fn connect_now(storage: &Storage) -> Result<String, Error> {
+    let point = below_run(&storage.mount_point)?;
     if storage.driver == "local" {
         return folder(point, &storage.options).map(|()| point.to_owned()).map_err(Error::failed(point));
     }
@@ -35,18 +64,60 @@ pub(crate) fn connect(storage: &Storage) -> Result<String, Error> {
         }
         "ephemeral" => ("tmpfs", within_memory(&storage.options)),
         "bind" => ("bind", [&["bind".to_owned()], storage.options.as_slice()].concat()),
+        "overlayfs" => ("overlay", storage.options.clone()),
         other => return Err(Error::Unsupported(format!("storage driver {other:?}"))),
     };
-    let parsed = options::parse(&options);
-    mount(Some(storage.source.as_str()), point, Some(kind), parsed.flags, Some(parsed.data.as_str()))
-        .map_err(Error::failed(format!("mount of {kind} {} on {point}", storage.source)))?;
+    make_folders(storage)?;
+    mount_on(point, kind, &storage.source, &storage.source, &options)?;
     Ok(point.to_owned())
 }
 
-/// Unmounts what [`connect`] mounted.
+fn mount_on(point: &str, kind: &str, source: &str, shown: &str, options: &[String]) -> Result<(), Error> {
+    let parsed = options::parse(options);
+    mount(Some(source), point, Some(kind), parsed.flags, Some(parsed.data.as_str()))
+        .map_err(Error::failed(format!("mount of {kind} {shown} on {point}")))
+}
+
+fn below_run(point: &str) -> Result<&str, Error> {
+    if !point.starts_with("/run/") || point.split('/').any(|part| part == "..") {
+        return Err(Error::Invalid(format!("mount point {point:?} of a storage is not below /run")));
+    }
+    Ok(point)
+}
+
+fn driver_options<'a>(storage: &'a Storage, name: &'a str) -> impl Iterator<Item = &'a str> {
+    storage.driver_options.iter().filter_map(move |option| option.strip_prefix(name)?.strip_prefix('='))
+}
+
+/// Folders that a mount needs, each in a file system that a container may have written: no link is followed there.
+fn make_folders(storage: &Storage) -> Result<(), Error> {
+    for path in driver_options(storage, CREATE_DIRECTORY) {
+        let path = below_run(path)?;
+        match fs::create_dir(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => return Err(Error::failed(path)(error)),
+            _ => {}
+        }
+        if !fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir()) {
+            return Err(Error::Failed(format!("{path}: not a folder")));
+        }
+    }
+    Ok(())
+}
+
+/// Unmounts what [`connect`] mounted. What was written to a disk is on it afterwards, even if somebody still uses it.
 pub(crate) fn disconnect(point: &str) {
+    if point.starts_with(paths::DISKS)
+        && let Ok(folder) = File::open(point)
+        && let Err(errno) = nix::unistd::syncfs(&folder)
+    {
+        crate::log::warn(&format!("writing back {point}: {errno}"));
+    }
     if let Err(errno) = umount2(point, MntFlags::MNT_DETACH) {
         crate::log::debug(&format!("unmounting {point}: {errno}"));
+    }
+    if point.starts_with(paths::DISKS) {
+        // stays while something else is mounted there
+        let _ = fs::remove_dir(point);
     }
 }
 
@@ -206,5 +277,20 @@ mod tests {
         let options = |size: u64| within_memory(&["mode=0700".to_owned(), format!("size={size}")]);
         assert_eq!(options(4096), ["mode=0700", "size=4096"]);
         assert_eq!(options(1 << 60), ["mode=0700"]);
+    }
+
+    #[test]
+    fn mount_points_are_the_agents() {
+        below_run("/run/kata-containers/disks/disk1").expect("ours");
+        for point in ["/etc", "/run/../etc", "run/x", ""] {
+            below_run(point).expect_err(point);
+        }
+    }
+
+    #[test]
+    fn driver_options_have_names() {
+        let driver_options = ["a.device=1e/02", "a.devices=x", "a.device"].map(String::from).into();
+        let storage = Storage { driver_options, ..Default::default() };
+        assert_eq!(super::driver_options(&storage, "a.device").collect::<Vec<_>>(), ["1e/02"]);
     }
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use crate::Error;
 use crate::file::{Entry, Value};
 use crate::types::{
-    Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime, SharedFs,
+    Accelerator, Agent, AgentChannel, BlockAio, BlockDevices, BlockDriver, Config, Factory, FsCache, Hypervisor,
+    Internetworking, Runtime, SharedFs,
 };
 use crate::{known, root, share};
 
@@ -44,6 +45,7 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
     }
     root::choose(&mut config.hypervisor, &settings)?;
     limits(&mut config.hypervisor, &settings)?;
+    blocks_fit(config.hypervisor.block, &settings)?;
     if let Some(entry) = settings.get("agent.kata.agent_channel")
         && config.factory.enable_template
         && config.agent.channel == AgentChannel::Vsock
@@ -177,6 +179,10 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         }
         "hypervisor.qemu.virtio_fs_extra_args" => hypervisor.virtio_fs_extra_args = share::daemon_args(list(entry)?),
         "hypervisor.qemu.reclaim_guest_freed_memory" => hypervisor.reclaim_guest_freed_memory = truth(entry)?,
+        "hypervisor.qemu.disable_block_device_use" => hypervisor.disable_block_device_use = truth(entry)?,
+        key if key.starts_with("hypervisor.qemu.block_device_") && SUPPORTED.contains(&key) => {
+            block(&mut hypervisor.block, entry)?;
+        }
         "hypervisor.qemu.entropy_source" => {
             // Kata's word for the default
             hypervisor.entropy_source = optional_path(entry)?.unwrap_or_else(|| Hypervisor::default().entropy_source);
@@ -217,6 +223,63 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         "factory.template_path" | "hypervisor.qemu.factory.template_path" => factory.template_path = path(entry)?,
         "factory.make_template_on_demand" => factory.make_template_on_demand = truth(entry)?,
         _ => known::other(entry, &mut config.warnings)?,
+    }
+    Ok(())
+}
+
+/// The keys `block_device_*`.
+fn block(block: &mut BlockDevices, entry: &Entry) -> Result<(), Error> {
+    match entry.key.trim_start_matches("hypervisor.qemu.block_device_") {
+        "driver" => {
+            // the Go runtime's names and the Rust runtime's
+            let drivers = [
+                ("virtio-blk", BlockDriver::VirtioBlk),
+                ("virtio-blk-pci", BlockDriver::VirtioBlk),
+                ("virtio-scsi", BlockDriver::VirtioScsi),
+            ];
+            if ["nvdimm", "virtio-pmem", "virtio-mmio", "virtio-blk-mmio", "virtio-blk-ccw"].contains(&text(entry)?) {
+                return Err(refuse(entry, "is not supported: must be \"virtio-blk\" or \"virtio-scsi\""));
+            }
+            block.driver = one_of(entry, &drivers)?;
+        }
+        "aio" => {
+            let all = [BlockAio::Threads, BlockAio::Native, BlockAio::IoUring];
+            block.aio = one_of(entry, &all.map(|aio| (aio.as_str(), aio)))?;
+        }
+        "cache_set" => block.cache_set = truth(entry)?,
+        "cache_direct" => block.cache_direct = truth(entry)?,
+        "cache_noflush" => block.cache_noflush = truth(entry)?,
+        "logical_sector_size" => block.logical_sector_size = sector(entry)?,
+        _ => block.physical_sector_size = sector(entry)?,
+    }
+    Ok(())
+}
+
+/// Bytes; QEMU's limits.
+fn sector(entry: &Entry) -> Result<u32, Error> {
+    match number(entry, 0, 32 << 10) {
+        Ok(size) if size == 0 || (size >= 512 && size.is_power_of_two()) => Ok(size as u32),
+        _ => Err(refuse(entry, "must be 0 or a power of two from 512 to 32768")),
+    }
+}
+
+/// What of block devices fits together.
+fn blocks_fit(block: BlockDevices, settings: &Settings) -> Result<(), Error> {
+    if block.aio == BlockAio::Native
+        && !(block.cache_set && block.cache_direct)
+        && let Some(entry) = settings.get("hypervisor.qemu.block_device_aio")
+    {
+        return Err(refuse(
+            entry,
+            "works with block_device_cache_set = true and block_device_cache_direct = true only: set those too, or \
+             \"threads\"",
+        ));
+    }
+    // QEMU's own are 512
+    if block.logical_sector_size > block.physical_sector_size.max(512)
+        && let Some(entry) = settings.get("hypervisor.qemu.block_device_logical_sector_size")
+    {
+        return Err(refuse(entry, "must not be more than block_device_physical_sector_size: set that too"));
     }
     Ok(())
 }
@@ -351,6 +414,14 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.virtio_fs_queue_size",
     "hypervisor.qemu.virtio_fs_extra_args",
     "hypervisor.qemu.reclaim_guest_freed_memory",
+    "hypervisor.qemu.disable_block_device_use",
+    "hypervisor.qemu.block_device_driver",
+    "hypervisor.qemu.block_device_aio",
+    "hypervisor.qemu.block_device_cache_set",
+    "hypervisor.qemu.block_device_cache_direct",
+    "hypervisor.qemu.block_device_cache_noflush",
+    "hypervisor.qemu.block_device_logical_sector_size",
+    "hypervisor.qemu.block_device_physical_sector_size",
     "hypervisor.qemu.entropy_source",
     "hypervisor.qemu.seccompsandbox",
     "hypervisor.qemu.seccomp_sandbox",

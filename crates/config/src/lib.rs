@@ -18,7 +18,8 @@ use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
 
 pub use types::{
-    Accelerator, Agent, AgentChannel, Config, Factory, FsCache, Hypervisor, Internetworking, Runtime, SharedFs, Verity,
+    Accelerator, Agent, AgentChannel, BlockAio, BlockDevices, BlockDriver, Config, Factory, FsCache, Hypervisor,
+    Internetworking, Runtime, SharedFs, Verity,
 };
 
 /// A configuration that cannot be used. One line.

@@ -111,8 +111,61 @@ pub enum Internetworking {
     None,
 }
 
+/// How the guest has block devices of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum BlockDriver {
+    /// A PCI device each.
+    #[default]
+    VirtioBlk,
+    /// Units of one controller.
+    VirtioScsi,
+}
+
+/// How the VMM reads and writes them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum BlockAio {
+    /// By threads of its own.
+    #[default]
+    Threads,
+    /// By Linux' AIO, which takes `cache_direct`.
+    Native,
+    /// By io_uring.
+    IoUring,
+}
+
+impl BlockAio {
+    /// Kata's and QEMU's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Threads => "threads",
+            Self::Native => "native",
+            Self::IoUring => "io_uring",
+        }
+    }
+}
+
+/// The keys `block_device_*`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct BlockDevices {
+    /// `block_device_driver`.
+    pub driver: BlockDriver,
+    /// `block_device_aio`.
+    pub aio: BlockAio,
+    /// The next two count.
+    pub cache_set: bool,
+    /// Past the host's page cache.
+    pub cache_direct: bool,
+    /// The guest's flushes are ignored.
+    pub cache_noflush: bool,
+    /// Bytes; 0 is the VMM's.
+    pub logical_sector_size: u32,
+    /// Bytes; 0 is the VMM's.
+    pub physical_sector_size: u32,
+}
+
 /// `[hypervisor.qemu]`.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of the file")]
 pub struct Hypervisor {
     /// QEMU.
     pub path: PathBuf,
@@ -167,6 +220,10 @@ pub struct Hypervisor {
     pub virtio_fs_extra_args: Vec<String>,
     /// Memory that the guest has freed goes back to the host.
     pub reclaim_guest_freed_memory: bool,
+    /// A root file system that is a block device or its image is mounted by the host and shared as files.
+    pub disable_block_device_use: bool,
+    /// How block devices get into the VM.
+    pub block: BlockDevices,
     /// Where the guest's random numbers come from.
     pub entropy_source: PathBuf,
     /// QEMU's `-sandbox`; empty is none.
@@ -255,6 +312,8 @@ impl Default for Hypervisor {
             virtio_fs_queue_size: 1024,
             virtio_fs_extra_args: vec!["--thread-pool-size=1".into()],
             reclaim_guest_freed_memory: false,
+            disable_block_device_use: false,
+            block: BlockDevices::default(),
             entropy_source: "/dev/urandom".into(),
             seccomp_sandbox: String::new(),
             enable_debug: false,

@@ -22,8 +22,8 @@ use tokio::sync::watch;
 pub use console::Console;
 pub use error::Error;
 pub use spec::{
-    Begin, Boot, Channel, Device, FileServer, HostDevice, Image, MemoryWay, NetDevice, Root, SharedDir, Size, Snapshot,
-    Verity, VmSpec,
+    Begin, Boot, Channel, Device, Disk, DiskAddress, FileServer, HostDevice, Image, MemoryWay, NetDevice, Root,
+    SharedDir, Size, Snapshot, Verity, VmSpec,
 };
 
 /// A VMM driver. Cheap to make: it holds paths and options, no VM.
@@ -107,6 +107,15 @@ pub trait Vm: Send + Sync {
     /// Where the guest sees a device: slot numbers in hexadecimal from the root bus on, as `1e/01`. `None` when there
     /// is no such device or its place is not known.
     fn guest_path(&self, id: &str) -> Option<String>;
+
+    /// Where the guest sees a disk; `None` when there is no such disk.
+    fn guest_disk(&self, id: &str) -> Option<DiskAddress>;
+
+    /// Tells the guest that a disk is larger now: its file's or device's size, or `bytes`, to which a file is enlarged.
+    ///
+    /// # Errors
+    /// There is no such disk, the device is smaller, or the VMM refuses.
+    async fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), Error>;
 
     /// Waits `grace` for the VMM to end by itself, then kills it. Idempotent; the VMM is gone afterwards.
     ///

@@ -118,6 +118,8 @@ pub enum Device {
     Net(NetDevice),
     /// A PCI device of the host.
     Host(HostDevice),
+    /// A disk.
+    Disk(Disk),
 }
 
 impl Device {
@@ -135,6 +137,12 @@ impl Device {
                 vhost: again(&card.vhost)?,
             }),
             Self::Host(device) => Self::Host(device.clone()),
+            Self::Disk(disk) => Self::Disk(Disk {
+                id: disk.id.clone(),
+                file: disk.file.try_clone()?,
+                read_only: disk.read_only,
+                shared: disk.shared,
+            }),
         })
     }
 
@@ -143,6 +151,7 @@ impl Device {
         match self {
             Self::Net(card) => &card.id,
             Self::Host(device) => &device.id,
+            Self::Disk(disk) => &disk.id,
         }
     }
 }
@@ -213,6 +222,33 @@ impl MemoryWay {
             Self::Private => "copy-on-write",
         }
     }
+}
+
+/// A regular file or a block device of the host that the guest has as a disk.
+#[derive(Debug)]
+pub struct Disk {
+    /// As [`NetDevice::id`].
+    pub id: String,
+    /// Open for what the guest may do with it.
+    pub file: OwnedFd,
+    /// The guest may only read it, and `file` is open for no more.
+    pub read_only: bool,
+    /// Others on this host may write it at the same time: it is a raw device, which has no file system that would break.
+    pub shared: bool,
+}
+
+/// Where the guest finds a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskAddress {
+    /// A PCI device, as [`crate::Vm::guest_path`].
+    Pci(String),
+    /// A unit of the only SCSI controller.
+    Scsi {
+        /// The target.
+        id: u16,
+        /// The unit.
+        lun: u16,
+    },
 }
 
 /// One VM.

@@ -150,6 +150,11 @@ impl RunDir {
         &self.path
     }
 
+    /// Its name: what tells the sandbox from all others of the host.
+    pub(crate) fn name(&self) -> &str {
+        self.path.file_name().and_then(std::ffi::OsStr::to_str).unwrap_or_default()
+    }
+
     /// Writes a step down. Call it before the thing is made; for a process, right after it was spawned (until then it
     /// ends with the shim by `PR_SET_PDEATHSIG`).
     ///

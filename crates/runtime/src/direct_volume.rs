@@ -2,9 +2,10 @@
 //! file format. A folder a volume below `/run/kata-containers/shared/direct-volumes`, named by the volume path's base64,
 //! with `mountInfo.json` in it and, while a pod has the volume, an empty file of the pod's name.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -140,7 +141,7 @@ impl Store {
     ///
     /// # Errors
     /// The path is too long for a volume.
-    pub fn user(&self, volume: &Path, sandbox: &str) -> Result<PathBuf, Error> {
+    pub(crate) fn user(&self, volume: &Path, sandbox: &str) -> Result<PathBuf, Error> {
         Ok(self.folder(volume)?.join(sandbox))
     }
 
@@ -148,7 +149,7 @@ impl Store {
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn record(path: &Path) -> io::Result<()> {
+    pub(crate) fn record(path: &Path) -> io::Result<()> {
         File::options().create(true).write(true).truncate(true).mode(0o600).open(path).map(drop)
     }
 
@@ -172,6 +173,29 @@ impl Store {
         }
         Ok(self.0.join(name))
     }
+}
+
+/// Makes a volume's file as large as is wanted; a device is as large as it is. Returns its size.
+pub(crate) fn grow(device: &Path, size: u64) -> Result<u64, Error> {
+    let named = |error| Error::host(device.display().to_string())(error);
+    let mut file = File::options().read(true).write(true).open(device).map_err(named)?;
+    let now = file.seek(SeekFrom::End(0)).map_err(named)?;
+    let is_file = file.metadata().map_err(named)?.is_file();
+    let shown = device.display();
+    match now.cmp(&size) {
+        Ordering::Equal => return Ok(now),
+        // whoever enlarged it may have had to round
+        Ordering::Greater if !is_file => return Ok(now),
+        Ordering::Greater => return Err(Error::Invalid(format!("{shown} has {now} bytes: a volume can only grow"))),
+        Ordering::Less if is_file => {}
+        Ordering::Less => {
+            return Err(Error::Invalid(format!(
+                "{shown} has {now} bytes, which is less than {size}: enlarge the device first"
+            )));
+        }
+    }
+    file.set_len(size).map_err(named)?;
+    Ok(size)
 }
 
 /// RFC 4648's alphabet for file names, with padding.
@@ -226,6 +250,17 @@ mod tests {
     fn the_rust_runtimes_names_are_read() {
         let text = r#"{"volume_type":"directvol","device":"/disk","fs_type":"xfs","metadata":{},"options":[]}"#;
         assert_eq!(MountInfo::parse(text).expect("read").fs_type, "xfs");
+    }
+
+    #[test]
+    fn volumes_only_grow() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        fs::write(file.path(), [0; 1024]).expect("written");
+        assert_eq!(grow(file.path(), 4096).expect("grown"), 4096);
+        assert_eq!(fs::metadata(file.path()).expect("there").len(), 4096);
+        assert_eq!(grow(file.path(), 4096).expect("as it is"), 4096);
+        let error = grow(file.path(), 512).expect_err("smaller").to_string();
+        assert!(error.contains("4096") && error.contains("grow"), "{error}");
     }
 
     #[test]

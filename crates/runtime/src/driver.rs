@@ -1,7 +1,7 @@
 //! The VMM driver that the configuration names.
 
 use hypervisor::Hypervisor;
-use hypervisor::qemu::{Qemu, QemuSettings, Wanted, quick_firmware};
+use hypervisor::qemu::{DiskDriver, DiskSettings, Qemu, QemuSettings, Wanted, quick_firmware};
 
 /// With the configuration's settings.
 pub fn driver(config: &config::Config) -> Box<dyn Hypervisor> {
@@ -18,6 +18,21 @@ pub fn driver(config: &config::Config) -> Box<dyn Hypervisor> {
         tcg_buffer_mib: from.tcg_tb_size_mib,
         firmware: from.firmware.clone().or_else(quick_firmware),
         seccomp_sandbox: from.seccomp_sandbox.clone(),
+        disks: disks(from.block),
         ..QemuSettings::default()
     }))
+}
+
+fn disks(from: config::BlockDevices) -> DiskSettings {
+    DiskSettings {
+        driver: match from.driver {
+            config::BlockDriver::VirtioBlk => DiskDriver::Block,
+            config::BlockDriver::VirtioScsi => DiskDriver::Scsi,
+        },
+        aio: from.aio.as_str(),
+        direct: from.cache_set && from.cache_direct,
+        no_flush: from.cache_set && from.cache_noflush,
+        logical_sector: from.logical_sector_size,
+        physical_sector: from.physical_sector_size,
+    }
 }

@@ -13,6 +13,7 @@ mod driver;
 mod error;
 pub mod hooks;
 mod id;
+pub mod management;
 mod network;
 pub mod pod;
 mod sandbox;

@@ -11,6 +11,8 @@ use anyhow::{Context, Result};
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
 
+use crate::capabilities;
+
 /// Largest input, bytes.
 const LIMIT: u64 = 4 << 20;
 
@@ -59,8 +61,9 @@ impl Handshake {
         if !self.protobuf {
             return Ok(address.as_bytes().to_vec());
         }
-        let result =
+        let mut result =
             BootstrapResult { version: 3, address: address.into(), protocol: "ttrpc".into(), ..Default::default() };
+        capabilities::add(&mut result).context("encoding the answer")?;
         result.write_to_bytes().context("encoding the answer")
     }
 }

@@ -8,6 +8,8 @@ use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use runtime::agent_api::mount_options;
 use serde_json::{Value, json};
 
+use crate::capabilities;
+
 /// How containerd names the document's type.
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
@@ -16,6 +18,7 @@ pub(crate) fn answer() -> Result<Vec<u8>> {
     let info = RuntimeInfo {
         name: "io.containerd.kata.v2".into(),
         version: MessageField::some(RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..Default::default() }),
+        annotations: [(capabilities::ANNOTATION.to_owned(), capabilities::annotation())].into(),
         features: MessageField::some(Any {
             type_url: FEATURES.into(),
             value: features().to_string().into_bytes(),

@@ -2,6 +2,7 @@
 
 mod args;
 mod bootstrap;
+mod capabilities;
 mod convert;
 mod events;
 mod handshake;

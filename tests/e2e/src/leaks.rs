@@ -18,6 +18,7 @@ const LASTING: [&str; 9] = [
     "/run/kata-containers/virtiofsd",
     "/run/kata-containers/sandboxes",
     "/run/kata-containers/shared",
+    "/run/kata-containers/shared/direct-volumes",
     "/run/kata-containers/shared/sandboxes",
     "/run/vc",
     "/run/containerd/s",
@@ -53,6 +54,12 @@ impl Leaks {
         for (kind, dir) in [("link", "/sys/class/net"), (NAMESPACE, "/run/netns")] {
             for name in names(Path::new(dir)) {
                 found.insert(format!("{kind} {name}"));
+            }
+        }
+        for name in names(Path::new("/sys/block")) {
+            // those that nothing is behind are the kernel's
+            if let Ok(file) = fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")) {
+                found.insert(format!("loop-device {name} {}", file.trim()));
             }
         }
         cgroups(Path::new("/sys/fs/cgroup"), &mut found);

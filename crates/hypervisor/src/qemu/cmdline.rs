@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use super::QemuSettings;
 use super::accelerator::Accelerator;
 use super::device::{self, escape};
+use super::disk::{self, Disks};
 use super::pci::{self, Bridge, Place};
 use super::root::RootArguments;
 use crate::{Channel, Device, FileServer, SharedDir, VmSpec};
@@ -59,6 +60,7 @@ pub(super) fn arguments(
     accelerator: Accelerator,
     spec: &VmSpec,
     bridge: &Bridge,
+    disks: &Disks,
     inherited: &Inherited,
 ) -> Vec<String> {
     let mut args = Args(Vec::with_capacity(64));
@@ -154,6 +156,15 @@ pub(super) fn arguments(
     for (index, dir) in spec.shared_dirs.iter().enumerate() {
         share(&mut args, index, dir, inherited.boot.is_some(), bridge.find(&device::folder_name(index)));
     }
+    devices(&mut args, settings, spec, bridge, disks);
+    args.0
+}
+
+/// What the pod brings.
+fn devices(args: &mut Args, settings: &QemuSettings, spec: &VmSpec, bridge: &Bridge, disks: &Disks) {
+    if disks.controller {
+        args.pair("-device", disk::controller(bridge.find(disk::CONTROLLER)).line());
+    }
     for device in &spec.devices {
         let place = bridge.find(device.id());
         match device {
@@ -163,9 +174,14 @@ pub(super) fn arguments(
                 args.pair("-device", device::card(&card.id, &card.mac, card.queues.len(), place).line());
             }
             Device::Host(host) => args.pair("-device", device::host(&host.id, &host.address, place).line()),
+            Device::Disk(one) => {
+                let Some((set, unit)) = disks.find(&one.id) else { continue };
+                args.pair("-add-fd", disk::set_line(one.file.as_raw_fd(), set));
+                args.pair("-blockdev", disk::node(one, set, &settings.disks).to_string());
+                args.pair("-device", disk::device(one, unit, place, &settings.disks).line());
+            }
         }
     }
-    args.0
 }
 
 fn share(args: &mut Args, index: usize, dir: &SharedDir, boots: bool, place: Option<Place>) {
@@ -231,10 +247,10 @@ mod tests {
     };
 
     fn line(settings: &QemuSettings, spec: &VmSpec) -> String {
-        let bridge = super::super::bridge(settings, spec).expect("room");
+        let (bridge, disks) = super::super::places(settings, spec).expect("room");
         let root = RootArguments::new(&spec.boot.root, "/proc/self/fd/7");
         let inherited = Inherited { boot: Some(("/proc/self/fd/6".into(), root)), ..INHERITED };
-        arguments(settings, Accelerator::Tcg, spec, &bridge, &inherited).join(" ")
+        arguments(settings, Accelerator::Tcg, spec, &bridge, &disks, &inherited).join(" ")
     }
 
     #[test]
@@ -262,7 +278,9 @@ mod tests {
         let memory = Memory::File { path: "/proc/self/fd/8".into(), is_shared: false };
         let inherited = Inherited { memory, ..INHERITED };
         let settings = QemuSettings::default();
-        let line = arguments(&settings, Accelerator::Tcg, &spec(512), &Bridge::default(), &inherited).join(" ");
+        let line =
+            arguments(&settings, Accelerator::Tcg, &spec(512), &Bridge::default(), &Disks::default(), &inherited)
+                .join(" ");
         assert!(line.contains("memory-backend-file,id=mem,size=512M,mem-path=/proc/self/fd/8,share=off "), "{line}");
         assert!(line.contains("-incoming defer") && !line.contains("-kernel") && !line.contains("-append"), "{line}");
     }
@@ -306,6 +324,38 @@ mod tests {
             "-device vfio-pci,id=nic1,host=0000:01:00.0",
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");
+        }
+    }
+
+    #[test]
+    fn disks_are_passed_open() {
+        let spec_with = |ids: &[&str]| {
+            let disk = |id: &&str| {
+                let file = tempfile::tempfile().expect("a file").into();
+                Device::Disk(crate::Disk { id: (*id).to_owned(), file, read_only: true, shared: false })
+            };
+            VmSpec { devices: ids.iter().map(disk).collect(), pluggable: true, ..spec(512) }
+        };
+        let settings = QemuSettings::default();
+        let blocks = spec_with(&["disk1", "disk2"]);
+        let Device::Disk(first) = &blocks.devices[0] else { panic!("a disk") };
+        let number = first.file.as_raw_fd();
+        let blk = line(&settings, &blocks);
+        for part in [
+            &format!("-add-fd fd={number},set=1 -blockdev {{"),
+            "\"filename\":\"/dev/fdset/2\"",
+            "-device virtio-blk-pci,id=disk2,drive=disk2-host,bus=plug,addr=0x2",
+        ] {
+            assert!(blk.contains(part), "{part} is missing in {blk}");
+        }
+        let driver = crate::qemu::DiskDriver::Scsi;
+        let disks = crate::qemu::DiskSettings { driver, ..crate::qemu::DiskSettings::default() };
+        let scsi = line(&QemuSettings { disks, ..settings }, &blocks);
+        for part in [
+            "-device virtio-scsi-pci,id=scsi,romfile=,bus=plug,addr=0x1",
+            "-device scsi-hd,id=disk2,drive=disk2-host,bus=scsi.0,scsi-id=0,lun=1",
+        ] {
+            assert!(scsi.contains(part), "{part} is missing in {scsi}");
         }
     }
 }

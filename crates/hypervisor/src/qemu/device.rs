@@ -6,7 +6,7 @@ use super::pci::{BUS, Place};
 
 /// A list of options: `driver=value,…` or a JSON object.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Options(Vec<(&'static str, Value)>);
+pub(super) struct Options(pub(super) Vec<(&'static str, Value)>);
 
 impl Options {
     /// For `-device` and `-netdev`: the first value stands alone.
@@ -104,7 +104,8 @@ pub(super) fn folder_name(index: usize) -> String {
     format!("folder{index}")
 }
 
-fn at(options: &mut Vec<(&'static str, Value)>, place: Option<Place>) {
+/// Where on the bridge.
+pub(super) fn at(options: &mut Vec<(&'static str, Value)>, place: Option<Place>) {
     if let Some(place) = place {
         options.push(("bus", json!(BUS)));
         options.push(("addr", json!(place.address())));

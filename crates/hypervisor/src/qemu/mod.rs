@@ -4,6 +4,7 @@ mod accelerator;
 mod boot_file;
 mod cmdline;
 mod device;
+mod disk;
 mod pci;
 mod plug;
 mod probe;
@@ -23,16 +24,18 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 pub use accelerator::{Accelerator, Wanted};
+pub use disk::{DiskDriver, DiskSettings};
 
 use self::accelerator::Memory;
 use self::boot_file::BootFile;
 use self::cmdline::Inherited;
+use self::disk::Disks;
 use self::pci::Bridge;
 use self::qmp::Qmp;
 use self::root::{RootArguments, RootFile};
 use self::snapshot::Restore;
 use crate::helper::Helper;
-use crate::{Begin, Boot, Channel, Console, Device, Error, FileServer, Hypervisor, Vm, VmExit, VmSpec};
+use crate::{Begin, Boot, Channel, Console, Device, DiskAddress, Error, FileServer, Hypervisor, Vm, VmExit, VmSpec};
 
 /// What the driver must know, from the configuration.
 #[derive(Debug, Clone)]
@@ -51,6 +54,8 @@ pub struct QemuSettings {
     pub firmware: Option<PathBuf>,
     /// `-sandbox`; empty is none.
     pub seccomp_sandbox: String,
+    /// How the guest has disks.
+    pub disks: DiskSettings,
     /// Where the answer of the KVM probe is kept; emptied by a reboot.
     pub state_dir: PathBuf,
     /// How long a monitor command may take.
@@ -67,6 +72,7 @@ impl Default for QemuSettings {
             tcg_buffer_mib: 0,
             firmware: None,
             seccomp_sandbox: String::new(),
+            disks: DiskSettings::default(),
             state_dir: "/run/kata-containers".into(),
             command_deadline: Duration::from_secs(10),
         }
@@ -117,7 +123,7 @@ impl Qemu {
     }
 
     async fn start(&self, spec: VmSpec, accelerator: Accelerator) -> Result<QemuVm, Error> {
-        let mut bridge = bridge(&self.settings, &spec)?;
+        let (mut bridge, disks) = places(&self.settings, &spec)?;
         let later = if matches!(spec.begin, Begin::Clone(_)) { folders(&spec, &mut bridge)? } else { Vec::new() };
         let (qmp, qmp_child) = pair()?;
         let (console_stream, console_child) = pair()?;
@@ -147,13 +153,15 @@ impl Qemu {
             channel: channel_child.as_ref().map(AsRawFd::as_raw_fd),
         };
         let spec = VmSpec { begin: Begin::Boot, ..spec };
-        let args = cmdline::arguments(&self.settings, accelerator, &spec, &bridge, &inherited);
+        let args = cmdline::arguments(&self.settings, accelerator, &spec, &bridge, &disks, &inherited);
         tracing::debug!(program = %self.settings.path.display(), ?args, "starting QEMU");
 
         passed.extend(channel_child);
         for device in spec.devices {
-            if let Device::Net(card) = device {
-                passed.extend(card.queues.into_iter().chain(card.vhost));
+            match device {
+                Device::Net(card) => passed.extend(card.queues.into_iter().chain(card.vhost)),
+                Device::Disk(disk) => passed.push(disk.file),
+                Device::Host(_) => {}
             }
         }
         passed.extend(spec.shared_dirs.into_iter().map(|dir| match dir.server {
@@ -185,7 +193,8 @@ impl Qemu {
         }
         let bridge = Arc::new(Mutex::new(bridge));
         let plugging = tokio::sync::Mutex::default();
-        Ok(QemuVm { process, qmp, console, channel, accelerator, boot_files, bridge, plugging })
+        let (disks, disk_settings) = (Mutex::new(disks), self.settings.disks.clone());
+        Ok(QemuVm { process, qmp, console, channel, accelerator, boot_files, bridge, disks, disk_settings, plugging })
     }
 }
 
@@ -220,20 +229,31 @@ fn memory(begin: Begin, passed: &mut Vec<OwnedFd>) -> std::io::Result<(cmdline::
     Ok((cmdline::Memory::File { path, is_shared }, restore))
 }
 
-/// The bridge of a VM that can change, with the places of its cards. What belongs to the host stays on the root bus, as
-/// a part of the machine.
-fn bridge(settings: &QemuSettings, spec: &VmSpec) -> Result<Bridge, Error> {
-    if !spec.pluggable || !settings.machine.contains("q35") {
-        return Ok(Bridge::default());
+/// The bridge of a VM that can change, with the places of its cards, and its disks. What belongs to the host stays on the
+/// root bus, as a part of the machine.
+fn places(settings: &QemuSettings, spec: &VmSpec) -> Result<(Bridge, Disks), Error> {
+    let (mut bridge, mut disks) = (Bridge::default(), Disks::default());
+    if spec.pluggable && settings.machine.contains("q35") {
+        bridge = Bridge::new();
     }
-    let mut bridge = Bridge::new();
+    let count = spec.devices.len();
     for device in &spec.devices {
-        if matches!(device, Device::Net(_)) {
-            let count = spec.devices.len();
+        let of_the_bridge = match device {
+            Device::Net(card) => !bridge.is_missing() && bridge.find(&card.id).is_none(),
+            Device::Host(_) => false,
+            Device::Disk(disk) => {
+                disks.add(&disk.id, settings.disks.driver)?;
+                settings.disks.driver == DiskDriver::Block
+            }
+        };
+        if of_the_bridge {
             bridge.take(device.id()).ok_or(Error::TooManyDevices { count, most: pci::MOST })?;
+        } else if matches!(device, Device::Disk(_)) && !disks.controller {
+            bridge.take(disk::CONTROLLER).ok_or(Error::TooManyDevices { count, most: pci::MOST })?;
+            disks.controller = true;
         }
     }
-    Ok(bridge)
+    Ok((bridge, disks))
 }
 
 /// Places behind the bridge for the folders of a clone; returns those that QEMU gets later than on its command line.
@@ -263,7 +283,7 @@ impl Hypervisor for Qemu {
     async fn fingerprint(&self, spec: &VmSpec) -> Result<String, Error> {
         let accelerator = self.accelerator(&spec.boot).await?;
         let plain = snapshot::plain(spec);
-        let bridge = bridge(&self.settings, &plain)?;
+        let (bridge, _) = places(&self.settings, &plain)?;
         Ok(snapshot::fingerprint(&self.settings, accelerator, &plain, &bridge, self.tsc_khz(accelerator).await))
     }
 }
@@ -278,6 +298,8 @@ struct QemuVm {
     accelerator: Accelerator,
     boot_files: Vec<BootFile>,
     bridge: Arc<Mutex<Bridge>>,
+    disks: Mutex<Disks>,
+    disk_settings: DiskSettings,
     /// Held while a device is plugged: what belongs to it goes in several commands.
     plugging: tokio::sync::Mutex<()>,
 }
@@ -340,6 +362,15 @@ impl Vm for QemuVm {
 
     fn guest_path(&self, id: &str) -> Option<String> {
         self.lock_bridge().find(id).map(pci::Place::guest_path)
+    }
+
+    fn guest_disk(&self, id: &str) -> Option<DiskAddress> {
+        let place = self.lock_bridge().find(id);
+        self.lock_disks().address(id, place)
+    }
+
+    async fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), Error> {
+        self.qmp.execute("block_resize", json!({"node-name": disk::node_name(id), "size": bytes})).await.map(drop)
     }
 
     async fn stop(&self, grace: Duration) -> Result<(), Error> {

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use super::disk::{self, Disks};
 use super::pci::{Bridge, Place};
-use super::{QemuVm, device};
-use crate::{Device, Error, NetDevice};
+use super::{DiskDriver, QemuVm, device};
+use crate::{Device, Disk, Error, NetDevice};
 
 /// How long a guest may take to let go of a device; a healthy one takes milliseconds.
 const LETTING_GO: Duration = Duration::from_secs(10);
@@ -18,12 +19,21 @@ impl QemuVm {
         self.bridge.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn lock_disks(&self) -> MutexGuard<'_, Disks> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) async fn plug_device(&self, device: Device) -> Result<(), Error> {
         let _alone = self.plugging.lock().await;
+        let device = match device {
+            Device::Disk(disk) if self.disk_settings.driver == DiskDriver::Scsi => return self.plug_unit(disk).await,
+            other => other,
+        };
         let id = device.id().to_owned();
         let place = self.lock_bridge().take(&id).ok_or_else(|| Error::NoSlot { device: id.clone() })?;
         let plugged = match device {
             Device::Net(card) => self.plug_card(card, place).await,
+            Device::Disk(disk) => self.plug_disk(disk, Some(place)).await,
             Device::Host(host) => {
                 self.qmp.execute("device_add", device::host(&id, &host.address, Some(place)).object()).await.map(drop)
             }
@@ -77,6 +87,49 @@ impl QemuVm {
         Ok(names)
     }
 
+    /// A unit of the SCSI controller, which comes with the first of them.
+    async fn plug_unit(&self, disk: Disk) -> Result<(), Error> {
+        if !self.lock_disks().controller {
+            let device = disk::CONTROLLER.to_owned();
+            let place = self.lock_bridge().take(&device).ok_or(Error::NoSlot { device })?;
+            if let Err(error) = self.qmp.execute("device_add", disk::controller(Some(place)).object()).await {
+                self.lock_bridge().free(disk::CONTROLLER);
+                return Err(error);
+            }
+            self.lock_disks().controller = true;
+        }
+        self.plug_disk(disk, None).await
+    }
+
+    async fn plug_disk(&self, disk: Disk, place: Option<Place>) -> Result<(), Error> {
+        let settings = &self.disk_settings;
+        let (set, unit) = self.lock_disks().add(&disk.id, settings.driver)?;
+        let plugged = async {
+            self.qmp.execute_with("add-fd", json!({"fdset-id": set}), Some(disk.file.as_fd())).await?;
+            self.qmp.execute("blockdev-add", disk::node(&disk, set, settings)).await?;
+            self.qmp.execute("device_add", disk::device(&disk, unit, place, settings).object()).await
+        };
+        let plugged = plugged.await.map(drop);
+        if plugged.is_err() {
+            self.close_disk(&disk.id).await;
+        }
+        plugged
+    }
+
+    /// After the guest has let go of it.
+    async fn close_disk(&self, id: &str) {
+        let Some((set, _)) = self.lock_disks().find(id) else { return };
+        self.lock_disks().remove(id);
+        for (command, arguments) in
+            [("blockdev-del", json!({"node-name": disk::node_name(id)})), ("remove-fd", json!({"fdset-id": set}))]
+        {
+            // of one that was not plugged to its end
+            if let Err(error) = self.qmp.execute(command, arguments).await {
+                tracing::debug!(%error, id, "closing a disk's file");
+            }
+        }
+    }
+
     async fn close_backend(&self, id: &str) {
         // a device without one is no mistake
         if let Err(error) = self.qmp.execute("netdev_del", json!({"id": device::tap_name(id)})).await {
@@ -87,8 +140,10 @@ impl QemuVm {
     pub(super) async fn unplug_device(&self, id: &str) -> Result<(), Error> {
         let departure = self.qmp.departure(id)?;
         let asked = self.qmp.execute("device_del", json!({"id": id})).await;
-        // whatever the guest does, nothing of the host is in its hands any longer
-        self.close_backend(id).await;
+        if self.lock_disks().find(id).is_none() {
+            // whatever the guest does, nothing of the host is in its hands any longer
+            self.close_backend(id).await;
+        }
         asked?;
         // the place is free when the guest says so, even if nobody waits for it then
         let (bridge, name) = (Arc::clone(&self.bridge), id.to_owned());
@@ -102,7 +157,10 @@ impl QemuVm {
         let call = || format!("device_del of {id}");
         match tokio::time::timeout(LETTING_GO, gone).await {
             Err(_) => Err(Error::Timeout { call: call(), after: LETTING_GO }),
-            Ok(Ok(Ok(Ok(())))) => Ok(()),
+            Ok(Ok(Ok(Ok(())))) => {
+                self.close_disk(id).await;
+                Ok(())
+            }
             Ok(Ok(Ok(Err(answer)))) => Err(Error::Refused { call: call(), answer }),
             Ok(_) => Err(Error::Gone),
         }

@@ -84,7 +84,13 @@ impl Qmp {
         Ok(from)
     }
 
-    async fn execute_with(&self, command: &str, arguments: Value, fd: Option<BorrowedFd<'_>>) -> Result<Value, Error> {
+    /// As [`Qmp::execute`], with a descriptor that goes with the command.
+    pub(super) async fn execute_with(
+        &self,
+        command: &str,
+        arguments: Value,
+        fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Value, Error> {
         let answer = self.send(command, arguments, fd).await?;
         let answer = tokio::time::timeout(self.deadline, answer)
             .await

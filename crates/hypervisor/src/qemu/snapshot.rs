@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 
 use super::cmdline::{self, Inherited, Memory};
 use super::device::Options;
+use super::disk::Disks;
 use super::qmp::Qmp;
 use super::root::RootArguments;
 use super::{Accelerator, Bridge, QemuSettings};
@@ -141,7 +142,7 @@ pub(super) fn fingerprint(
         channel: Some(0),
     };
     let mut hash = Sha256::new();
-    for argument in cmdline::arguments(settings, accelerator, spec, bridge, &inherited) {
+    for argument in cmdline::arguments(settings, accelerator, spec, bridge, &Disks::default(), &inherited) {
         hash.update(argument.as_bytes());
         hash.update([0]);
     }

@@ -7,12 +7,14 @@ use oci_spec::runtime::Spec;
 
 use super::io::Outputs;
 use super::process::Process;
-use super::{Container, ContainerSpec, ProcessRef, spec};
+use super::{Belongings, Container, ContainerSpec, ProcessRef, spec};
 use crate::Error;
 use crate::agent_client::AgentClient;
-use crate::cleanup::{self, RunDir};
+use crate::cleanup::{self, RunDir, Step};
+use crate::direct_volume::Store;
 use crate::hooks::Hooks;
 use crate::pod::Role;
+use crate::storage::block::{MountedVolume, Plan};
 use crate::storage::rootfs;
 use crate::storage::share::{Share, guest_path};
 use crate::storage::shm::Shm;
@@ -24,6 +26,11 @@ pub(crate) struct Prepared {
     /// The names in the share that are the container's.
     pub(crate) shared: Vec<String>,
     hooks: Hooks,
+    /// Its disks in the VM.
+    disks: Vec<String>,
+    volumes: Vec<MountedVolume>,
+    /// What the guest calls them, and what they are on the host.
+    names: Vec<(String, String)>,
 }
 
 /// What a pod gives to each of its containers.
@@ -37,7 +44,13 @@ pub(crate) struct Given<'a> {
 }
 
 /// The host's part; needs no guest, so it is done while the guest boots.
-pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec, run: &mut RunDir) -> Result<Prepared, Error> {
+pub(crate) fn prepare(
+    given: Given<'_>,
+    from: &ContainerSpec,
+    oci: &Spec,
+    mut blocks: Plan,
+    run: &mut RunDir,
+) -> Result<Prepared, Error> {
     let Given { share, shm, policy, guest_empty_dir } = given;
     if Role::of_spec(oci)? == Role::Sandbox {
         return holder(from, oci, policy);
@@ -46,20 +59,29 @@ pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec, run: &
     let mut hooks = Hooks::of(&from.id, &from.bundle, oci);
     let outcome = (|| {
         let root_name = format!("{}/rootfs", from.id);
-        let (mut guest, sandbox_pidns) = spec::for_guest(oci, &from.id, guest_path(&root_name), policy)?;
+        let guest_root = blocks.rootfs.clone().unwrap_or_else(|| guest_path(&root_name));
+        let (mut guest, sandbox_pidns) = spec::for_guest(oci, &from.id, guest_root, policy)?;
         let bundle_root = match oci.root() {
             // an absolute path stays as it is
             Some(root) => from.bundle.join(root.path()),
             None => return Err(Error::Invalid("the specification has no root".into())),
         };
-        share.must_serve("the container's root file system")?;
-        let rootfs = share.host_path(&root_name);
-        rootfs::connect(&from.rootfs, &bundle_root, &rootfs)?;
-        if !from.rootfs.is_empty() {
-            hooks.show(&rootfs, &bundle_root, run)?;
+        if blocks.rootfs.is_none() {
+            share.must_serve("the container's root file system")?;
+            let rootfs = share.host_path(&root_name);
+            rootfs::connect(&from.rootfs, &bundle_root, &rootfs, &share.layers_path(from.id.as_str()), run)?;
+            if !from.rootfs.is_empty() {
+                hooks.show(&rootfs, &bundle_root, run)?;
+            }
+        }
+        for volume in &blocks.direct {
+            let user = Store::default().user(&volume.path, run.name())?;
+            run.push(Step::Staging(user.clone())).map_err(Error::host("the undo journal"))?;
+            Store::record(&user).map_err(Error::host(user.display().to_string()))?;
         }
         let mut volumes = Volumes::default();
-        let wanted = volume::For { share, id: &from.id, shm, guest_empty_dir };
+        let on_disks = &blocks.volumes;
+        let wanted = volume::For { share, id: &from.id, shm, guest_empty_dir, on_disks };
         let connected = volume::connect(wanted, &mut guest, &mut volumes);
         shared.append(&mut volumes.names);
         connected?;
@@ -72,13 +94,17 @@ pub(crate) fn prepare(given: Given<'_>, from: &ContainerSpec, oci: &Spec, run: &
             OCI: Some(guest).into(),
             sandbox_pidns,
             submounts: volumes.submounts,
-            storages: volumes.storages,
+            storages: blocks.storages.drain(..).chain(volumes.storages).collect(),
             watched: volumes.watched,
+            devices: std::mem::take(&mut blocks.devices),
             ..Default::default()
         })
     })();
     match outcome {
-        Ok(request) => Ok(Prepared { request, shared, hooks }),
+        Ok(request) => {
+            let Plan { disks, direct: volumes, names, .. } = blocks;
+            Ok(Prepared { request, shared, hooks, disks, volumes, names })
+        }
         Err(error) => {
             hooks.hide();
             release(share, &shared);
@@ -99,7 +125,8 @@ fn holder(from: &ContainerSpec, oci: &Spec, policy: spec::Policy) -> Result<Prep
         namespace_holder: true,
         ..Default::default()
     };
-    Ok(Prepared { request, shared: Vec::new(), hooks: Hooks::of(&from.id, &from.bundle, oci) })
+    let hooks = Hooks::of(&from.id, &from.bundle, oci);
+    Ok(Prepared { request, shared: Vec::new(), hooks, disks: Vec::new(), volumes: Vec::new(), names: Vec::new() })
 }
 
 /// The guest's part, after the hooks that come before it; `pid` is the VMM's.
@@ -110,7 +137,7 @@ pub(crate) async fn create(
     prepared: Prepared,
     limit: std::time::Duration,
 ) -> Result<(Container, Outputs), Error> {
-    let Prepared { request, shared, hooks } = prepared;
+    let Prepared { request, shared, hooks, disks, volumes, names } = prepared;
     let outputs = Outputs::open(&from.stdio).inspect_err(|_| hooks.hide())?;
     if let Err(error) = hooks.create(pid).await {
         hooks.hide();
@@ -123,11 +150,24 @@ pub(crate) async fn create(
         .await;
     if let Err(error) = created {
         hooks.stopped().await;
-        return Err(error);
+        return Err(by_hosts_names(error, &names));
     }
     let name = ProcessRef { container: from.id.clone(), exec: None };
     let init = Arc::new(Process::new(name, from.stdio.clone(), None));
-    Ok((Container::new(from.bundle.clone(), init, shared, hooks), outputs))
+    Ok((Container::new(from.bundle.clone(), init, Belongings { shared, disks, volumes }, hooks), outputs))
+}
+
+/// The guest knows its disks by their places in the VM, and the user by their names on the host.
+fn by_hosts_names(error: Error, names: &[(String, String)]) -> Error {
+    match error {
+        Error::Agent { code, mut message } => {
+            for (guest, host) in names {
+                message = message.replace(&format!("{guest} "), &format!("{host} "));
+            }
+            Error::Agent { code, message }
+        }
+        other => other,
+    }
 }
 
 /// Takes a container's parts out of the share. Goes on past errors: the sandbox's journal has the whole folder.
@@ -136,10 +176,14 @@ pub(crate) fn release(share: &Share, names: &[String]) {
         if !share.shelf().give_back(name) {
             continue;
         }
-        let path = share.host_path(name);
-        let gone = cleanup::unmount_tree(&path).and_then(|()| cleanup::remove_mount_points(&path));
-        if let Err(error) = gone {
-            tracing::warn!(path = %path.display(), %error, "taking a container's files out of the share");
+        for path in [share.host_path(name), share.layers_path(name)] {
+            if !path.exists() {
+                continue;
+            }
+            let gone = cleanup::unmount_tree(&path).and_then(|()| cleanup::remove_mount_points(&path));
+            if let Err(error) = gone {
+                tracing::warn!(path = %path.display(), %error, "taking a container's files out of the share");
+            }
         }
     }
 }

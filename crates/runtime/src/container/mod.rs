@@ -14,6 +14,7 @@ pub(crate) use process::Process;
 pub use process::{Exit, ProcessRef, ProcessView, Status, Stdio};
 
 use crate::hooks::Hooks;
+use crate::storage::block::MountedVolume;
 use crate::storage::rootfs::RootfsMount;
 use crate::{ContainerId, Error, ExecId};
 
@@ -49,12 +50,27 @@ pub(crate) struct Container {
     execs: Mutex<HashMap<ExecId, Arc<Process>>>,
     /// Names in the shared folder that go with it.
     pub(crate) shared: Vec<String>,
+    /// Names of its disks in the VM.
+    pub(crate) disks: Vec<String>,
+    pub(crate) volumes: Vec<MountedVolume>,
     pub(crate) hooks: Hooks,
 }
 
+/// What of the host's goes with a container.
+#[derive(Debug)]
+pub(crate) struct Belongings {
+    /// As [`Container::shared`].
+    pub(crate) shared: Vec<String>,
+    /// As [`Container::disks`].
+    pub(crate) disks: Vec<String>,
+    /// Its direct volumes.
+    pub(crate) volumes: Vec<MountedVolume>,
+}
+
 impl Container {
-    pub(crate) fn new(bundle: PathBuf, init: Arc<Process>, shared: Vec<String>, hooks: Hooks) -> Self {
-        Self { bundle, init, execs: Mutex::new(HashMap::new()), shared, hooks }
+    pub(crate) fn new(bundle: PathBuf, init: Arc<Process>, has: Belongings, hooks: Hooks) -> Self {
+        let Belongings { shared, disks, volumes } = has;
+        Self { bundle, init, execs: Mutex::new(HashMap::new()), shared, disks, volumes, hooks }
     }
 
     pub(crate) fn process(&self, of: &ProcessRef) -> Result<Arc<Process>, Error> {

@@ -1,24 +1,29 @@
 //! The pod: one VM, its containers, and every question that the shim asks about them.
 
+mod disks;
 mod resolver;
 mod start;
 mod stop;
 mod up;
+mod volumes;
 mod watch;
 
 pub(crate) use up::template_spec;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use agent_api::agent as api;
 use hypervisor::{Hypervisor, Vm};
+use oci_spec::runtime::Spec;
 use tokio::sync::mpsc;
 
 use crate::agent_client::AgentClient;
 use crate::cleanup::RunDir;
 use crate::container::{Container, Process, create, io, spec};
+use crate::storage::block::Plan;
+use crate::storage::disks::Disks;
 use crate::storage::share::Share;
 use crate::storage::shm::Shm;
 use crate::{ContainerId, ContainerSpec, Error, ExecSpec, Exit, ProcessRef, ProcessView, Status};
@@ -61,6 +66,10 @@ struct Inner {
     events: mpsc::UnboundedSender<Event>,
     /// What its containers share as `/dev/shm`.
     shm: Option<Shm>,
+    /// What the VM has of the host's block devices and images.
+    disks: tokio::sync::Mutex<Disks>,
+    /// Answers what is asked about volumes; there is nothing without them.
+    serving: OnceLock<tokio::task::JoinHandle<()>>,
     /// What must be given back; taken by the stop.
     host: tokio::sync::Mutex<Option<Host>>,
 }
@@ -96,6 +105,12 @@ impl Inner {
             Slot::Made(container) => container.init.exit().is_none(),
         })
     }
+
+    /// Whether the guest has file systems of its own, whose data may not be on the host yet.
+    fn has_disks(&self) -> bool {
+        let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
+        containers.values().any(|slot| matches!(slot, Slot::Made(container) if !container.disks.is_empty()))
+    }
 }
 
 impl Sandbox {
@@ -111,31 +126,54 @@ impl Sandbox {
     pub async fn create_container(&self, from: ContainerSpec) -> Result<(), Error> {
         self.reserve(&from.id)?;
         let made = self.make(&from).await;
-        let mut containers = self.containers();
-        match made {
-            Ok((container, outputs)) => {
-                let init = Arc::clone(&container.init);
-                containers.insert(from.id, Slot::Made(Arc::new(container)));
-                watch::process(&self.0, init, outputs);
-                Ok(())
+        let added = {
+            let mut containers = self.containers();
+            match made {
+                Ok((container, outputs)) => {
+                    let init = Arc::clone(&container.init);
+                    containers.insert(from.id, Slot::Made(Arc::new(container)));
+                    watch::process(&self.0, init, outputs);
+                    Ok(())
+                }
+                Err(error) => {
+                    containers.remove(&from.id);
+                    Err(error)
+                }
             }
-            Err(error) => {
-                containers.remove(&from.id);
-                Err(error)
-            }
+        };
+        if added.is_ok() {
+            self.serve_volumes().await;
         }
+        added
     }
 
     async fn make(&self, from: &ContainerSpec) -> Result<(Container, io::Outputs), Error> {
         let oci = spec::read(&from.bundle)?;
         let policy = spec::Policy::of(&self.0.env.config.runtime);
+        let blocks = disks::wanted(from, &oci, &self.0.env.config.hypervisor)?;
+        let plan = self.plug(from, blocks).await?;
+        let plugged = plan.disks.clone();
+        let made = self.make_with(from, &oci, plan, policy).await;
+        if made.is_err() {
+            self.unplug(&plugged).await;
+        }
+        made
+    }
+
+    async fn make_with(
+        &self,
+        from: &ContainerSpec,
+        oci: &Spec,
+        plan: Plan,
+        policy: spec::Policy,
+    ) -> Result<(Container, io::Outputs), Error> {
         // the host's side is held for the host's part only: a guest that does not answer must not hold up the stop
         let prepared = {
             let mut host = self.0.host.lock().await;
             let host = host.as_mut().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
             let guest_empty_dir = !self.0.env.config.runtime.disable_guest_empty_dir;
             let given = create::Given { share: &host.share, shm: self.0.shm.as_ref(), policy, guest_empty_dir };
-            create::prepare(given, from, &oci, &mut host.run)?
+            create::prepare(given, from, oci, plan, &mut host.run)?
         };
         let shared = prepared.shared.clone();
         let limit = self.0.env.config.runtime.create_container_timeout;
@@ -338,6 +376,7 @@ impl Sandbox {
                 Err(error) => return Err(error),
             }
             self.release(&container.shared).await;
+            self.unplug(&container.disks).await;
         }
         self.containers().remove(id);
         Ok(())

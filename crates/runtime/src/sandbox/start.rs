@@ -1,7 +1,7 @@
 //! The start of a pod, step by step: the table of contents of a create request.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use agent_api::agent as api;
@@ -9,13 +9,14 @@ use hypervisor::Vm;
 use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, mpsc};
 
-use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, resolver, up, watch};
+use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, disks, resolver, up, watch};
 use crate::agent_client::{AgentClient, VmWatch};
 use crate::cgroup::HostCgroup;
 use crate::cleanup::RunDir;
 use crate::container::io::Outputs;
 use crate::container::{ContainerSpec, create, spec};
 use crate::pod::{Limits, Role};
+use crate::storage::disks::Disks;
 use crate::storage::share::Share;
 use crate::storage::shm::Shm;
 use crate::trace::Trace;
@@ -41,7 +42,7 @@ impl Sandbox {
             () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
         };
         match booted {
-            Ok(Booted { vm, share, agent, container, outputs, network, forwarding, shm }) => {
+            Ok(Booted { vm, share, agent, container, outputs, network, forwarding, shm, disks }) => {
                 let pid = vm.pid();
                 let following = network.follow(&agent, &vm);
                 let init = Arc::clone(&container.init);
@@ -53,13 +54,17 @@ impl Sandbox {
                     containers: Mutex::new(containers),
                     events,
                     shm,
+                    disks: tokio::sync::Mutex::new(disks),
+                    serving: OnceLock::new(),
                     host: tokio::sync::Mutex::new(Some(Host { vm, share, run, forwarding, following })),
                 });
                 watch::process(&inner, init, outputs);
                 watch::virtiofsd(&inner).await;
                 watch::memory(&inner);
                 trace.step("created");
-                Ok(Self(inner))
+                let sandbox = Self(inner);
+                sandbox.serve_volumes().await;
+                Ok(sandbox)
             }
             Err(error) => {
                 if let Ok(Err(left)) = tokio::task::spawn_blocking(move || run.undo()).await {
@@ -81,6 +86,7 @@ struct Booted {
     network: network::PodNetwork,
     forwarding: Option<network::Forwarding>,
     shm: Option<Shm>,
+    disks: Disks,
 }
 
 async fn boot(
@@ -102,22 +108,29 @@ async fn boot(
     if !network.is_empty() {
         trace.step("network-connected");
     }
+    let mut blocks = disks::wanted(first, oci, config)?;
+    let mut disks = Disks::default();
+    let (ids, plugged) = disks.assign(&mut blocks.sources).map_err(Error::host("opening a disk again"))?;
+    let blocks = blocks.placed(ids);
     let cgroup = host_cgroup(&env.config, id, oci, run)?.map(Arc::new);
     let (mut share, shared) = Share::start(config, run).await?;
     trace.step("virtiofsd-started");
     let size = sizing::plan(config, Limits::of(oci, &role));
-    let devices = network.take_devices();
+    // disks have their places where things can come; and a pod's other containers may bring some
+    let is_changing = network.may_change() || !plugged.is_empty() || role == Role::Sandbox;
+    let devices = network.take_devices().into_iter().chain(plugged).collect();
     let policy = spec::Policy::of(&env.config.runtime);
-    let prepare = |share: &Share, run: &mut RunDir| {
+    let prepare = |share: &Share, vm: &dyn Vm, run: &mut RunDir| {
         let guest_empty_dir = !env.config.runtime.disable_guest_empty_dir;
         let given = create::Given { share, shm: shm.as_ref(), policy, guest_empty_dir };
-        let prepared = create::prepare(given, first, oci, run);
+        let plan = blocks.plan(vm, first.id.as_str())?;
+        let prepared = create::prepare(given, first, oci, plan, run);
         trace.step("rootfs-ready");
         prepared
     };
-    let is_changing = network.may_change();
     let wanted = up::Wanted { env, id, size, devices, is_changing, cgroup };
-    let up = up::bring_up(wanted, &mut share, shared, run, trace, prepare).await?;
+    let up =
+        up::bring_up(wanted, &mut share, shared, run, trace, prepare).await.map_err(|error| blocks.explain(error))?;
     let up::Up { vm, agent, prepared, is_clone } = up;
 
     let pid = vm.pid();
@@ -138,7 +151,7 @@ async fn boot(
     share.watcher().follow(&agent);
     let is_reachable = role == Role::Sandbox && !env.config.runtime.disable_new_netns;
     let forwarding = if is_reachable { network::forward(oci, &agent) } else { None };
-    Ok(Booted { vm, share, agent, container, outputs, network, forwarding, shm })
+    Ok(Booted { vm, share, agent, container, outputs, network, forwarding, shm, disks })
 }
 
 /// Where the pod counts on the host; `None` for one that names no place.

@@ -11,17 +11,20 @@ use crate::Error;
 /// What still runs in the guest is ended there, so that its files are whole; the VM ends; the journal is undone.
 ///
 /// A guest in which nothing runs has nothing to say: it writes through to virtio-fs and 9p, also memory maps when their
-/// process ends (the kernel's fs/fuse, fs/9p), and a process that has ended has told so after that.
+/// process ends (the kernel's fs/fuse, fs/9p), and a process that has ended has told so after that. File systems of the
+/// guest's own are another matter.
 pub(super) async fn stop(inner: &Arc<Inner>) -> Result<(), Error> {
     let Some(mut host) = inner.host.lock().await.take() else { return Ok(()) };
     if let Some(forwarding) = host.forwarding.take() {
         forwarding.stop().await;
     }
     let mut is_quiet = true;
-    if host.vm.exit().borrow().is_none() && inner.has_running() {
+    if host.vm.exit().borrow().is_none() && (inner.has_running() || inner.has_disks()) {
+        // to write back what is only in the guest's memory takes as long as the host's disks do
+        let limit = if inner.has_disks() { inner.env.config.agent.request_timeout } else { GOODBYE };
         let goodbye = inner
             .agent
-            .call_within("saying goodbye to the guest", Some(GOODBYE), |client, context| async {
+            .call_within("saying goodbye to the guest", Some(limit), |client, context| async {
                 client.destroy_sandbox(context, &api::DestroySandboxRequest::new()).await
             })
             .await;

@@ -46,7 +46,7 @@ pub(super) async fn bring_up(
     mut shared: Option<SharedDir>,
     run: &mut RunDir,
     trace: &Trace,
-    prepare: impl FnOnce(&Share, &mut RunDir) -> Result<Prepared, Error>,
+    prepare: impl FnOnce(&Share, &dyn Vm, &mut RunDir) -> Result<Prepared, Error>,
 ) -> Result<Up, Error> {
     let mut prepare = Some(prepare);
     let mut prepared = None;
@@ -60,7 +60,7 @@ pub(super) async fn bring_up(
         run.push(Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
         trace.step(if is_clone { "clone-started" } else { "vmm-started" });
         if let Some(prepare) = prepare.take() {
-            prepared = Some(prepare(share, run)?);
+            prepared = Some(prepare(share, vm.as_ref(), run)?);
         }
         let watch = VmWatch::new(vm.as_ref());
         let answers = async {

@@ -1,8 +1,14 @@
 //! What a pod's containers see of the host's files.
 
+mod assemble;
+pub(crate) mod block;
 mod daemon;
+pub(crate) mod disks;
 mod kubelet;
+mod layers;
 mod local;
+mod loop_device;
+mod raw;
 pub(crate) mod rootfs;
 pub(crate) mod share;
 mod shelf;

@@ -5,8 +5,11 @@ use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
 
+use super::assemble;
+use super::layers;
 use super::tree::{self, How};
 use crate::Error;
+use crate::cleanup::RunDir;
 
 /// A mount as containerd describes it (`types.Mount`).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,8 +22,15 @@ pub struct RootfsMount {
     pub options: Vec<String>,
 }
 
-/// Mounts what containerd gave, or binds `bundle_root` when it gave nothing, on `target`.
-pub(crate) fn connect(mounts: &[RootfsMount], bundle_root: &Path, target: &Path) -> Result<(), Error> {
+/// Mounts what containerd gave, or binds `bundle_root` when it gave nothing, on `target`. What must be mounted before goes
+/// below `layers`.
+pub(crate) fn connect(
+    mounts: &[RootfsMount],
+    bundle_root: &Path,
+    target: &Path,
+    layers: &Path,
+    run: &mut RunDir,
+) -> Result<(), Error> {
     fs::create_dir_all(target).map_err(Error::host(target.display().to_string()))?;
     if mounts.is_empty() {
         let meta = fs::metadata(bundle_root)
@@ -29,6 +39,9 @@ pub(crate) fn connect(mounts: &[RootfsMount], bundle_root: &Path, target: &Path)
             return Err(Error::Invalid(format!("rootfs {} is not a folder", bundle_root.display())));
         }
         return tree::copy(bundle_root, target, How { recursive: true, ..How::default() });
+    }
+    if let Some(parts) = layers::understand(mounts)? {
+        return assemble::on_host(&parts, layers, target, run);
     }
     for one in mounts {
         mount_one(one, target)?;
@@ -50,7 +63,7 @@ fn mount_one(from: &RootfsMount, target: &Path) -> Result<(), Error> {
 }
 
 /// Splits fstab options into mount flags and what the file system itself reads.
-fn parse(options: &[String]) -> (MsFlags, Vec<&str>) {
+pub(super) fn parse(options: &[String]) -> (MsFlags, Vec<&str>) {
     let mut flags = MsFlags::empty();
     let mut data = Vec::new();
     for option in options {
@@ -68,7 +81,6 @@ fn parse(options: &[String]) -> (MsFlags, Vec<&str>) {
             "nodiratime" => flags |= MsFlags::MS_NODIRATIME,
             "relatime" => flags |= MsFlags::MS_RELATIME,
             "strictatime" => flags |= MsFlags::MS_STRICTATIME,
-            // loop devices are set up by a later version; the kernel refuses the option with a clear errno
             other => data.push(other),
         }
     }

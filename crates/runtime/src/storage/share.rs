@@ -109,6 +109,11 @@ impl Share {
         &self.watcher
     }
 
+    /// Where the parts of a root file system are mounted that the guest does not see by themselves.
+    pub(crate) fn layers_path(&self, name: &str) -> PathBuf {
+        self.mounts.with_file_name("layers").join(name)
+    }
+
     /// Where `name` is to be mounted on the host.
     pub(crate) fn host_path(&self, name: &str) -> PathBuf {
         self.mounts.join(name)

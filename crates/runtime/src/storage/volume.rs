@@ -1,6 +1,6 @@
 //! Bind mounts of a specification: the host's folder or file is bound into the share, the guest binds it from there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
@@ -44,6 +44,8 @@ pub(crate) struct For<'a> {
     pub(crate) shm: Option<&'a Shm>,
     /// emptyDirs on disk are the VM's own.
     pub(crate) guest_empty_dir: bool,
+    /// Mounts that are the guest's own, by their places in the specification, and where the guest has them.
+    pub(crate) on_disks: &'a HashMap<usize, String>,
 }
 
 /// Shares every host bind mount of `spec` and rewrites its source to the guest's path. `volumes` has what was done also
@@ -53,7 +55,11 @@ pub(crate) fn connect(given: For<'_>, spec: &mut oci::Spec, volumes: &mut Volume
     let huge_pages = resources.map(|all| all.HugepageLimits.clone()).unwrap_or_default();
     // most containers of ctr's have no such mount
     let mut writable = None;
-    for mount in &mut spec.Mounts {
+    for (index, mount) in spec.Mounts.iter_mut().enumerate() {
+        if let Some(place) = given.on_disks.get(&index) {
+            mount.source.clone_from(place);
+            continue;
+        }
         let bound = mount.type_ == "bind" || mount.options.iter().any(|option| option == "bind" || option == "rbind");
         if !bound {
             continue;

@@ -1,0 +1,6 @@
+//! Names of `Storage.driver_options`, each followed by `=` and a value.
+
+/// Kata's: a folder that is made before the mount, in a file system that was mounted before.
+pub const CREATE_DIRECTORY: &str = "io.katacontainers.volume.overlayfs.create_directory";
+/// Ours: another disk that the file system is on, where its driver finds it; becomes the mount option `device`.
+pub const MORE_DEVICE: &str = "disk.more";

@@ -1,0 +1,77 @@
+//! Disks of containers that come and go while the pod runs.
+
+use std::sync::Arc;
+
+use hypervisor::Vm;
+use oci_spec::runtime::Spec;
+use tokio::task::JoinSet;
+
+use super::Sandbox;
+use crate::pod::Role;
+use crate::storage::block::{Blocks, Plan};
+use crate::{ContainerSpec, Error};
+
+/// What a container needs; a pod's sandbox has no files.
+pub(super) fn wanted(from: &ContainerSpec, oci: &Spec, config: &config::Hypervisor) -> Result<Blocks, Error> {
+    if Role::of_spec(oci)? == Role::Sandbox {
+        return Ok(Blocks::default());
+    }
+    Blocks::of(from, oci, !config.disable_block_device_use)
+}
+
+impl Sandbox {
+    /// Plugs what the VM has not yet, and says what the guest is to do with it.
+    pub(super) async fn plug(&self, from: &ContainerSpec, mut blocks: Blocks) -> Result<Plan, Error> {
+        if blocks.sources.is_empty() {
+            return Ok(Plan::default());
+        }
+        let vm = self.vm().await?;
+        let mut disks = self.0.disks.lock().await;
+        let (ids, devices) = disks.assign(&mut blocks.sources).map_err(Error::host("opening a disk again"))?;
+        let placed = blocks.placed(ids.clone());
+        let plugged = async {
+            for device in devices {
+                let id = device.id().to_owned();
+                vm.plug(device).await.map_err(|error| placed.unplugged(&id, error))?;
+            }
+            placed.plan(vm.as_ref(), from.id.as_str())
+        }
+        .await;
+        if plugged.is_err() {
+            let gone = disks.release(&ids);
+            unplug(&vm, &gone).await;
+        }
+        plugged
+    }
+
+    /// Takes away what nobody uses any more. Goes on past errors: with the VM everything goes.
+    pub(super) async fn unplug(&self, ids: &[String]) {
+        if ids.is_empty() {
+            return;
+        }
+        let Ok(vm) = self.vm().await else { return };
+        let mut disks = self.0.disks.lock().await;
+        let gone = disks.release(ids);
+        unplug(&vm, &gone).await;
+    }
+
+    pub(super) async fn vm(&self) -> Result<Arc<dyn Vm>, Error> {
+        let host = self.0.host.lock().await;
+        let host = host.as_ref().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
+        Ok(Arc::clone(&host.vm))
+    }
+}
+
+/// All at once: a guest that does not let go of one is waited for, and no longer for several.
+async fn unplug(vm: &Arc<dyn Vm>, ids: &[String]) {
+    let mut leaving = JoinSet::new();
+    for id in ids.iter().filter(|id| vm.guest_disk(id).is_some()) {
+        let (vm, id) = (Arc::clone(vm), id.clone());
+        leaving.spawn(async move {
+            if let Err(error) = vm.unplug(&id).await {
+                tracing::warn!(disk = id, %error, "taking a disk from the virtual machine");
+            }
+        });
+    }
+    leaving.join_all().await;
+}
