@@ -11,7 +11,7 @@ use std::{
 };
 
 /// Folders and files that are shared by all sandboxes and stay until the next boot.
-const LASTING: [&str; 9] = [
+const LASTING: [&str; 10] = [
     "/run/kata-containers",
     "/run/kata-containers/kvm-probe",
     "/run/kata-containers/tsc-khz",
