@@ -1,6 +1,7 @@
 //! A container: its cgroup, its first process and the ones added to it.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,6 +33,10 @@ pub(crate) struct Container {
     pub(crate) volumes: Vec<String>,
     /// It only holds namespaces: it has no files in which a program could run.
     holder: bool,
+    /// Its mounts, which must outlive its processes: what they have asked of virtio-fs ahead may still be on its way, and
+    /// the kernel (6.12, `fuse_readpages_end`) dies of an answer for a file system that is gone with its last mount.
+    #[expect(dead_code, reason = "held")]
+    mounted: Option<File>,
 }
 
 /// What is to be made of a specification.
@@ -75,8 +80,10 @@ impl Container {
             tokio::spawn(kill_after(launched.exit.clone(), cgroup.killer()?));
         }
         let stdio = with_terminal(stdio, launched.terminal)?;
+        let mounted = (!holder).then(|| launcher::mount_namespace(launched.pid)).transpose()?;
         let init = Arc::new(Process::new(launched.pid, stdio, launched.exit));
-        Ok(Self { spec, cgroup, init, go: Mutex::new(Some(go)), execs: Mutex::default(), mounts, volumes, holder })
+        let (go, execs) = (Mutex::new(Some(go)), Mutex::default());
+        Ok(Self { spec, cgroup, init, go, execs, mounts, volumes, holder, mounted })
     }
 
     /// Lets the first process execute its program.

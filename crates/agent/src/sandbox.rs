@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use agent_api::agent as api;
-use agent_api::limits;
+use agent_api::{limits, paths};
 
 use crate::container::{Container, Plan};
 use crate::device;
@@ -212,6 +212,10 @@ impl Sandbox {
         container.end().await?;
         for point in container.mounts.iter().rev() {
             storage::disconnect(point);
+        }
+        // answered after all that the container has asked of the host: its mounts may go then
+        if let Err(errno) = nix::sys::statfs::statfs(paths::SHARED) {
+            crate::log::debug(&format!("asking for the share: {errno}"));
         }
         self.containers().remove(id);
         self.entered.leave(&container.volumes);

@@ -12,6 +12,10 @@ const KEPT: usize = 16 << 10;
 const LINE: usize = 2048;
 /// Lines in an error message.
 const SHOWN_LINES: usize = 12;
+/// Lines of a kernel that has died, which tells why in the first of them.
+const DYING_LINES: usize = 48;
+/// How those begin.
+const DYING: [&str; 5] = ["BUG: ", "kernel BUG", "Oops: ", "general protection fault", "Kernel panic"];
 
 /// The tail of a guest's console. Clones share it.
 #[derive(Debug, Clone, Default)]
@@ -60,7 +64,11 @@ impl Console {
     pub fn tail(&self) -> String {
         let text = printable(&self.kept());
         let lines: Vec<_> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-        lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n")
+        let last = lines.len().saturating_sub(SHOWN_LINES);
+        let dying = lines.iter().position(|line| DYING.iter().any(|words| line.contains(words)));
+        let from = dying.unwrap_or(last).min(last);
+        let until = lines.len().min(from + if from < last { DYING_LINES } else { SHOWN_LINES });
+        lines[from..until].join("\n")
     }
 
     fn kept(&self) -> MutexGuard<'_, Vec<u8>> {
@@ -95,6 +103,22 @@ fn printable(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    #[tokio::test]
+    async fn a_dying_kernel_is_shown_from_its_first_word() {
+        let (mut ours, theirs) = UnixStream::pair().expect("a pair");
+        let console = Console::default();
+        let following = tokio::spawn(console.clone().follow(theirs, false));
+        let text = |n: usize| format!("line {n}\n");
+        let mut said: String = (0..30).map(text).collect();
+        said += "Oops: general protection fault\n";
+        said.extend((100..200).map(text));
+        tokio::io::AsyncWriteExt::write_all(&mut ours, said.as_bytes()).await.expect("written");
+        drop(ours);
+        following.await.expect("followed");
+        let tail = console.tail();
+        assert!(tail.starts_with("Oops: ") && tail.lines().count() == DYING_LINES, "{tail}");
+    }
+
     use super::*;
     use tokio::io::AsyncWriteExt;
 

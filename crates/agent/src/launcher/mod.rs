@@ -178,6 +178,11 @@ pub(crate) fn pid_namespace(pid: i32) -> Result<File, Error> {
         .map_err(|_| Error::State("the pod's process namespace is gone: its sandbox has ended".into()))
 }
 
+/// The mounts of a process, for as long as this is open.
+pub(crate) fn mount_namespace(pid: i32) -> Result<File, Error> {
+    File::open(format!("/proc/{pid}/ns/mnt")).map_err(Error::failed("the container's mounts"))
+}
+
 fn set_pid_namespace(namespace: &File) -> Result<(), Error> {
     nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWPID).map_err(Error::failed("pid namespace"))
 }
