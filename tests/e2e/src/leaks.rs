@@ -48,7 +48,7 @@ impl Leaks {
                 found.insert(format!("process {} {shown}", process.pid));
             }
         }
-        for line in fs::read_to_string("/proc/self/mountinfo").unwrap_or_default().lines() {
+        for line in String::from_utf8_lossy(&crate::mounts::table()).lines() {
             found.insert(format!("mount {}", line.split(' ').nth(4).unwrap_or(line)));
         }
         for (kind, dir) in [("link", "/sys/class/net"), (NAMESPACE, "/run/netns")] {

@@ -307,7 +307,7 @@ impl Node {
         let mut folders = sandboxes.clone();
         folders.push(self.dir.path().to_owned());
         mounts::unmount_below(&folders);
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let mounts = String::from_utf8_lossy(&mounts::table()).into_owned();
         for left in sandboxes {
             // never through a mount that could not be taken off
             if !mounts.contains(&left.display().to_string()) {

@@ -1,5 +1,5 @@
 /* Tries what programs may expect of a file system and prints a line of each: the same on every one that is as it should
- * be. `program FOLDER`, `program FOLDER lists`, `program hold|try|wait flock|fcntl|ofd|map FILE`. */
+ * be. `program FOLDER`, `program hold|try|wait flock|fcntl|ofd|map FILE`. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -275,28 +275,6 @@ static void others(void) {
     printf("listed and removed: %d, %s\n", count, TRY(rmdir("many")));
 }
 
-/* An access ACL that lets user 99 read, as the kernel has it in an attribute (linux/posix_acl_xattr.h). */
-static int access_lists(void) {
-    struct { uint32_t version; struct { uint16_t tag, perm; uint32_t id; } entries[5]; } acl = {
-        2, {{1, 6, -1u}, {2, 4, 99}, {4, 0, -1u}, {16, 4, -1u}, {32, 0, -1u}}};
-    close(make("listed", "x"));
-    chmod("listed", 0600);
-    printf("access list: %s\n", TRY(setxattr("listed", "system.posix_acl_access", &acl, sizeof acl, 0)));
-    show("listed", "listed");
-    for (int user = 98; user <= 99; user++) {
-        pid_t child = fork();
-        if (!child) _exit(setgid(user) || setuid(user) || open("listed", O_RDONLY) < 0);
-        int status = 0;
-        waitpid(child, &status, 0);
-        printf("user %d: %d\n", user, WEXITSTATUS(status));
-    }
-    mkdir("defaults", 0755);
-    printf("default list: %s\n", TRY(setxattr("defaults", "system.posix_acl_default", &acl, sizeof acl, 0)));
-    close(make("defaults/in", ""));
-    printf("inherited: %zd\n", getxattr("defaults/in", "system.posix_acl_access", 0, 0));
-    return 0;
-}
-
 static int take(const char *kind, int file, int wait) {
     struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     if (!strcmp(kind, "flock")) return flock(file, LOCK_EX | (wait ? 0 : LOCK_NB));
@@ -322,9 +300,8 @@ static int locks(const char *what, const char *kind, const char *name) {
 
 int main(int argc, char **argv) {
     if (argc == 4) return locks(argv[1], argv[2], argv[3]);
-    if (argc < 2 || chdir(argv[1])) return 1;
+    if (argc != 2 || chdir(argv[1])) return 1;
     umask(022);
-    if (argc == 3) return access_lists();
     owners(), times(), attributes(), links(), renames(), large(), memory(), others();
     return 0;
 }

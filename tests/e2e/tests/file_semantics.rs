@@ -6,8 +6,7 @@ use e2e::{
     BOTH, NodeSetup,
     compile::compile,
     cri::{Network, with_cri},
-    install::Install,
-    with_node, with_node_setup,
+    with_node,
 };
 use serde_json::json;
 use std::fs;
@@ -42,29 +41,6 @@ fn a_program_sees_the_same_as_with_runc() -> Result<()> {
             "{differences:#?}\n{}",
             all[1]
         );
-        Ok(())
-    })
-}
-
-#[test]
-fn access_lists_where_the_daemon_is_told_to_have_them() -> Result<()> {
-    let config = fs::read_to_string(Install::locate()?.config())?;
-    let key = "#virtio_fs_extra_args = [\"--thread-pool-size=1\"]";
-    ensure!(config.contains(key), "no {key} in the configuration");
-    let config = config.replace(key, "virtio_fs_extra_args = [\"--thread-pool-size=1\", \"-o\", \"posix_acl\"]");
-    with_node_setup(NodeSetup { config: Some(config), ..NodeSetup::default() }, |node| {
-        let mut all = Vec::new();
-        for runtime in BOTH {
-            let folder = node.dir().join(runtime.tag());
-            fs::create_dir(&folder)?;
-            fs::write(folder.join("program"), compile(node.dir(), "semantics", PROGRAM)?)?;
-            let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", folder.display());
-            let script = "cp /data/program /bin/p && chmod 755 /bin/p && mkdir /data/work && p /data/work lists";
-            let id = format!("lists-{}", runtime.tag());
-            let out = node.run(runtime, &id, &["--mount", &mount], &["sh", "-c", script]).output()?.ok()?;
-            all.push(out.text());
-        }
-        ensure!(all[0] == all[1] && all[0].contains("access list: ok"), "runc {}\nkata {}", all[0], all[1]);
         Ok(())
     })
 }

@@ -137,6 +137,7 @@ fn links_of_a_guest_lead_the_host_nowhere() -> Result<()> {
             } else {
                 node.run(Runtime::Kata, &id, options, &["sh", "-c", write]).output()?
             };
+            nix::mount::umount2(&later, nix::mount::MntFlags::MNT_DETACH)?;
             if out.code == 0 {
                 inside += 1;
             } else {

@@ -58,7 +58,7 @@ fn a_large_file_and_many_small_ones() -> Result<()> {
     with_node(|node| {
         let volume = node.dir().join("sizes");
         fs::create_dir(&volume)?;
-        fs::write(volume.join("program"), compile(node.dir(), "sizes", PROGRAM)?)?;
+        fs::write(volume.join("program"), compile(node.dir(), "measure", PROGRAM)?)?;
         let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", volume.display());
         let script = format!("cp /data/program /bin/p && chmod 755 /bin/p && p /data {files}");
         let out = node

@@ -135,6 +135,9 @@ fn walk(path: &Path, writable: &GuestWritable) -> io::Result<OwnedFd> {
     let mut links = 0;
     let mut at = top()?;
     loop {
+        if left.is_empty() {
+            return Ok(at);
+        }
         if writable.has(&at)? {
             return inside(&at, &left.iter().collect::<PathBuf>());
         }
@@ -178,7 +181,6 @@ fn step(at: &OwnedFd, part: &OsStr) -> io::Result<OwnedFd> {
 
 /// What a guest may have put there leads nowhere else.
 fn inside(folder: &OwnedFd, rest: &Path) -> io::Result<OwnedFd> {
-    let rest = if rest.as_os_str().is_empty() { Path::new(".") } else { rest };
     let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
     let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(resolve);
     // EAGAIN: a folder of that path was moved meanwhile (openat2(2)); whoever does so for ever is refused
@@ -260,6 +262,13 @@ mod tests {
             at(&folder.join("up"), &guests).expect_err("outside");
             at(&folder.join("../secret"), &guests).expect_err("outside");
         }
+        // a file that guests write to is one by itself
+        let file = volume.join("etc/file");
+        fs::write(&file, "").expect("written");
+        let mounts = MountInfo::read().expect("read");
+        let opened = Source::open(&file, &GuestWritable::default()).expect("opened");
+        let folders = HashSet::from([mounts.place(opened.mount, &file).expect("found")]);
+        assert_eq!(at(&file, &GuestWritable { folders, mounts }).expect("opened"), file);
         assert_eq!(at(&volume.join("out"), &GuestWritable::default()).expect("the host's"), root.join("secret"));
     }
 
