@@ -135,6 +135,10 @@ fn walk(path: &Path, writable: &GuestWritable) -> io::Result<OwnedFd> {
     let mut links = 0;
     let mut at = top()?;
     loop {
+        // what a guest can write may be a file, in which nothing is resolved
+        if left.is_empty() {
+            return Ok(at);
+        }
         if writable.has(&at)? {
             return inside(&at, &left.iter().collect::<PathBuf>());
         }
@@ -261,6 +265,17 @@ mod tests {
             at(&folder.join("../secret"), &guests).expect_err("outside");
         }
         assert_eq!(at(&volume.join("out"), &GuestWritable::default()).expect("the host's"), root.join("secret"));
+    }
+
+    #[test]
+    fn a_file_that_a_guest_has_is_found() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let path = file.path().canonicalize().expect("resolved");
+        let mounts = MountInfo::read().expect("read");
+        let opened = Source::open(&path, &GuestWritable::default()).expect("opened");
+        let place = mounts.place(opened.mount, &path).expect("found");
+        let guests = GuestWritable { folders: HashSet::from([place]), mounts };
+        assert_eq!(at(&path, &guests).expect("opened"), path);
     }
 
     #[test]
