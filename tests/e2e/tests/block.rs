@@ -101,7 +101,7 @@ fn an_image_file_is_a_disk_of_the_vm() -> Result<()> {
 
         // neither the host nor the share has it mounted
         node.detached(Runtime::Kata, "c2", &options, &["sleep", "1000"])?;
-        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let mounts = String::from_utf8_lossy(&fs::read("/proc/self/mountinfo")?).into_owned();
         let of_blockfile: Vec<_> =
             mounts.lines().filter(|line| line.contains("/c2/rootfs") || line.contains("loop")).collect();
         ensure!(of_blockfile.is_empty(), "{of_blockfile:#?}");
