@@ -8,7 +8,7 @@ use crate::Error;
 use crate::file::{Entry, Value};
 use crate::types::{
     Accelerator, Agent, AgentChannel, BlockAio, BlockDevices, BlockDriver, Config, Factory, FsCache, Hypervisor,
-    Internetworking, Runtime, SharedFs,
+    Internetworking, Runtime,
 };
 use crate::{known, root, share};
 
@@ -63,13 +63,6 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
             entry,
             "a template is a guest that booted an initrd: set `initrd` instead, or enable_template to false",
         ));
-    }
-    if let Some(entry) = settings.get("hypervisor.qemu.shared_fs")
-        && config.factory.enable_template
-        && config.hypervisor.shared_fs == SharedFs::VirtioNineP
-    {
-        let why = "a clone gets its files by virtio-fs: set \"virtio-fs\" or \"auto\", or enable_template to false";
-        return Err(refuse(entry, why));
     }
     // as Kata: with a model the pod's interfaces are wanted, and they are in the namespace
     if let Some(entry) = settings.get("runtime.disable_new_netns")

@@ -75,14 +75,11 @@ fn a_guest_boots_one_thing() {
     assert!(error.ends_with("works with `image` only, and none is set: set it too, or remove this key"), "{error}");
 }
 
-/// A clone has no disk that was there at the boot, and QEMU can add no 9p server to one.
 #[test]
-fn templates_are_of_an_initrd_and_virtio_fs() {
+fn templates_are_of_an_initrd() {
     let template = "[factory]\nenable_template = true\n[hypervisor.qemu]\n";
     let error = refused(&format!("{template}image = \"/b\"\n"));
     assert!(error.ends_with("set `initrd` instead, or enable_template to false"), "{error}");
-    let error = refused(&format!("{template}shared_fs = \"virtio-9p\"\n"));
-    assert!(error.ends_with("set \"virtio-fs\" or \"auto\", or enable_template to false"), "{error}");
 }
 
 #[test]

@@ -34,6 +34,11 @@ struct Factory<'a> {
 }
 
 fn with_factory(on_demand: bool, test: impl FnOnce(&Factory<'_>) -> Result<()>) -> Result<()> {
+    with_factory_by("auto", on_demand, test)
+}
+
+/// As `with_factory`, by a way of sharing files.
+fn with_factory_by(shared_fs: &str, on_demand: bool, test: impl FnOnce(&Factory<'_>) -> Result<()>) -> Result<()> {
     let templates = tempfile::Builder::new().prefix("ketpl").tempdir_in("/dev/shm")?;
     let config = Install::locate()?.config_table_with(
         "factory",
@@ -43,7 +48,10 @@ fn with_factory(on_demand: bool, test: impl FnOnce(&Factory<'_>) -> Result<()>) 
             ("make_template_on_demand", on_demand.into()),
         ],
     )?;
-    with_node_setup(NodeSetup { config: Some(config), ..NodeSetup::default() }, |node| {
+    let mut config: toml::Table = config.parse()?;
+    let qemu = config["hypervisor"]["qemu"].as_table_mut().context("no [hypervisor.qemu]")?;
+    qemu.insert("shared_fs".into(), shared_fs.into());
+    with_node_setup(NodeSetup { config: Some(config.to_string()), ..NodeSetup::default() }, |node| {
         test(&Factory { node, templates: templates.path().to_owned() })
     })
 }
@@ -131,6 +139,26 @@ fn clones_have_nothing_in_common() -> Result<()> {
         ensure!(factory.command(&["destroy"]).output()?.ok()?.text().starts_with("1 "), "not taken away");
         ensure!(!factory.is_clone("after")?, "a clone of what is gone");
         ensure!(factory.all().is_empty(), "left: {:?}", factory.all());
+        Ok(())
+    })
+}
+
+/// As with Kata, whose templates are of 9p alone: QEMU serves the files, so nobody else works in the guest's memory.
+#[test]
+fn a_clone_by_9p_writes_its_own_copy_of_the_memory() -> Result<()> {
+    with_factory_by("virtio-9p", false, |factory| {
+        let memory = factory.init()?.join("memory");
+        let before = fs::read(&memory)?;
+        for id in ["one", "two"] {
+            let from = factory.node.log.len();
+            ensure!(factory.is_clone(id)?, "not a clone");
+            let lines = factory.node.log.lines_from(from).join("\n");
+            ensure!(lines.contains("copy-on-write"), "{lines}");
+            let said =
+                factory.run(id, "echo $((6 * 7)) > /file && cat /file; grep -c 'kataShared / 9p' /proc/mounts")?;
+            ensure!(said.text() == "42\n1", "{said:?}");
+        }
+        ensure!(fs::read(&memory)? == before, "a clone wrote into the template");
         Ok(())
     })
 }
