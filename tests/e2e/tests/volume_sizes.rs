@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use e2e::{Runtime, compile::compile, with_node};
 use std::{fs, os::unix::fs::MetadataExt as _, time::Duration};
 
-/// In `make test`: 200,000 take minutes without KVM.
+/// In `make test`: 200,000 take minutes without KVM, and a daemon that may have so many files open (`ulimit -Hn`).
 const FILES: u32 = 4000;
 
 /// Writes, reads and measures a file with holes; makes, lists and removes files.
