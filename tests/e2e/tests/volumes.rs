@@ -3,7 +3,6 @@
 use anyhow::{Context as _, Result, ensure};
 use e2e::{
     BOTH, NodeSetup, Runtime,
-    compile::compile,
     cri::{Cri, Network, with_cri},
     mounts,
 };
@@ -68,40 +67,6 @@ fn in_both(more: &Value, test: impl Fn(&Cri<'_>, &Volume, &str) -> Result<String
         }
         ensure!(seen[0] == seen[1], "runc {:?}, kata {:?}", seen[0], seen[1]);
         Ok(())
-    })
-}
-
-/// Reads ahead and does not wait for what comes.
-const READER: &str = r#"
-#include <fcntl.h>
-#include <unistd.h>
-int main(void) {
-    int file = open("/data/large", O_RDONLY);
-    if (file < 0) return 1;
-    posix_fadvise(file, 0, 0, POSIX_FADV_WILLNEED);
-    _exit(0);
-}
-"#;
-
-/// The last mount of a file system goes with its container; what the container has asked of it is still on its way then.
-#[test]
-fn a_container_may_end_while_it_reads() -> Result<()> {
-    with_cri(NodeSetup::default(), Network::default(), |cri| {
-        let data = cri.node.dir().join("data");
-        std::fs::create_dir(&data)?;
-        compile(&data, "reader", READER)?;
-        let mounts = json!({"mounts": [{"container_path": "/data", "host_path": data, "readonly": true}]});
-        let pod = cri.run_pod(Runtime::Kata, "reads", &json!({}))?;
-        let stays = cri.run(&pod, "stays", &["sleep", "100000"], &json!({}))?;
-        for n in 0..12 {
-            // not in anybody's cache
-            std::fs::write(data.join("large"), vec![n; 8 << 20])?;
-            let one = cri.run(&pod, &format!("reader{n}"), &["/data/reader"], &mounts)?;
-            cri.wait_exited(&one)?;
-            cri.say(["rm", &one])?;
-            ensure!(cri.sh(&stays, "echo alive")? == "alive", "the pod after {n} readers");
-        }
-        cri.remove(&pod)
     })
 }
 
