@@ -219,6 +219,11 @@ impl Sandbox {
         }
         self.containers().remove(id);
         self.entered.leave(&container.volumes);
+        // with it its namespace is gone: the next one's is the pod's
+        self.first
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take_if(|first| Arc::ptr_eq(first, &container.init()));
         Ok(())
     }
 

@@ -18,6 +18,9 @@ pub(crate) type Settings = BTreeMap<String, Entry>;
 /// No VM is larger, whatever the host says.
 pub(crate) const MOST_MEMORY_MIB: u64 = 16 << 20;
 
+/// No pool is larger.
+const MOST_READY: u64 = 256;
+
 /// The Rust runtime's names beside the Go runtime's: of two in one file the latter counts.
 const ALIASES: &[(&str, &str)] = &[
     ("hypervisor.qemu.seccomp_sandbox", "hypervisor.qemu.seccompsandbox"),
@@ -47,12 +50,13 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
     limits(&mut config.hypervisor, &settings)?;
     blocks_fit(config.hypervisor.block, &settings)?;
     if let Some(entry) = settings.get("agent.kata.agent_channel")
-        && config.factory.enable_template
+        && (config.factory.enable_template || config.factory.vm_cache_number > 0)
         && config.agent.channel == AgentChannel::Vsock
     {
         return Err(refuse(
             entry,
-            "clones are reached by the serial port: set it to \"auto\" or \"serial\", or enable_template to false",
+            "clones and machines of a pool are reached by the serial port: set it to \"auto\" or \"serial\", or enable_template to false and \
+             vm_cache_number to 0",
         ));
     }
     if let Some(entry) = settings.get("hypervisor.qemu.image")
@@ -215,6 +219,8 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         }
         "factory.template_path" | "hypervisor.qemu.factory.template_path" => factory.template_path = path(entry)?,
         "factory.make_template_on_demand" => factory.make_template_on_demand = truth(entry)?,
+        "factory.vm_cache_number" => factory.vm_cache_number = number(entry, 0, MOST_READY)? as u32,
+        "factory.vm_cache_endpoint" => factory.vm_cache_endpoint = endpoint(entry)?,
         _ => known::other(entry, &mut config.warnings)?,
     }
     Ok(())
@@ -310,6 +316,12 @@ fn is_line(text: &str) -> bool {
 fn path(entry: &Entry) -> Result<PathBuf, Error> {
     let path = PathBuf::from(line(entry)?);
     if path.is_absolute() { Ok(path) } else { Err(refuse(entry, "must be an absolute path")) }
+}
+
+/// A socket's path has room for 107 bytes (unix(7)).
+fn endpoint(entry: &Entry) -> Result<PathBuf, Error> {
+    let path = path(entry)?;
+    if path.as_os_str().len() <= 107 { Ok(path) } else { Err(refuse(entry, "must be at most 107 bytes long")) }
 }
 
 fn optional_path(entry: &Entry) -> Result<Option<PathBuf>, Error> {
@@ -435,6 +447,8 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "factory.enable_template",
     "factory.template_path",
     "factory.make_template_on_demand",
+    "factory.vm_cache_number",
+    "factory.vm_cache_endpoint",
     "hypervisor.qemu.factory.enable_template",
     "hypervisor.qemu.factory.template_path",
 ];

@@ -102,8 +102,6 @@ const ROWS: &[Row] = &[
     ("hypervisor.qemu.guest_swap_size_percent", &["*"]),
     ("hypervisor.qemu.guest_swap_create_threshold_secs", &["*"]),
     ("hypervisor.qemu.disable_nested_virtualization", &["*"]),
-    ("factory.vm_cache_number", &["0"]),
-    ("factory.vm_cache_endpoint", &["*"]),
     ("agent.kata.enable_tracing", &["false"]),
     ("agent.kata.kernel_modules", &["[]"]),
     ("agent.kata.debug_console_enabled", &["false"]),

@@ -276,11 +276,21 @@ pub struct Factory {
     pub template_path: PathBuf,
     /// Own key: the first pod that finds no saved VM of its kind has one made beside it.
     pub make_template_on_demand: bool,
+    /// How many ready VMs `kata-runtime factory init` keeps for pods; 0 is none, and then no pod asks.
+    pub vm_cache_number: u32,
+    /// The socket at which they are given out.
+    pub vm_cache_endpoint: PathBuf,
 }
 
 impl Default for Factory {
     fn default() -> Self {
-        Self { enable_template: false, template_path: "/run/vc/vm/template".into(), make_template_on_demand: true }
+        Self {
+            enable_template: false,
+            template_path: "/run/vc/vm/template".into(),
+            make_template_on_demand: true,
+            vm_cache_number: 0,
+            vm_cache_endpoint: "/var/run/kata-containers/cache.sock".into(),
+        }
     }
 }
 

@@ -5,20 +5,23 @@
 #![allow(unsafe_code, reason = "pre_exec: prctl and fcntl between fork and exec")]
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, BufReader};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, BufReader, Interest};
 use tokio::process::Command;
 use tokio::sync::{oneshot, watch};
 
-use crate::{Error, VmExit};
+use crate::{Error, VmExit, pidfd};
 
 /// Kept of a helper's standard error, bytes.
 const STDERR_KEPT: usize = 8 << 10;
+/// After the end of a process of another parent, that one's word on it is waited for so long.
+const WORD: Duration = Duration::from_millis(250);
 
 /// A running helper process. Dropping it kills the process.
 #[derive(Debug)]
@@ -97,6 +100,33 @@ impl Helper {
         Ok(Self { pid, exit, kill: Mutex::new(Some(kill)) })
     }
 
+    /// A process whose parent is another of ours, which says why it has ended in `told`. Its life is this one's all the
+    /// same: dropping this kills it.
+    ///
+    /// # Errors
+    /// The descriptor is none of a process.
+    pub fn adopt(what: &'static str, pid: u32, process: OwnedFd, told: oneshot::Receiver<VmExit>) -> io::Result<Self> {
+        let process = watch(process)?;
+        let (exit_to, exit) = watch::channel(None);
+        let (kill, mut killed) = oneshot::channel::<()>();
+        tokio::spawn(async move {
+            let is_killed = tokio::select! {
+                _ = process.readable() => false,
+                _ = &mut killed => {
+                    let _ = pidfd::kill(process.get_ref().as_fd());
+                    let _ = process.readable().await;
+                    true
+                }
+            };
+            // who kills it knows why
+            let word = if is_killed { None } else { tokio::time::timeout(WORD, told).await.ok().and_then(Result::ok) };
+            let reason = if is_killed { format!("{what} was killed") } else { format!("{what} ended, and its keeper") };
+            let exit = word.unwrap_or(VmExit { reason, is_success: false, stderr: String::new() });
+            let _ = exit_to.send(Some(exit));
+        });
+        Ok(Self { pid, exit, kill: Mutex::new(Some(kill)) })
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.pid
@@ -116,6 +146,11 @@ impl Helper {
         self.kill.lock().unwrap_or_else(PoisonError::into_inner).take();
         let _ = exit.wait_for(Option::is_some).await;
     }
+}
+
+fn watch(process: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives, which is what is asked for.
+    unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }.map_err(io::Error::from)
 }
 
 async fn keep_tail(what: &'static str, pipe: tokio::process::ChildStderr, tail: Arc<Mutex<Vec<u8>>>) {
@@ -164,6 +199,26 @@ mod tests {
         let helper = Helper::spawn("sleep", "path", Path::new("/bin/sleep"), &args, &[]).expect("spawned");
         helper.stop(Duration::ZERO).await;
         assert!(!Path::new(&format!("/proc/{}", helper.pid())).exists());
+    }
+
+    #[tokio::test]
+    async fn a_child_of_another_is_watched_and_killed() {
+        let spawn = || std::process::Command::new("sleep").arg("1000").spawn().expect("spawned");
+        let adopt = |pid, told| Helper::adopt("sleep", pid, pidfd::open(pid).expect("runs"), told).expect("adopted");
+        let (mut child, (_silent, told)) = (spawn(), oneshot::channel());
+        let helper = adopt(child.id(), told);
+        helper.stop(Duration::ZERO).await;
+        assert!(!child.wait().expect("waited").success());
+
+        let (mut child, (say, told)) = (spawn(), oneshot::channel());
+        let helper = adopt(child.id(), told);
+        let word = VmExit { reason: "of old age".into(), is_success: true, stderr: String::new() };
+        say.send(word.clone()).expect("heard");
+        assert_eq!(*helper.exit().borrow(), None, "it runs");
+        child.kill().expect("killed");
+        let mut exit = helper.exit();
+        assert_eq!(*exit.wait_for(Option::is_some).await.expect("an end"), Some(word));
+        child.wait().expect("waited");
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@
 pub mod console;
 mod error;
 pub mod helper;
+pub mod pidfd;
 pub mod qemu;
 mod spec;
 
@@ -19,6 +20,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::watch;
 
+use self::helper::Helper;
 pub use console::Console;
 pub use error::Error;
 pub use spec::{
@@ -44,6 +46,21 @@ pub trait Hypervisor: Send + Sync {
     /// # Errors
     /// As [`Hypervisor::launch`].
     async fn fingerprint(&self, spec: &VmSpec) -> Result<String, Error>;
+
+    /// Takes over a VM that another process of ours has started. `channel` is the guest's serial channel.
+    ///
+    /// # Errors
+    /// What was lent is not of this driver, or not whole.
+    async fn adopt(&self, lent: Lent, process: Helper, channel: OwnedFd) -> Result<Box<dyn Vm>, Error>;
+}
+
+/// A VM as its driver hands it to another process: what is in it is the driver's business.
+#[derive(Debug)]
+pub struct Lent {
+    /// What it knows of the VM, at most some KB.
+    pub about: String,
+    /// The VMM's sockets.
+    pub fds: Vec<OwnedFd>,
 }
 
 /// A VM that runs. Dropping it kills the VMM.
@@ -117,6 +134,13 @@ pub trait Vm: Send + Sync {
     /// There is no such disk, the device is smaller, or the VMM refuses.
     async fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), Error>;
 
+    /// Gives the VM to another process, and reads nothing of it any more: [`Hypervisor::adopt`] goes on with it there. Its
+    /// process stays this one's.
+    ///
+    /// # Errors
+    /// No descriptor is free.
+    async fn lend(&self) -> Result<Lent, Error>;
+
     /// Waits `grace` for the VMM to end by itself, then kills it. Idempotent; the VMM is gone afterwards.
     ///
     /// # Errors
@@ -125,7 +149,7 @@ pub trait Vm: Send + Sync {
 }
 
 /// Why a VMM is gone.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct VmExit {
     /// Exit status or signal, in words.
     pub reason: String,

@@ -1,6 +1,7 @@
-//! `kata-runtime factory`: the saved VMs of which pods are clones.
+//! `kata-runtime factory`: the saved VMs of which pods are clones, and the pool of those that wait.
 
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -8,16 +9,24 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use config::Config;
 use runtime::template::{self, Store};
-use runtime::{Env, Size};
+use runtime::{Env, Size, pool};
+use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Boot a machine as the configuration says and save it for clones; nothing is done if there is one
+    /// Boot a machine as the configuration says and save it for clones, if there is none; with `vm_cache_number`, keep so
+    /// many machines ready, until it is told to end
     Init(Init),
-    /// List what is saved
+    /// List what is saved, and what is ready
     Status,
-    /// Take away all that is saved; machines that are clones of it go on
+    /// Take away all that is saved, and end the pool; machines that pods have go on
     Destroy,
+    /// The pool's own: the parent of one machine
+    #[command(hide = true)]
+    Keep {
+        /// The kind of machine that is wanted
+        key: String,
+    },
 }
 
 /// Of what size: what pods of the configured size plus their limits boot with.
@@ -39,15 +48,29 @@ pub(crate) fn run(command: &Command, config: Option<&Path>) -> Result<()> {
         Command::Init(size) => init(size, config, &mut out),
         Command::Status => status(&config, &store, &mut out),
         Command::Destroy => {
+            if runtime()?.block_on(pool::end(&config.factory.vm_cache_endpoint))? {
+                writeln!(out, "the pool has ended")?;
+            }
             let count = store.destroy()?;
             Ok(writeln!(out, "{count} taken away")?)
         }
+        Command::Keep { key } => keep(config, key),
     }
 }
 
+/// Of one thread: the one that starts a machine must live as long as that.
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("the async runtime")
+}
+
 fn init(size: &Init, config: Config, out: &mut impl Write) -> Result<()> {
-    if !config.factory.enable_template {
-        bail!("no pod would use it: set `enable_template = true` in [factory] of {} first", config.source.display());
+    // makers of templates are called with a size
+    let has_pool = config.factory.vm_cache_number > 0 && size.vcpus.is_none();
+    if !config.factory.enable_template && !has_pool {
+        bail!(
+            "no pod would use it: set `enable_template = true`, or `vm_cache_number`, in [factory] of {} first",
+            config.source.display()
+        );
     }
     let size = match (size.vcpus, size.memory) {
         (Some(vcpus), Some(memory_mib)) => {
@@ -63,10 +86,33 @@ fn init(size: &Init, config: Config, out: &mut impl Write) -> Result<()> {
         _ => None,
     };
     let hypervisor = runtime::driver(&config);
-    // the process that starts a machine must be the one that lives as long
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("the async runtime")?;
-    let is_made = runtime.block_on(template::make(&Env { config, hypervisor }, size))?;
-    Ok(writeln!(out, "{}", if is_made { "made" } else { "it is there, or being made" })?)
+    let (env, runtime) = (Env { config, hypervisor }, runtime()?);
+    if env.config.factory.enable_template {
+        let is_made = runtime.block_on(template::make(&env, size))?;
+        writeln!(out, "{}", if is_made { "made" } else { "it is there, or being made" })?;
+    }
+    if has_pool { runtime.block_on(serve(&env, out)) } else { Ok(()) }
+}
+
+async fn serve(env: &Env, out: &mut impl Write) -> Result<()> {
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let stop = async {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+    };
+    let mut say = |words| {
+        // the pool goes on when nobody reads
+        let _ = writeln!(out, "{words}");
+    };
+    Ok(pool::serve(env, stop, &mut say).await?)
+}
+
+fn keep(config: Config, key: &str) -> Result<()> {
+    let server = std::io::stdin().as_fd().try_clone_to_owned().context("the pool's server")?;
+    let hypervisor = runtime::driver(&config);
+    Ok(runtime()?.block_on(pool::keep(&Env { config, hypervisor }, key, server))?)
 }
 
 fn status(config: &Config, store: &Store, out: &mut impl Write) -> Result<()> {
@@ -84,6 +130,19 @@ fn status(config: &Config, store: &Store, out: &mut impl Write) -> Result<()> {
             words(age),
             info.about.boots
         )?;
+    }
+    let factory = &config.factory;
+    let Some(all) = runtime()?.block_on(pool::list(&factory.vm_cache_endpoint))? else {
+        return Ok(writeln!(out, "no pool is at {}", factory.vm_cache_endpoint.display())?);
+    };
+    let ready = all.iter().filter(|info| info.vmm.is_some()).count();
+    writeln!(out, "{ready} of {} are ready at {}", factory.vm_cache_number, factory.vm_cache_endpoint.display())?;
+    for pool::Info { keeper, vmm, is_clone, age } in all {
+        let state = match vmm {
+            Some(vmm) => format!("ready  process {vmm}  {}", if is_clone { "a clone" } else { "booted" }),
+            None => "being made".into(),
+        };
+        writeln!(out, "keeper {keeper}  {state}  for {}", words(Duration::from_secs(age)))?;
     }
     Ok(())
 }

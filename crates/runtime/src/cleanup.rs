@@ -78,6 +78,8 @@ pub enum Step {
         /// The driver that had it; `None` when there was none.
         driver: Option<String>,
     },
+    /// The run folder of a VM that was the pool's: its keeper is killed, then what its own journal says is undone.
+    Keeper(PathBuf),
 }
 
 impl Step {
@@ -107,6 +109,7 @@ impl Step {
                 crate::network::undo::macvtap(namespace, *identity, name, *below)
             }
             Self::HostDevice { address, driver } => crate::network::undo::host_device(address, driver.as_deref()),
+            Self::Keeper(folder) => evict(folder),
         }
     }
 }

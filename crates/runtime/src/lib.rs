@@ -16,6 +16,7 @@ mod id;
 pub mod management;
 mod network;
 pub mod pod;
+pub mod pool;
 mod sandbox;
 mod sizing;
 mod storage;

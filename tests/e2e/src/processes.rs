@@ -14,7 +14,7 @@ use std::{
 pub const MARK: &str = "KATA_E2E_NODE";
 
 /// The helpers and servers that the product runs on the host.
-const NAMES: [&str; 3] = ["qemu-system", "virtiofsd", "containerd-shim"];
+const NAMES: [&str; 4] = ["qemu-system", "virtiofsd", "containerd-shim", "kata-runtime"];
 
 /// A process of interest.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,6 +5,7 @@ mod boot_file;
 mod cmdline;
 mod device;
 mod disk;
+mod lend;
 mod pci;
 mod plug;
 mod probe;
@@ -22,6 +23,7 @@ use async_trait::async_trait;
 use serde_json::json;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 
 pub use accelerator::{Accelerator, Wanted};
 pub use disk::{DiskDriver, DiskSettings};
@@ -35,7 +37,9 @@ use self::qmp::Qmp;
 use self::root::{RootArguments, RootFile};
 use self::snapshot::Restore;
 use crate::helper::Helper;
-use crate::{Begin, Boot, Channel, Console, Device, DiskAddress, Error, FileServer, Hypervisor, Vm, VmExit, VmSpec};
+use crate::{
+    Begin, Boot, Channel, Console, Device, DiskAddress, Error, FileServer, Hypervisor, Lent, Vm, VmExit, VmSpec,
+};
 
 /// What the driver must know, from the configuration.
 #[derive(Debug, Clone)]
@@ -174,10 +178,7 @@ impl Qemu {
         // the child has its own copies; ours would keep its sockets from ever reaching their end
         drop(passed);
 
-        let console = Console::default();
-        tokio::spawn(
-            console.clone().follow(stream(console_stream).map_err(Error::system("console socket"))?, spec.debug),
-        );
+        let (console, terminal) = Terminal::follow(console_stream, spec.debug)?;
         let qmp =
             Qmp::start(stream(qmp).map_err(Error::system("monitor socket"))?, self.settings.command_deadline).await?;
         let (process, qmp) = (Arc::new(process), Arc::new(qmp));
@@ -194,7 +195,37 @@ impl Qemu {
         let bridge = Arc::new(Mutex::new(bridge));
         let plugging = tokio::sync::Mutex::default();
         let (disks, disk_settings) = (Mutex::new(disks), self.settings.disks.clone());
-        Ok(QemuVm { process, qmp, console, channel, accelerator, boot_files, bridge, disks, disk_settings, plugging })
+        Ok(QemuVm {
+            process,
+            qmp,
+            console,
+            terminal,
+            channel,
+            accelerator,
+            boot_files,
+            bridge,
+            disks,
+            disk_settings,
+            plugging,
+        })
+    }
+}
+
+/// The host's end of the guest's console, and who reads it.
+#[derive(Debug)]
+struct Terminal {
+    end: OwnedFd,
+    reader: AbortHandle,
+    is_logged: bool,
+}
+
+impl Terminal {
+    fn follow(end: OwnedFd, is_logged: bool) -> Result<(Console, Self), Error> {
+        let failed = || Error::system("console socket");
+        let console = Console::default();
+        let read = stream(end.try_clone().map_err(failed())?).map_err(failed())?;
+        let reader = tokio::spawn(console.clone().follow(read, is_logged)).abort_handle();
+        Ok((console, Self { end, reader, is_logged }))
     }
 }
 
@@ -286,6 +317,10 @@ impl Hypervisor for Qemu {
         let (bridge, _) = places(&self.settings, &plain)?;
         Ok(snapshot::fingerprint(&self.settings, accelerator, &plain, &bridge, self.tsc_khz(accelerator).await))
     }
+
+    async fn adopt(&self, lent: Lent, process: Helper, channel: OwnedFd) -> Result<Box<dyn Vm>, Error> {
+        Ok(Box::new(lend::adopt(&self.settings, lent, process, channel).await?))
+    }
 }
 
 /// A QEMU that runs.
@@ -294,6 +329,7 @@ struct QemuVm {
     process: Arc<Helper>,
     qmp: Arc<Qmp>,
     console: Console,
+    terminal: Terminal,
     channel: Option<OwnedFd>,
     accelerator: Accelerator,
     boot_files: Vec<BootFile>,
@@ -371,6 +407,10 @@ impl Vm for QemuVm {
 
     async fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), Error> {
         self.qmp.execute("block_resize", json!({"node-name": disk::node_name(id), "size": bytes})).await.map(drop)
+    }
+
+    async fn lend(&self) -> Result<Lent, Error> {
+        self.lend_sockets().await
     }
 
     async fn stop(&self, grace: Duration) -> Result<(), Error> {

@@ -5,6 +5,8 @@
 //! this bridge 19, behind a root port of its own 17, with two root ports to spare 32. So root ports, which are the modern
 //! way, cost as much for one place as the bridge for all.
 
+use serde::{Deserialize, Serialize};
+
 /// Where the bridge is on the root bus: below QEMU's own devices, and the others fill the bus from the other end.
 const SLOT: usize = 0x1e;
 /// The bus behind it.
@@ -18,7 +20,7 @@ pub(super) const RESIDENT: &str = ",bus=plug,addr=0x1f";
 pub(super) const ARGUMENT: &str = "pci-bridge,id=plug,bus=pcie.0,addr=0x1e,chassis_nr=1,shpc=off";
 
 /// Which device is where.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Bridge(Vec<Option<String>>);
 
 /// A place behind it.

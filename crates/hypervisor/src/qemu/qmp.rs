@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::io::IoSlice;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interes
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex as AsyncMutex, oneshot};
+use tokio::task::AbortHandle;
 
 use crate::Error;
 
@@ -39,6 +40,7 @@ pub(super) struct Qmp {
     writer: AsyncMutex<(OwnedWriteHalf, u64)>,
     waiting: Waiting,
     deadline: Duration,
+    reader: AbortHandle,
 }
 
 impl Qmp {
@@ -47,10 +49,18 @@ impl Qmp {
     pub(super) async fn start(stream: UnixStream, deadline: Duration) -> Result<Self, Error> {
         let (reader, writer) = stream.into_split();
         let waiting: Waiting = Arc::new(Mutex::new(Some(Waiters::default())));
-        tokio::spawn(read_answers(reader, Arc::clone(&waiting)));
-        let qmp = Self { writer: AsyncMutex::new((writer, 0)), waiting, deadline };
+        let reader = tokio::spawn(read_answers(reader, Arc::clone(&waiting))).abort_handle();
+        let qmp = Self { writer: AsyncMutex::new((writer, 0)), waiting, deadline, reader };
         qmp.send("qmp_capabilities", json!({}), None).await?;
         Ok(qmp)
+    }
+
+    /// The socket, for another process: nothing is read here any more.
+    pub(super) async fn lend(&self) -> std::io::Result<OwnedFd> {
+        self.reader.abort();
+        let writer = self.writer.lock().await;
+        let stream: &UnixStream = writer.0.as_ref();
+        stream.as_fd().try_clone_to_owned()
     }
 
     /// Runs a command and returns its `return` value.

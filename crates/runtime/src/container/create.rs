@@ -33,6 +33,14 @@ pub(crate) struct Prepared {
     names: Vec<(String, String)>,
 }
 
+impl Prepared {
+    /// The guest for which it was made is gone: it will be prepared again, for another.
+    pub(crate) fn take_back(self, share: &Share) {
+        self.hooks.hide();
+        release(share, &self.shared);
+    }
+}
+
 /// What a pod gives to each of its containers.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Given<'a> {

@@ -8,7 +8,7 @@ mod up;
 mod volumes;
 mod watch;
 
-pub(crate) use up::template_spec;
+pub(crate) use up::{news, template_spec, while_served};
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};

@@ -113,8 +113,6 @@ async fn boot(
     let (ids, plugged) = disks.assign(&mut blocks.sources).map_err(Error::host("opening a disk again"))?;
     let blocks = blocks.placed(ids);
     let cgroup = host_cgroup(&env.config, id, oci, run)?.map(Arc::new);
-    let (mut share, shared) = Share::start(config, run).await?;
-    trace.step("virtiofsd-started");
     let size = sizing::plan(config, Limits::of(oci, &role));
     // disks have their places where things can come; and a pod's other containers may bring some
     let is_changing = network.may_change() || !plugged.is_empty() || role == Role::Sandbox;
@@ -129,14 +127,21 @@ async fn boot(
         prepared
     };
     let wanted = up::Wanted { env, id, size, devices, is_changing, cgroup };
-    let up =
-        up::bring_up(wanted, &mut share, shared, run, trace, prepare).await.map_err(|error| blocks.explain(error))?;
-    let up::Up { vm, agent, prepared, is_clone } = up;
+    let (up, share) = if let Some(taken) = up::from_pool(&wanted, run, trace, &prepare).await? {
+        taken
+    } else {
+        let (mut share, shared) = Share::start(config, run).await?;
+        trace.step("virtiofsd-started");
+        let up = up::bring_up(wanted, &mut share, shared, run, trace, prepare).await;
+        (up.map_err(|error| blocks.explain(error))?, share)
+    };
+    let up::Up { vm, agent, prepared, is_clone, has_share } = up;
 
     let pid = vm.pid();
     let guest = async {
         let clock = async { if is_clone { Ok(()) } else { set_clock(&agent).await } };
-        tokio::try_join!(create_sandbox(&agent, id, oci, share.storage(), shm.as_ref()), clock)?;
+        let storage = share.storage().filter(|_| !has_share);
+        tokio::try_join!(create_sandbox(&agent, id, oci, storage, shm.as_ref()), clock)?;
         trace.step("sandbox-created");
         if !network.is_empty() {
             network.tell(&agent, vm.as_ref()).await?;

@@ -1,4 +1,5 @@
-//! From nothing to a guest whose agent answers: a clone of a saved VM where there is one, else one that boots.
+//! From nothing to a guest whose agent answers: one of the pool, or a clone of a saved VM, where there is one, else one that
+//! boots.
 
 use std::future::Future;
 use std::io::Read;
@@ -15,9 +16,8 @@ use crate::cgroup::{HostCgroup, Members};
 use crate::cleanup::{RunDir, Step};
 use crate::container::create::Prepared;
 use crate::storage::share::Share;
-use crate::template;
 use crate::trace::Trace;
-use crate::{ContainerId, Error, sizing};
+use crate::{ContainerId, Error, pool, sizing, template};
 
 /// What is wanted of the VM.
 pub(super) struct Wanted<'a> {
@@ -37,6 +37,56 @@ pub(super) struct Up {
     pub(super) prepared: Prepared,
     /// It knows the time already.
     pub(super) is_clone: bool,
+    /// It has the pod's folder mounted.
+    pub(super) has_share: bool,
+}
+
+/// Takes a VM from the pool, if there is one for this pod. One that does not come to life is no failure of the pod, so
+/// `prepare` may be called once more for another.
+pub(super) async fn from_pool(
+    wanted: &Wanted<'_>,
+    run: &mut RunDir,
+    trace: &Trace,
+    prepare: impl Fn(&Share, &dyn Vm, &mut RunDir) -> Result<Prepared, Error>,
+) -> Result<Option<(Up, Share)>, Error> {
+    let is_plain = wanted.devices.iter().all(|device| matches!(device, Device::Net(_)));
+    if wanted.env.config.factory.vm_cache_number == 0 || !is_plain {
+        return Ok(None);
+    }
+    let Some(mut taken) = pool::take(wanted.env, wanted.size, run).await else { return Ok(None) };
+    trace.step("taken");
+    let config = &wanted.env.config.agent;
+    let serial = taken.vm.take_channel();
+    let (vm, share) = (taken.vm.as_ref(), &taken.share);
+    let watch = VmWatch::new(vm);
+    let wake = async {
+        for device in &wanted.devices {
+            vm.plug(device.try_clone().map_err(Error::host("the pod's devices"))?).await?;
+        }
+        let agent = AgentChannel::resume(serial, watch.clone(), config)?;
+        tokio::try_join!(agent.wake(config.dial_timeout, news()?), wanted.count(vm, share, &taken.others))?;
+        Ok(agent)
+    };
+    let prepare = async {
+        // the guest has been called by then
+        tokio::task::yield_now().await;
+        prepare(share, vm, run)
+    };
+    let (woken, prepared) = tokio::join!(while_served(share, watch.clone(), wake), prepare);
+    match (woken, prepared) {
+        (Ok(agent), Ok(prepared)) => {
+            trace.step("agent-ready");
+            tracing::info!("a machine of the pool");
+            let pool::Taken { vm, share, .. } = taken;
+            Ok(Some((Up { vm: vm.into(), agent, prepared, is_clone: true, has_share: true }, share)))
+        }
+        (_, Err(error)) => Err(error),
+        (Err(error), Ok(prepared)) => {
+            prepared.take_back(share);
+            taken.give_up(&error).await;
+            Ok(None)
+        }
+    }
 }
 
 /// Brings it up. `prepare` is done while the guest is not there yet: the host's part of the first container.
@@ -75,7 +125,7 @@ pub(super) async fn bring_up(
                 }
             };
             // the kernel takes its time with it, and the guest needs none of it
-            let (agent, ()) = tokio::try_join!(agent, wanted.count(vm.as_ref(), share))?;
+            let (agent, ()) = tokio::try_join!(agent, wanted.count(vm.as_ref(), share, &[]))?;
             Ok(agent)
         };
         let answered = while_served(share, watch.clone(), answers).await;
@@ -86,7 +136,7 @@ pub(super) async fn bring_up(
                 if let Some(found) = found {
                     tracing::info!(memory = found.way.name(), "a clone of a template");
                 }
-                return Ok(Up { vm: vm.into(), agent, prepared, is_clone });
+                return Ok(Up { vm: vm.into(), agent, prepared, is_clone, has_share: false });
             }
             (Err(error), Some(found), kept) => {
                 found.discard(&error);
@@ -129,10 +179,10 @@ impl Wanted<'_> {
         Ok((channel, VmSpec { id, shared_dirs, devices, pluggable: self.is_changing, ..spec }))
     }
 
-    /// Puts the VM into the pod's cgroup.
-    async fn count(&self, vm: &dyn Vm, share: &Share) -> Result<(), Error> {
+    /// Puts the VM into the pod's cgroup, with `others` that belong to it.
+    async fn count(&self, vm: &dyn Vm, share: &Share, others: &[u32]) -> Result<(), Error> {
         let Some(cgroup) = self.cgroup.clone() else { return Ok(()) };
-        let processes = std::iter::once(vm.pid()).chain(share.pid()).collect();
+        let processes = std::iter::once(vm.pid()).chain(share.pid()).chain(others.iter().copied()).collect();
         let vcpus = if cgroup.parts_vcpus() { vm.vcpu_threads().await? } else { Vec::new() };
         tokio::task::spawn_blocking(move || cgroup.attach(&Members { processes, vcpus }))
             .await
@@ -196,7 +246,7 @@ fn kernel_params(channel: &str, log: &str, configured: &str) -> String {
 }
 
 /// What makes this clone another than all the others: random numbers of the host, and its time.
-fn news() -> Result<wake::UpRequest, Error> {
+pub(crate) fn news() -> Result<wake::UpRequest, Error> {
     let mut random = vec![0; 256];
     std::fs::File::open("/dev/urandom")
         .and_then(|mut file| file.read_exact(&mut random))
@@ -214,7 +264,7 @@ fn news() -> Result<wake::UpRequest, Error> {
 const TOGETHER: Duration = Duration::from_millis(250);
 
 /// Does `work` unless virtiofsd ends.
-pub(super) async fn while_served<T>(
+pub(crate) async fn while_served<T>(
     share: &Share,
     vm: VmWatch,
     work: impl Future<Output = Result<T, Error>>,

@@ -70,6 +70,11 @@ impl Share {
         Ok((Self::new(mounts, Server::VirtioFs(helper)), Some(dir)))
     }
 
+    /// One that another process has made in `folder`.
+    pub(crate) fn adopt(folder: &Path, daemon: Helper) -> Self {
+        Self::new(folder.join("mounts"), Server::VirtioFs(daemon))
+    }
+
     /// A daemon for another VMM, in the place of that whose VMM is gone; returns what that one is given.
     pub(crate) async fn serve_again(
         &mut self,
@@ -243,7 +248,7 @@ fn packets(shared: &Path) -> Result<SharedDir, Error> {
 
 /// Where the guest finds it.
 pub(crate) fn guest_path(name: &str) -> String {
-    format!("{}/{name}", agent_api::paths::SHARED)
+    format!("{}/{name}", paths::SHARED)
 }
 
 /// A listening socket and a connection to it, nameless by the time it returns. It listens before the daemon exists, so

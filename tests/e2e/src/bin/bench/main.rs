@@ -6,6 +6,7 @@ mod floor;
 mod initrd;
 mod network;
 mod pod;
+mod pool;
 mod report;
 mod sample;
 mod warm;

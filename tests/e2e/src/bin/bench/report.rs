@@ -65,6 +65,7 @@ impl Report {
             ("initrd ≤ 8 MiB", 8.0, "size.initrd", "MiB"),
             ("start of a clone ≤ 0.4 × that of a boot", median("warm.cold") * 0.4, "warm.copied", "ms"),
             ("start of a clone ≤ 1.5 × gVisor's", median("warm.runsc") * 1.5, "warm.copied", "ms"),
+            ("start from the pool ≤ runc's + 120 ms", median("warm.runc") + 120.0, "warm.pool", "ms"),
             ("PSS of all host processes of an idle clone ≤ 60 MiB", 60.0, "pss.copied", "MiB"),
             ("pod start ≤ runc's + floor + 300 ms", pod, "pod.kata", "ms"),
             ("TCP round trip ≤ 1.05 × raw QEMU's", median("net.trip.raw") * 1.05, "net.trip.kata", "µs"),

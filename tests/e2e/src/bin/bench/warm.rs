@@ -1,6 +1,6 @@
 //! A start without a boot: pods that are clones of a template, in turns with those that boot, with runc and with gVisor.
 
-use crate::{report::Report, sample::Sample};
+use crate::{pool::Pool, report::Report, sample::Sample};
 use anyhow::{Context as _, Result};
 use e2e::{
     Node, Runtime,
@@ -10,6 +10,8 @@ use e2e::{
     processes, with_node,
 };
 use std::{path::Path, time::Duration};
+
+const POOL: &str = "warm.pool";
 
 /// One of those that take turns.
 struct Way {
@@ -24,7 +26,8 @@ struct Way {
 pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> Result<()> {
     let templates = tempfile::Builder::new().prefix("kebench").tempdir_in("/dev/shm")?;
     with_node(|node| {
-        let config = configuration(install, templates.path(), node)?;
+        let config = configuration(install, templates.path(), node, 0)?;
+        let pooled = configuration(install, templates.path(), node, 1)?;
         let program = install.kata_runtime().display().to_string();
         Invocation::new(&program, ["--config", &config, "factory", "init"]).output()?.ok()?;
         let mut ways = vec![
@@ -36,12 +39,19 @@ pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> 
                 Runtime::Kata.name(),
                 &["--runtime-config-path", &config],
             ),
+            way(
+                POOL,
+                "ctr run --rm … true, kata, from the pool",
+                Runtime::Kata.name(),
+                &["--runtime-config-path", &pooled],
+            ),
         ];
         if program_path("containerd-shim-runsc-v1").is_some() {
             ways.push(way("warm.runsc", "ctr run --rm … true, gVisor", "io.containerd.runsc.v1", &[]));
         } else {
             eprintln!("    gVisor is not measured: it is not installed (apt-get install runsc)");
         }
+        let mut pool = Pool::start(node, &pooled)?;
         for round in 0..=rounds {
             for Way { key, runtime, options, sample, .. } in &mut ways {
                 let id = format!("{}{round}", key.replace('.', "-"));
@@ -52,8 +62,13 @@ pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> 
                 if round > 0 {
                     sample.add_time(done.took);
                 }
+                if *key == POOL {
+                    // the next one's making is no part of anybody's start
+                    pool.wait()?;
+                }
             }
         }
+        pool.end()?;
         for Way { key, title, sample, .. } in ways {
             report.add(key, title, sample, "ms");
         }
@@ -66,10 +81,15 @@ fn way(key: &'static str, title: &'static str, runtime: &'static str, options: &
     Way { key, title, runtime, options, sample: Sample::new() }
 }
 
-/// The installed configuration with templates in a folder of the bench's.
-fn configuration(install: &Install, templates: &Path, node: &Node) -> Result<String> {
-    let changes = [("enable_template", true.into()), ("template_path", templates.display().to_string().into())];
-    let path = node.dir().join("templates.toml");
+/// The installed configuration with templates in a folder of the bench's, and a pool of so many.
+fn configuration(install: &Install, templates: &Path, node: &Node, ready: u32) -> Result<String> {
+    let changes = [
+        ("enable_template", true.into()),
+        ("template_path", templates.display().to_string().into()),
+        ("vm_cache_number", i64::from(ready).into()),
+        ("vm_cache_endpoint", templates.join("pool.sock").display().to_string().into()),
+    ];
+    let path = node.dir().join(format!("templates{ready}.toml"));
     std::fs::write(&path, install.config_table_with("factory", &changes)?)?;
     path.to_str().map(str::to_owned).context("a path of the bench")
 }

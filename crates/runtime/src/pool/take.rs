@@ -1,0 +1,107 @@
+//! The shim's side: a VM of the pool becomes a pod's.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use hypervisor::helper::Helper;
+use hypervisor::{Lent, Size, Vm};
+use tokio::sync::oneshot;
+
+use super::wire::Wire;
+use super::{ANSWER, Answer, Ask, Handed, Part, key, mount_namespace};
+use crate::Error;
+use crate::cleanup::{Journal, RunDir, Step};
+use crate::sandbox::Env;
+use crate::storage::share::Share;
+
+/// A VM that was the pool's. Its guest has the folder mounted, and is to be woken before anything of the pod gets there.
+pub(crate) struct Taken {
+    pub(crate) vm: Box<dyn Vm>,
+    pub(crate) share: Share,
+    /// Processes that count with its two.
+    pub(crate) others: Vec<u32>,
+    /// How everything of it goes.
+    step: Step,
+    journal: Journal,
+}
+
+impl Taken {
+    /// It is not wanted, for what it has shown; nothing of it is left then.
+    pub(crate) async fn give_up(self, why: &Error) {
+        tracing::warn!(error = %why, "a machine of the pool is not used; the pod starts as without a pool");
+        let Self { vm, share, step, journal, .. } = self;
+        drop((vm, share));
+        let gone = tokio::task::spawn_blocking(move || journal.take_back(&step)).await;
+        if let Err(error) = gone.unwrap_or_else(|error| Err(io::Error::other(error))) {
+            tracing::warn!(%error, "the machine of the pool does not go");
+        }
+    }
+}
+
+/// One of this size; `None` when there is none, and then the log says why.
+pub(crate) async fn take(env: &Env, size: Size, run: &mut RunDir) -> Option<Taken> {
+    let endpoint = &env.config.factory.vm_cache_endpoint;
+    match tokio::time::timeout(ANSWER, ask(env, size, endpoint, run)).await {
+        Ok(Ok(Ok(taken))) => Some(taken),
+        Ok(Ok(Err(why))) => {
+            tracing::info!(why, "no machine from the pool");
+            None
+        }
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "no machine from the pool: is `kata-runtime factory init` running?");
+            None
+        }
+        Err(_) => {
+            tracing::warn!(endpoint = %endpoint.display(), "no machine from the pool: no answer within {ANSWER:?}");
+            None
+        }
+    }
+}
+
+/// A VM, or the pool's word for why there is none.
+async fn ask(env: &Env, size: Size, endpoint: &Path, run: &mut RunDir) -> Result<Result<Taken, String>, Error> {
+    let failed = || Error::host(format!("the pool at {}", endpoint.display()));
+    let wire = Wire::connect(endpoint).map_err(failed())?;
+    let mounts = mount_namespace().map_err(failed())?;
+    wire.send(&Ask::Take { key: key(env, Some(size)).await?, mounts }, &[]).await.map_err(failed())?;
+    match wire.receive().await.map_err(failed())? {
+        Some((Answer::Handed(handed), fds)) => adopt(env, handed, fds, wire, run).await.map(Ok),
+        Some((Answer::None(why), _)) => Ok(Err(why)),
+        Some(_) => Err(failed()(io::Error::other("another answer than the one that was asked for"))),
+        None => Err(failed()(io::Error::other("it ended before it answered"))),
+    }
+}
+
+async fn adopt(env: &Env, handed: Handed, fds: Vec<OwnedFd>, wire: Wire, run: &mut RunDir) -> Result<Taken, Error> {
+    let Handed { folder, vmm, daemon, others, about } = handed;
+    // from here on it is this pod's, however the pod ends
+    let (step, journal) = (Step::Keeper(folder.clone()), run.journal());
+    run.push(step.clone()).map_err(Error::host("the undo journal"))?;
+    let failed = || Error::host("taking over a machine of the pool");
+    let mut fds = fds.into_iter();
+    let (Some(channel), Some(vmm_process), Some(daemon_process)) = (fds.next(), fds.next(), fds.next()) else {
+        return Err(failed()(io::Error::other("it has no channel or no process")));
+    };
+    let ((vmm_to, vmm_told), (daemon_to, daemon_told)) = (oneshot::channel(), oneshot::channel());
+    tokio::spawn(listen(wire, vmm_to, daemon_to));
+    let process = Helper::adopt("QEMU", vmm, vmm_process, vmm_told).map_err(failed())?;
+    let daemon = Helper::adopt("virtiofsd", daemon, daemon_process, daemon_told).map_err(failed())?;
+    let vm = env.hypervisor.adopt(Lent { about, fds: fds.collect() }, process, channel).await?;
+    Ok(Taken { vm, share: Share::adopt(&folder, daemon), others, step, journal })
+}
+
+/// Holds the connection for as long as the shim lives, and passes on what the keeper tells.
+async fn listen(wire: Wire, vmm: oneshot::Sender<hypervisor::VmExit>, daemon: oneshot::Sender<hypervisor::VmExit>) {
+    let (mut vmm, mut daemon) = (Some(vmm), Some(daemon));
+    while let Ok(Some((answer, _))) = wire.receive().await {
+        if let Answer::Ended { part, exit } = answer {
+            let to = match part {
+                Part::Vmm => vmm.take(),
+                Part::Daemon => daemon.take(),
+            };
+            // killed by us: nobody asks why
+            let _ = to.map(|to| to.send(exit));
+        }
+    }
+}
