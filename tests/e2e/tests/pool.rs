@@ -3,6 +3,7 @@
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::{
     Node, NodeSetup, Outcome, Runtime,
+    cri::{Network, with_cri},
     ctr::{Invocation, Running},
     install::Install,
     journal::Journal,
@@ -14,6 +15,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use serde_json::json;
 use std::{
     collections::BTreeSet,
     fs,
@@ -36,7 +38,8 @@ struct PoolNode<'a> {
     said: Journal,
 }
 
-fn with_pool(number: i64, is_warm: bool, test: impl FnOnce(&mut PoolNode<'_>) -> Result<()>) -> Result<()> {
+/// A folder for the pool's files, and a configuration with it.
+fn configuration(number: i64, is_warm: bool) -> Result<(tempfile::TempDir, NodeSetup)> {
     let own = tempfile::Builder::new().prefix("kepool").tempdir_in("/dev/shm")?;
     let at = |name: &str| toml::Value::from(own.path().join(name).display().to_string());
     let config = Install::locate()?.config_table_with(
@@ -48,15 +51,22 @@ fn with_pool(number: i64, is_warm: bool, test: impl FnOnce(&mut PoolNode<'_>) ->
             ("vm_cache_endpoint", at("pool.sock")),
         ],
     )?;
-    with_node_setup(NodeSetup { config: Some(config), ..NodeSetup::default() }, |node| {
+    Ok((own, NodeSetup { config: Some(config), ..NodeSetup::default() }))
+}
+
+fn with_pool(number: i64, is_warm: bool, test: impl FnOnce(&mut PoolNode<'_>) -> Result<()>) -> Result<()> {
+    let (_own, setup) = configuration(number, is_warm)?;
+    with_node_setup(setup, |node| PoolNode::beside(node, test))
+}
+
+impl PoolNode<'_> {
+    fn beside(node: &Node, test: impl FnOnce(&mut PoolNode<'_>) -> Result<()>) -> Result<()> {
         let mut pool = PoolNode { node, server: None, said: Journal::default() };
         let tested = pool.serve().and_then(|()| test(&mut pool));
         let ended = pool.end();
         tested.and(ended)
-    })
-}
+    }
 
-impl PoolNode<'_> {
     fn command(&self, words: &[&str]) -> Invocation {
         let program = self.node.install().kata_runtime().display().to_string();
         let config = self.node.config().display().to_string();
@@ -215,6 +225,30 @@ fn pods_of_the_pool_have_nothing_in_common() -> Result<()> {
         ensure!(!pool.is_from_pool("cold", from)?, "from a pool that has ended");
         ensure!(pool.warnings(from) == 1, "{:?}", pool.node.log.lines_from(from));
         Ok(())
+    })
+}
+
+/// The pod's first container only holds its namespaces, which the others join: nobody may have been the first before.
+#[test]
+fn a_kubernetes_pod_takes_one() -> Result<()> {
+    let (_own, setup) = configuration(1, true)?;
+    with_cri(setup, Network::default(), |cri| {
+        PoolNode::beside(cri.node, |pool| {
+            let from = pool.node.log.len();
+            let shared = json!({"linux": {"security_context": {"namespace_options": {"pid": 0}}}});
+            let pod = cri.run_pod(Runtime::Kata, "pooled", &shared)?;
+            ensure!(pool.is_from_pool(&pod.id, from)?, "the pod is not of the pool");
+            let file = cri.node.dir().join("volume").display().to_string();
+            fs::write(&file, "from the host")?;
+            let mut more = shared.clone();
+            more["mounts"] = json!([{"container_path": "/file", "host_path": file}]);
+            cri.run(&pod, "one", &["sleep", "54321"], &shared)?;
+            let two = cri.run(&pod, "two", &["sleep", "1000"], &more)?;
+            let seen = cri.sh(&two, "cat /file; echo written >/file; ps | grep -c '[s]leep 54321'; hostname")?;
+            ensure!(seen.starts_with("from the host1") && seen.contains("pooled"), "{seen}");
+            ensure!(fs::read_to_string(&file)? == "written\n", "what the guest wrote is not on the host");
+            cri.remove(&pod)
+        })
     })
 }
 

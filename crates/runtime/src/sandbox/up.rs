@@ -41,6 +41,9 @@ pub(super) struct Up {
     pub(super) has_share: bool,
 }
 
+/// A guest that has waited answers in milliseconds; for one that does not, another is at hand.
+const WAKING: Duration = Duration::from_secs(10);
+
 /// Takes a VM from the pool, if there is one for this pod. One that does not come to life is no failure of the pod, so
 /// `prepare` may be called once more for another.
 pub(super) async fn from_pool(
@@ -64,7 +67,8 @@ pub(super) async fn from_pool(
             vm.plug(device.try_clone().map_err(Error::host("the pod's devices"))?).await?;
         }
         let agent = AgentChannel::resume(serial, watch.clone(), config)?;
-        tokio::try_join!(agent.wake(config.dial_timeout, news()?), wanted.count(vm, share, &taken.others))?;
+        let limit = config.dial_timeout.min(WAKING);
+        tokio::try_join!(agent.wake(limit, news()?), wanted.count(vm, share, &taken.others))?;
         Ok(agent)
     };
     let prepare = async {
