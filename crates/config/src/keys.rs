@@ -55,8 +55,8 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
     {
         return Err(refuse(
             entry,
-            "clones and machines of a pool are reached by the serial port: set it to \"auto\" or \"serial\", or enable_template to false and \
-             vm_cache_number to 0",
+            "clones and machines of a pool are reached by the serial port: set it to \"auto\" or \"serial\", or \
+             enable_template to false and vm_cache_number to 0",
         ));
     }
     if let Some(entry) = settings.get("hypervisor.qemu.image")
@@ -67,6 +67,11 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
             entry,
             "a template is a guest that booted an initrd: set `initrd` instead, or enable_template to false",
         ));
+    }
+    if let Some(entry) = settings.get("factory.vm_cache_number")
+        && config.factory.vm_cache_number > 0
+    {
+        pool_fits(entry, &config.hypervisor)?;
     }
     // as Kata: with a model the pod's interfaces are wanted, and they are in the namespace
     if let Some(entry) = settings.get("runtime.disable_new_netns")
@@ -79,6 +84,20 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
         ));
     }
     Ok((config, settings))
+}
+
+/// What a machine that waits for a pod must be.
+fn pool_fits(entry: &Entry, hypervisor: &Hypervisor) -> Result<(), Error> {
+    if !matches!(hypervisor.shared_fs, crate::SharedFs::Auto | crate::SharedFs::VirtioFs) {
+        return Err(refuse(
+            entry,
+            "a pool's machines have their folder by virtio-fs: set `shared_fs` to that, or this to 0",
+        ));
+    }
+    if hypervisor.image.is_some() {
+        return Err(refuse(entry, "a pool's machines boot an initrd: set `initrd` instead of `image`, or this to 0"));
+    }
+    Ok(())
 }
 
 /// Later files win key by key, under either of a key's names.

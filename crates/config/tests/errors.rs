@@ -83,6 +83,23 @@ fn templates_are_of_an_initrd() {
 }
 
 #[test]
+fn what_a_pool_cannot_have() {
+    let pool = "[factory]\nvm_cache_number = 2\n";
+    for (setting, why) in [
+        ("[hypervisor.qemu]\nimage = \"/b\"", "set `initrd` instead of `image`, or this to 0"),
+        ("[hypervisor.qemu]\nshared_fs = \"none\"", "set `shared_fs` to that, or this to 0"),
+        ("[agent.kata]\nagent_channel = \"vsock\"", "enable_template to false and vm_cache_number to 0"),
+    ] {
+        let error = refused(&format!("{pool}{setting}\n"));
+        assert!(error.ends_with(why), "{error}");
+    }
+    for setting in ["vm_cache_number = 257", "vm_cache_number = -1", "vm_cache_endpoint = \"a\""] {
+        let error = refused(&format!("[factory]\n{setting}\n"));
+        assert!(error.contains("must be"), "{error}");
+    }
+}
+
+#[test]
 fn memory_that_cannot_be_says_what_the_host_has() {
     for setting in ["0", "127", "-1", "\"2G\"", "512.0", "16777217"] {
         let error = refused(&format!("[hypervisor.qemu]\ndefault_memory = {setting}\n"));
