@@ -57,7 +57,7 @@ pub(super) async fn adopt(
         accelerator: if is_kvm { Accelerator::Kvm } else { Accelerator::Tcg },
         boot_files: Vec::new(),
         // it has got none yet
-        disks: Mutex::default(),
+        disks: Arc::default(),
         disk_settings: settings.disks.clone(),
         bridge: Arc::new(Mutex::new(bridge)),
         plugging: tokio::sync::Mutex::default(),

@@ -194,7 +194,7 @@ impl Qemu {
         }
         let bridge = Arc::new(Mutex::new(bridge));
         let plugging = tokio::sync::Mutex::default();
-        let (disks, disk_settings) = (Mutex::new(disks), self.settings.disks.clone());
+        let (disks, disk_settings) = (Arc::new(Mutex::new(disks)), self.settings.disks.clone());
         Ok(QemuVm {
             process,
             qmp,
@@ -334,7 +334,7 @@ struct QemuVm {
     accelerator: Accelerator,
     boot_files: Vec<BootFile>,
     bridge: Arc<Mutex<Bridge>>,
-    disks: Mutex<Disks>,
+    disks: Arc<Mutex<Disks>>,
     disk_settings: DiskSettings,
     /// Held while a device is plugged: what belongs to it goes in several commands.
     plugging: tokio::sync::Mutex<()>,

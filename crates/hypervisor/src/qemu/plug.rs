@@ -1,13 +1,14 @@
 //! Devices that come and go while the guest runs.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::json;
 
 use super::disk::{self, Disks};
 use super::pci::{Bridge, Place};
+use super::qmp::Qmp;
 use super::{DiskDriver, QemuVm, device};
 use crate::{Device, Disk, Error, NetDevice};
 
@@ -116,18 +117,8 @@ impl QemuVm {
         plugged
     }
 
-    /// After the guest has let go of it.
     async fn close_disk(&self, id: &str) {
-        let Some((set, _)) = self.lock_disks().find(id) else { return };
-        self.lock_disks().remove(id);
-        for (command, arguments) in
-            [("blockdev-del", json!({"node-name": disk::node_name(id)})), ("remove-fd", json!({"fdset-id": set}))]
-        {
-            // of one that was not plugged to its end
-            if let Err(error) = self.qmp.execute(command, arguments).await {
-                tracing::debug!(%error, id, "closing a disk's file");
-            }
-        }
+        close_disk(&self.qmp, &self.disks, id).await;
     }
 
     async fn close_backend(&self, id: &str) {
@@ -145,24 +136,38 @@ impl QemuVm {
             self.close_backend(id).await;
         }
         asked?;
-        // the place is free when the guest says so, even if nobody waits for it then
+        // the place is free, and a disk's file closed, when the guest says so, even if nobody waits for it then
         let (bridge, name) = (Arc::clone(&self.bridge), id.to_owned());
+        let (qmp, disks) = (Arc::clone(&self.qmp), Arc::clone(&self.disks));
         let gone = tokio::spawn(async move {
             let outcome = departure.await;
             if matches!(outcome, Ok(Ok(()))) {
                 bridge.lock().unwrap_or_else(PoisonError::into_inner).free(&name);
+                close_disk(&qmp, &disks, &name).await;
             }
             outcome
         });
         let call = || format!("device_del of {id}");
         match tokio::time::timeout(LETTING_GO, gone).await {
             Err(_) => Err(Error::Timeout { call: call(), after: LETTING_GO }),
-            Ok(Ok(Ok(Ok(())))) => {
-                self.close_disk(id).await;
-                Ok(())
-            }
+            Ok(Ok(Ok(Ok(())))) => Ok(()),
             Ok(Ok(Ok(Err(answer)))) => Err(Error::Refused { call: call(), answer }),
             Ok(_) => Err(Error::Gone),
+        }
+    }
+}
+
+/// After the guest has let go of it; what is no disk has no such file.
+async fn close_disk(qmp: &Qmp, disks: &Mutex<Disks>, id: &str) {
+    let lock = || disks.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some((set, _)) = lock().find(id) else { return };
+    lock().remove(id);
+    for (command, arguments) in
+        [("blockdev-del", json!({"node-name": disk::node_name(id)})), ("remove-fd", json!({"fdset-id": set}))]
+    {
+        // of one that was not plugged to its end
+        if let Err(error) = qmp.execute(command, arguments).await {
+            tracing::debug!(%error, id, "closing a disk's file");
         }
     }
 }

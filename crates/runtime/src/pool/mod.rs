@@ -111,9 +111,11 @@ pub struct Info {
     pub age: u64,
 }
 
-/// The run folder of a keeper.
+/// The run folder of a keeper that lives, or that nobody has waited for: named by its start too, because the number may
+/// be another's one day, while a pod still has this folder in its journal.
 fn folder(keeper: u32) -> PathBuf {
-    Path::new(ROOT).join(format!("{NAME}{keeper}"))
+    let started = crate::cleanup::start_time(keeper).unwrap_or_default();
+    Path::new(ROOT).join(format!("{NAME}{keeper}-{started}"))
 }
 
 /// What kind of VM a pod of this size (or the configured one) needs: what shapes the VM, and how its folder is served.

@@ -88,7 +88,11 @@ pub async fn serve(env: &Env, stop: impl Future<Output = ()>, say: &mut dyn FnMu
             () = &mut stop => break None,
             wire = listener.accept() => match wire {
                 Ok(wire) => server.hear(wire),
-                Err(error) => (server.say)(format!("a connection: {error}")),
+                Err(error) => {
+                    (server.say)(format!("a connection: {error}"));
+                    // for want of a descriptor it fails again at once, and nothing tells when one is free
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
             },
             Some(event) = happens.recv() => match event {
                 Event::Asked(wire, Ask::End) => break Some(wire),
@@ -174,6 +178,7 @@ impl Server<'_> {
             .process_group(0)
             .spawn()?;
         let id = child.id().unwrap_or_default();
+        let folder = folder(id);
         let wire = Arc::new(ours);
         let (events, reports) = (self.events.clone(), Arc::clone(&wire));
         tokio::spawn(async move {
@@ -184,7 +189,7 @@ impl Server<'_> {
             drop(reports);
             let _ = child.wait().await;
             // in peace it has left nothing; a shim that ended it is about to clean, or we are
-            let _ = tokio::task::spawn_blocking(move || cleanup::clean(&folder(id))).await;
+            let _ = tokio::task::spawn_blocking(move || cleanup::clean(&folder)).await;
             let _ = events.send(Event::Gone(id));
         });
         Ok((id, wire))

@@ -84,11 +84,25 @@ async fn adopt(env: &Env, handed: Handed, fds: Vec<OwnedFd>, wire: Wire, run: &m
         return Err(failed()(io::Error::other("it has no channel or no process")));
     };
     let ((vmm_to, vmm_told), (daemon_to, daemon_told)) = (oneshot::channel(), oneshot::channel());
-    tokio::spawn(listen(wire, vmm_to, daemon_to));
-    let process = Helper::adopt("QEMU", vmm, vmm_process, vmm_told).map_err(failed())?;
-    let daemon = Helper::adopt("virtiofsd", daemon, daemon_process, daemon_told).map_err(failed())?;
-    let vm = env.hypervisor.adopt(Lent { about, fds: fds.collect() }, process, channel).await?;
-    Ok(Taken { vm, share: Share::adopt(&folder, daemon), others, step, journal })
+    let listening = tokio::spawn(listen(wire, vmm_to, daemon_to));
+    let adopted = async {
+        let process = Helper::adopt("QEMU", vmm, vmm_process, vmm_told).map_err(failed())?;
+        let daemon = Helper::adopt("virtiofsd", daemon, daemon_process, daemon_told).map_err(failed())?;
+        let vm = env.hypervisor.adopt(Lent { about, fds: fds.collect() }, process, channel).await?;
+        Ok::<_, Error>((vm, daemon))
+    };
+    match adopted.await {
+        Ok((vm, daemon)) => Ok(Taken { vm, share: Share::adopt(&folder, daemon), others, step, journal }),
+        Err(error) => {
+            // the keeper ends with its connection; what it may leave goes now, not with the pod
+            listening.abort();
+            let gone = tokio::task::spawn_blocking(move || journal.take_back(&step)).await;
+            if let Ok(Err(left)) = gone {
+                tracing::warn!(error = %left, "giving back a machine of the pool");
+            }
+            Err(error)
+        }
+    }
 }
 
 /// Holds the connection for as long as the shim lives, and passes on what the keeper tells.

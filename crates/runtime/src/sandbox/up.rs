@@ -143,7 +143,12 @@ pub(super) async fn bring_up(
                 return Ok(Up { vm: vm.into(), agent, prepared, is_clone, has_share: false });
             }
             (Err(error), Some(found), kept) => {
-                found.discard(&error);
+                // what failed beside the guest, in the pod's cgroup for one, is not the template's fault
+                if vm.exit().borrow().is_some() || matches!(error, Error::AgentSilent { .. }) {
+                    found.discard(&error);
+                } else {
+                    tracing::warn!(%error, "the clone did not come up: this pod's machine boots instead");
+                }
                 vm.stop(Duration::ZERO).await?;
                 shared = share.serve_again(&wanted.env.config.hypervisor, run).await?;
                 prepared = kept;

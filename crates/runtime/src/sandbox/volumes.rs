@@ -28,7 +28,12 @@ impl Sandbox {
         };
         let inner = Arc::downgrade(&self.0);
         let task = tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
+            loop {
+                let Ok((stream, _)) = listener.accept().await else {
+                    // for want of a descriptor: nothing tells when one is free
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    continue;
+                };
                 let Some(inner) = inner.upgrade() else { break };
                 tokio::spawn(management::serve(stream, |request| async move { Self(inner).answer(request).await }));
             }

@@ -255,7 +255,8 @@ impl Placed {
             plan.names.push((format!("block device {}", at(disk)?.1), path.display().to_string()));
         }
         if let Some(layers) = &self.uses.rootfs {
-            let target = format!("{}/{container}", paths::DISKS);
+            // no disk is called that, whatever a container is
+            let target = format!("{}/rootfs@{container}", paths::DISKS);
             let mut points = Vec::new();
             for (number, layer) in layers.iter().enumerate() {
                 let place = match layer.disk {
@@ -285,13 +286,15 @@ impl Placed {
             if plan.storages.iter().any(|storage| storage.mount_point == place) {
                 continue;
             }
+            let is_read_only = volume.info.options.iter().any(|option| option == "ro");
             plan.storages.push(api::Storage {
                 driver: driver.into(),
                 source,
                 fstype: volume.info.fs_type.clone(),
                 options: volume.info.options.clone(),
                 mount_point: place,
-                fs_group: fs_group(&volume.info).into(),
+                // nobody's files change owner on what is read-only
+                fs_group: (!is_read_only).then(|| fs_group(&volume.info)).flatten().into(),
                 ..Default::default()
             });
         }

@@ -23,13 +23,14 @@ impl Disks {
     /// Their names in the VM, and those that have to be plugged.
     pub(crate) fn assign(&mut self, sources: &mut [Source]) -> std::io::Result<(Vec<String>, Vec<Device>)> {
         let (mut ids, mut devices) = (Vec::new(), Vec::new());
-        for source in sources {
+        // what can fail comes first: nothing is counted then
+        let files = sources.iter().map(|source| source.file.try_clone()).collect::<std::io::Result<Vec<_>>>()?;
+        for (source, file) in sources.iter().zip(files) {
             if let Some(known) = self.all.iter_mut().find(|known| known.key == source.key) {
                 known.users += 1;
                 ids.push(known.id.clone());
                 continue;
             }
-            let file = source.file.try_clone()?;
             self.named += 1;
             let id = format!("disk{}", self.named);
             self.all.push(Known { key: source.key, id: id.clone(), users: 1 });

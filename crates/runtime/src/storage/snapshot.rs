@@ -1,13 +1,19 @@
 //! What is in a small volume that kubelet swaps as a whole, read at once. Its layout: files in a folder named after the
 //! time, a link `..data` to that folder, and a link through `..data` for each name that a container is to see.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use agent_api::agent::WatchedFile;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat, readlinkat};
+use nix::sys::stat::Mode;
+
+use super::source::Source;
 
 /// The link that is swapped.
 const DATA: &str = "..data";
@@ -28,19 +34,27 @@ pub(crate) const SMALL: Limit = Limit { files: 16, bytes: 1 << 20 };
 /// To which a volume may grow that is copied already; a message to the guest ends at 4 MiB.
 pub(crate) const GROWN: Limit = Limit { files: 512, bytes: 3 << 20 };
 
-/// All of the volume at `path`; `None` for one that is larger than the limit or not laid out like that.
-pub(crate) fn read(path: &Path, limit: Limit) -> io::Result<Option<Vec<WatchedFile>>> {
+/// The folder, for reading it.
+pub(crate) fn open(source: &Source) -> io::Result<OwnedFd> {
+    Ok(reopened(source.as_fd(), OFlag::O_DIRECTORY)?)
+}
+
+/// All of the volume in `folder`; `None` for one that is larger than the limit or not laid out like that.
+///
+/// No link is followed and no path used: what is looked at is what is read, whoever writes there.
+pub(crate) fn read(folder: &OwnedFd, limit: Limit) -> io::Result<Option<Vec<WatchedFile>>> {
     let mut tries = 0;
     loop {
-        let before = match fs::read_link(path.join(DATA)) {
-            Ok(target) => target,
+        let before = match readlinkat(folder, DATA) {
+            Ok(target) => PathBuf::from(target),
             // no link, or none at all: somebody else's folder
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => return Ok(None),
-            Err(error) => return Err(error),
+            Err(Errno::EINVAL | Errno::ENOENT) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
         };
-        let mut reading = Reading { left: limit, files: Vec::new(), current: before.clone() };
-        let outcome = reading.folder(path, Path::new(""), 0);
-        let is_whole = fs::read_link(path.join(DATA)).is_ok_and(|after| after == before);
+        let entries = limit.files.saturating_mul(4).saturating_add(16);
+        let mut reading = Reading { left: limit, entries, files: Vec::new(), current: before.clone() };
+        let outcome = reading.folder(folder, Path::new(""), 0);
+        let is_whole = readlinkat(folder, DATA).is_ok_and(|after| Path::new(&after) == before);
         tries += 1;
         match outcome {
             Ok(fits) if is_whole => return Ok(fits.then_some(reading.files)),
@@ -51,8 +65,16 @@ pub(crate) fn read(path: &Path, limit: Limit) -> io::Result<Option<Vec<WatchedFi
     }
 }
 
+/// Another descriptor of the same file or folder, for reading.
+fn reopened(fd: BorrowedFd<'_>, more: OFlag) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC | more;
+    nix::fcntl::open(format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str(), flags, Mode::empty())
+}
+
 struct Reading {
     left: Limit,
+    /// Most names that are looked at, of whatever kind.
+    entries: usize,
     files: Vec<WatchedFile>,
     /// The folder that counts now.
     current: PathBuf,
@@ -60,23 +82,31 @@ struct Reading {
 
 impl Reading {
     /// Whether it fits, as far as it was read.
-    fn folder(&mut self, path: &Path, name: &Path, depth: usize) -> io::Result<bool> {
-        self.add(&path.symlink_metadata()?, name, Vec::new());
-        let mut entries = fs::read_dir(path)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
+    fn folder(&mut self, folder: &OwnedFd, name: &Path, depth: usize) -> io::Result<bool> {
+        self.add(&File::from(folder.try_clone()?).metadata()?, name, Vec::new());
+        let mut entries = Vec::new();
+        for entry in fs::read_dir(format!("/proc/self/fd/{}", folder.as_raw_fd()))? {
+            let Some(left) = self.entries.checked_sub(1) else { return Ok(false) };
+            self.entries = left;
+            entries.push(entry?.file_name());
+        }
         entries.sort();
         for entry in entries {
-            let (path, name) = (path.join(&entry), name.join(&entry));
+            let name = name.join(&entry);
             if depth == 0 && self.is_passing(&name) {
                 continue;
             }
-            let meta = path.symlink_metadata()?;
+            let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let opened = File::from(openat(folder, entry.as_os_str(), flags, Mode::empty())?);
+            let meta = opened.metadata()?;
             let fits = if meta.is_dir() {
-                depth < DEPTH && self.folder(&path, &name, depth + 1)?
+                let below = reopened(opened.as_fd(), OFlag::O_DIRECTORY)?;
+                depth < DEPTH && self.folder(&below, &name, depth + 1)?
             } else if meta.is_symlink() {
-                let target = fs::read_link(&path)?.into_os_string().into_vec();
+                let target = readlinkat(&opened, "")?.into_vec();
                 self.add(&meta, &name, target)
             } else if meta.is_file() {
-                self.file(&path, &name, &meta)?
+                self.file(&opened, &name, &meta)?
             } else {
                 false
             };
@@ -93,12 +123,13 @@ impl Reading {
         is_own && name != Path::new(DATA) && name != self.current
     }
 
-    fn file(&mut self, path: &Path, name: &Path, meta: &fs::Metadata) -> io::Result<bool> {
+    fn file(&mut self, opened: &File, name: &Path, meta: &fs::Metadata) -> io::Result<bool> {
         if self.left.files == 0 || meta.len() > self.left.bytes {
             return Ok(false);
         }
         let mut content = Vec::new();
-        fs::File::open(path)?.take(self.left.bytes + 1).read_to_end(&mut content)?;
+        let file = File::from(reopened(opened.as_fd(), OFlag::empty())?);
+        file.take(self.left.bytes + 1).read_to_end(&mut content)?;
         let Some(left) = self.left.bytes.checked_sub(content.len() as u64) else { return Ok(false) };
         self.left = Limit { files: self.left.files - 1, bytes: left };
         Ok(self.add(meta, name, content))
@@ -135,6 +166,10 @@ mod tests {
         symlink(time, folder.join(DATA)).expect("linked");
     }
 
+    fn opened(folder: &Path) -> OwnedFd {
+        File::open(folder).expect("a folder").into()
+    }
+
     fn names(files: &[WatchedFile]) -> Vec<&str> {
         files.iter().map(|file| file.path.as_str()).collect()
     }
@@ -142,10 +177,10 @@ mod tests {
     #[test]
     fn what_counts_is_read() {
         let folder = tempfile::tempdir().expect("a folder");
-        assert!(read(folder.path(), SMALL).expect("empty").is_none());
+        assert!(read(&opened(folder.path()), SMALL).expect("empty").is_none());
         volume(folder.path(), "..1", &[("key", "old")]);
         volume(folder.path(), "..2", &[("key", "new")]);
-        let files = read(folder.path(), SMALL).expect("read").expect("fits");
+        let files = read(&opened(folder.path()), SMALL).expect("read").expect("fits");
         assert_eq!(names(&files), ["", "..2", "..2/key", "..2/sub", "..data", "key"]);
         assert_eq!((files[2].content.as_slice(), files[4].content.as_slice()), (&b"new"[..], &b"..2"[..]));
         assert_eq!(files[5].mode & libc::S_IFMT, libc::S_IFLNK);
@@ -155,7 +190,7 @@ mod tests {
     fn what_is_large_is_not() {
         let folder = tempfile::tempdir().expect("a folder");
         volume(folder.path(), "..1", &[("a", "12345"), ("b", "6")]);
-        let limit = |files, bytes| read(folder.path(), Limit { files, bytes }).expect("read").is_some();
+        let limit = |files, bytes| read(&opened(folder.path()), Limit { files, bytes }).expect("read").is_some();
         assert!(limit(2, 6) && !limit(1, 6) && !limit(2, 5));
         let _fifo = nix::unistd::mkfifo(&folder.path().join("..1/fifo"), nix::sys::stat::Mode::S_IRUSR);
         assert!(!limit(9, 9));

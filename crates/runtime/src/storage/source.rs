@@ -30,6 +30,7 @@ pub(crate) struct Source {
     fd: OwnedFd,
     meta: fs::Metadata,
     mount: u64,
+    is_guests: bool,
 }
 
 /// What tells one source from another, for as long as one of them is open.
@@ -60,18 +61,28 @@ impl GuestWritable {
         if self.folders.is_empty() {
             return Ok(false);
         }
-        let place = self.mounts.place(mount_id(folder.as_fd())?, &shown(folder)?);
-        Ok(place.is_some_and(|place| self.folders.contains(&place)))
+        // a mount that is newer than the list is nobody's word to trust
+        let Some((device, path)) = self.mounts.place(mount_id(folder.as_fd())?, &shown(folder)?) else {
+            return Ok(true);
+        };
+        // a part of one may be mounted elsewhere
+        Ok(path.ancestors().any(|above| self.folders.contains(&(device.clone(), above.to_owned()))))
     }
 }
 
 impl Source {
     /// Opens the folder or file at `path`.
     pub(crate) fn open(path: &Path, writable: &GuestWritable) -> io::Result<Self> {
-        let fd = walk(path, writable)?;
+        let (fd, is_inside) = walk(path, writable)?;
         let meta = File::from(fd.try_clone()?).metadata()?;
         let mount = mount_id(fd.as_fd())?;
-        Ok(Self { fd, meta, mount })
+        let is_guests = is_inside || (meta.is_dir() && writable.has(&fd)?);
+        Ok(Self { fd, meta, mount, is_guests })
+    }
+
+    /// It is in a folder that a virtual machine can write to.
+    pub(crate) fn is_guests(&self) -> bool {
+        self.is_guests
     }
 
     pub(crate) fn identity(&self) -> Identity {
@@ -127,7 +138,8 @@ fn shown(fd: &OwnedFd) -> io::Result<PathBuf> {
     fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
-fn walk(path: &Path, writable: &GuestWritable) -> io::Result<OwnedFd> {
+/// Also tells whether it went through a folder that a guest can write to.
+fn walk(path: &Path, writable: &GuestWritable) -> io::Result<(OwnedFd, bool)> {
     if !path.is_absolute() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path is not absolute"));
     }
@@ -136,12 +148,12 @@ fn walk(path: &Path, writable: &GuestWritable) -> io::Result<OwnedFd> {
     let mut at = top()?;
     loop {
         if left.is_empty() {
-            return Ok(at);
+            return Ok((at, false));
         }
         if writable.has(&at)? {
-            return inside(&at, &left.iter().collect::<PathBuf>());
+            return Ok((inside(&at, &left.iter().collect::<PathBuf>())?, true));
         }
-        let Some(part) = left.pop_front() else { return Ok(at) };
+        let Some(part) = left.pop_front() else { return Ok((at, false)) };
         let next = step(&at, &part)?;
         if !is_link(&next)? {
             at = next;

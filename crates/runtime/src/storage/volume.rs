@@ -139,12 +139,14 @@ fn possible(path: &Path, source: &Source, mount: &oci::Mount) -> Result<(), Erro
 
 /// A small volume of kubelet's, as a copy that follows it; what a container can write is no copy.
 fn copied(given: For<'_>, path: &Path, source: &Source, how: How, volumes: &mut Volumes) -> Option<String> {
-    if !kubelet::is_swapped(path) || !source.kind().is_dir() || how.read_only == ReadOnly::AsIs {
+    // what a guest can write to is not kubelet's, whatever it is called
+    let is_kubelets = kubelet::is_swapped(path) && !source.is_guests();
+    if !is_kubelets || !source.kind().is_dir() || how.read_only == ReadOnly::AsIs {
         return None;
     }
     let name = given.share.shelf().local(path, source);
     let room = COPIES.saturating_sub(volumes.watched.iter().map(watched::size).sum());
-    let volume = given.share.watcher().add(path, &name, room)?;
+    let volume = given.share.watcher().add(path, source, given.share.sandboxes(), &name, room)?;
     volumes.watched.push(volume);
     Some(format!("{}/{name}", paths::SANDBOX_WATCHED))
 }

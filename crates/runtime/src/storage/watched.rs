@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -18,6 +18,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 
 use super::snapshot::{self, Limit};
+use super::source::{GuestWritable, Source};
 use crate::Error;
 use crate::agent_client::AgentClient;
 
@@ -41,21 +42,45 @@ struct State {
 struct Volume {
     name: String,
     path: PathBuf,
+    /// Which folder it is: another one at that path is none of kubelet's.
+    identity: (u64, u64),
+    /// Where the run folders of all sandboxes are.
+    sandboxes: PathBuf,
+}
+
+impl Volume {
+    /// The folder, opened anew: one that is held would be in use when kubelet takes it away.
+    fn open(&self) -> io::Result<OwnedFd> {
+        let source = Source::open(&self.path, &GuestWritable::of(&self.sandboxes)?)?;
+        if source.device_and_inode() != self.identity {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "another folder is there now"));
+        }
+        snapshot::open(&source)
+    }
 }
 
 impl Watcher {
     /// Begins to watch a volume and reads it, when it has no more than `room` bytes. `None`: it is no volume for that, or
     /// cannot be watched.
-    pub(crate) fn add(&self, path: &Path, name: &str, room: usize) -> Option<WatchedVolume> {
+    pub(crate) fn add(
+        &self,
+        path: &Path,
+        source: &Source,
+        sandboxes: &Path,
+        name: &str,
+        room: usize,
+    ) -> Option<WatchedVolume> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let is_known = state.volumes.values().any(|volume| volume.name == name);
+        let identity = source.device_and_inode();
+        let volume = Volume { name: name.into(), path: path.into(), identity, sandboxes: sandboxes.into() };
         // watched first, so that no change is missed
-        if let Err(errno) = state.watch(path, name) {
+        if let Err(errno) = state.watch(source, volume.clone()) {
             tracing::warn!(path = %path.display(), %errno, "changes of the volume come without inotify in the guest");
             return None;
         }
         let limit = if is_known { snapshot::GROWN } else { snapshot::SMALL };
-        let read = state.read(&Volume { name: name.into(), path: path.into() }, limit);
+        let read = snapshot::open(source).and_then(|folder| state.read(&volume, &folder, limit));
         let volume = read.unwrap_or_else(|error| {
             tracing::warn!(path = %path.display(), %error, "reading the volume");
             None
@@ -89,7 +114,7 @@ impl Drop for Watcher {
 }
 
 impl State {
-    fn watch(&mut self, path: &Path, name: &str) -> nix::Result<()> {
+    fn watch(&mut self, source: &Source, volume: Volume) -> nix::Result<()> {
         let inotify = if let Some(inotify) = &self.inotify {
             inotify
         } else {
@@ -98,8 +123,10 @@ impl State {
         };
         // a swap is a rename; what else kubelet does in the folder is for the swap, or after it
         let what = AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CREATE | AddWatchFlags::IN_DELETE;
-        let watch = inotify.add_watch(path, what | AddWatchFlags::IN_ONLYDIR)?;
-        self.volumes.insert(watch, Volume { name: name.into(), path: path.into() });
+        // the very folder that was opened, whatever is at its path by now
+        let opened = format!("/proc/self/fd/{}", source.as_fd().as_raw_fd());
+        let watch = inotify.add_watch(opened.as_str(), what | AddWatchFlags::IN_ONLYDIR)?;
+        self.volumes.insert(watch, volume);
         Ok(())
     }
 
@@ -117,8 +144,8 @@ impl State {
     }
 
     /// The number is given where the reading is, so that a later reading has the higher one.
-    fn read(&mut self, volume: &Volume, limit: Limit) -> io::Result<Option<WatchedVolume>> {
-        let Some(files) = snapshot::read(&volume.path, limit)? else { return Ok(None) };
+    fn read(&mut self, volume: &Volume, folder: &OwnedFd, limit: Limit) -> io::Result<Option<WatchedVolume>> {
+        let Some(files) = snapshot::read(folder, limit)? else { return Ok(None) };
         self.revision += 1;
         Ok(Some(WatchedVolume { name: volume.name.clone(), revision: self.revision, files, ..Default::default() }))
     }
@@ -138,7 +165,9 @@ async fn follow(inotify: Arc<Inotify>, state: Arc<Mutex<State>>, agent: AgentCli
         let changed = changes(&inotify, &state);
         guard.clear_ready();
         for volume in changed {
-            let read = state.lock().unwrap_or_else(PoisonError::into_inner).read(&volume, snapshot::GROWN);
+            let read = volume.open().and_then(|folder| {
+                state.lock().unwrap_or_else(PoisonError::into_inner).read(&volume, &folder, snapshot::GROWN)
+            });
             match read {
                 Ok(Some(fresh)) => {
                     if let Err(Error::VmGone { .. }) = refresh(&agent, &fresh).await {
@@ -209,17 +238,19 @@ mod tests {
     fn a_swap_is_noticed_once_and_read_with_a_higher_number() {
         let folder = tempfile::tempdir().expect("a folder");
         let watcher = Watcher::default();
-        assert!(watcher.add(folder.path(), "v", 100).is_none(), "nobody swaps it");
+        let source = Source::open(folder.path(), &GuestWritable::default()).expect("opened");
+        let add = |room| watcher.add(folder.path(), &source, Path::new("/none"), "v", room);
+        assert!(add(100).is_none(), "nobody swaps it");
         swap(folder.path(), "..1", "old");
-        assert!(watcher.add(folder.path(), "v", 2).is_none(), "no room");
-        let first = watcher.add(folder.path(), "v", 100).expect("a volume");
+        assert!(add(2).is_none(), "no room");
+        let first = add(100).expect("a volume");
         assert_eq!(size(&first), 3 + "..1".len());
         swap(folder.path(), "..2", "new");
         let inotify = watcher.state.lock().expect("whole").inotify.clone().expect("watched");
         let changed = changes(&inotify, &watcher.state);
         assert_eq!(changed.iter().map(|volume| volume.name.as_str()).collect::<Vec<_>>(), ["v"]);
         assert!(changes(&inotify, &watcher.state).is_empty());
-        let again = watcher.add(folder.path(), "v", 100).expect("a volume");
+        let again = add(100).expect("a volume");
         assert!(again.revision > first.revision);
         assert!(again.files.iter().any(|file| file.content == b"new"));
     }

@@ -22,6 +22,8 @@ const LONGEST_STATE: u64 = 16 << 20;
 const LONGEST_ABOUT: u64 = 64 << 10;
 /// Most templates that are kept: each is some 40 MiB, and sizes that no pod has any more are never asked for.
 const KEPT: usize = 8;
+/// Length of a fingerprint, hexadecimal digits.
+const KEY: usize = 32;
 /// Before the name of one that is being made.
 const DRAFT: &str = ".making-";
 
@@ -126,7 +128,8 @@ impl Store {
     /// Something cannot be removed.
     pub fn destroy(&self) -> Result<usize, Error> {
         let mut count = 0;
-        for name in self.names()? {
+        // whatever else is in that folder is not ours
+        for name in self.names()?.into_iter().filter(|name| is_ours(name)) {
             let path = self.0.join(&name);
             if let Some(key) = name.strip_prefix(".lock-") {
                 // held by one who makes it now: that one removes what it made itself
@@ -232,6 +235,12 @@ impl Drop for Draft {
         // nothing is there when it was published
         let _ = fs::remove_dir_all(&self.folder);
     }
+}
+
+/// A template, the draft of one, or a lock.
+fn is_ours(name: &str) -> bool {
+    let key = name.strip_prefix(".lock-").or_else(|| name.strip_prefix(DRAFT)?.split('.').next()).unwrap_or(name);
+    key.len() == KEY && key.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 fn remove(path: &Path) -> Result<(), Error> {
