@@ -278,6 +278,9 @@ fn written(meta: &fs::Metadata) -> i128 {
 mod tests {
     use super::*;
 
+    const A: &str = "0123456789abcdef0123456789abcdef";
+    const B: &str = "fedcba9876543210fedcba9876543210";
+
     fn made(store: &Store, key: &str) {
         let draft = store.draft(key, 1).expect("a folder").expect("nobody else");
         draft.file("memory").expect("made").write_all(b"m").expect("written");
@@ -289,41 +292,43 @@ mod tests {
     fn what_was_changed_is_not_used() {
         let root = tempfile::tempdir().expect("a folder");
         let store = Store::new(&root.path().join("templates"));
-        assert!(store.open("a", 1).expect("looked").is_none());
-        made(&store, "a");
-        let (_, state) = store.open("a", 1).expect("good").expect("there");
+        assert!(store.open(A, 1).expect("looked").is_none());
+        made(&store, A);
+        let (_, state) = store.open(A, 1).expect("good").expect("there");
         assert_eq!(
             read_all(Path::new(&format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&state))), 9)
                 .expect("read"),
             b"state"
         );
-        store.open("a", 2).expect_err("of another size");
-        let folder = root.path().join("templates/a");
+        store.open(A, 2).expect_err("of another size");
+        let folder = root.path().join("templates").join(A);
         for (file, bytes) in [("state", &b"statf"[..]), ("state", b"stat"), ("memory", b""), ("about.json", b"{")] {
-            store.discard("a");
-            made(&store, "a");
+            store.discard(A);
+            made(&store, A);
             fs::write(folder.join(file), bytes).expect("written");
-            store.open("a", 1).expect_err(file);
+            store.open(A, 1).expect_err(file);
         }
         assert_eq!(store.list().expect("listed").len(), 0, "without a description it is none");
+        fs::create_dir(root.path().join("templates/other")).expect("made");
         assert_eq!(store.destroy().expect("removed"), 1);
-        assert_eq!(fs::read_dir(root.path().join("templates")).expect("listed").count(), 0);
+        let left: Vec<_> = fs::read_dir(root.path().join("templates")).expect("listed").flatten().collect();
+        assert_eq!(left.iter().map(fs::DirEntry::file_name).collect::<Vec<_>>(), ["other"], "what is not ours stays");
     }
 
     #[test]
     fn one_makes_it_and_what_a_dead_one_left_goes() {
         let root = tempfile::tempdir().expect("a folder");
         let store = Store::new(root.path());
-        let first = store.draft("a", 1).expect("a folder").expect("nobody else");
-        assert!(store.draft("a", 1).expect("looked").is_none(), "it is being made");
-        assert!(store.draft("b", 1).expect("looked").is_some(), "another is not");
+        let first = store.draft(A, 1).expect("a folder").expect("nobody else");
+        assert!(store.draft(A, 1).expect("looked").is_none(), "it is being made");
+        assert!(store.draft(B, 1).expect("looked").is_some(), "another is not");
         drop(first);
-        fs::create_dir(root.path().join(".making-a.1")).expect("made");
-        made(&store, "a");
-        assert!(store.draft("a", 1).expect("looked").is_none(), "it is there");
-        assert!(!root.path().join(".making-a.1").exists());
+        fs::create_dir(root.path().join(format!(".making-{A}.1"))).expect("made");
+        made(&store, A);
+        assert!(store.draft(A, 1).expect("looked").is_none(), "it is there");
+        assert!(!root.path().join(format!(".making-{A}.1")).exists());
         for number in 0..KEPT + 3 {
-            made(&store, &format!("c{number}"));
+            made(&store, &format!("{number:032x}"));
         }
         assert_eq!(store.list().expect("listed").len(), KEPT);
     }
