@@ -195,4 +195,21 @@ mod tests {
         let _fifo = nix::unistd::mkfifo(&folder.path().join("..1/fifo"), nix::sys::stat::Mode::S_IRUSR);
         assert!(!limit(9, 9));
     }
+
+    #[test]
+    fn links_are_not_followed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let other = tempfile::tempdir().expect("a folder");
+        fs::write(other.path().join("key"), "secret").expect("written");
+        volume(folder.path(), "..1", &[]);
+        symlink(other.path(), folder.path().join("..1/out")).expect("linked");
+        let files = read(&opened(folder.path()), SMALL).expect("read").expect("fits");
+        assert!(files.iter().all(|file| file.content != b"secret"), "{files:?}");
+        fs::remove_dir_all(folder.path().join("..1")).expect("removed");
+        symlink(other.path(), folder.path().join("..1")).expect("linked");
+        let files = read(&opened(folder.path()), SMALL).expect("read").expect("fits");
+        assert!(files.iter().all(|file| file.content != b"secret"), "{files:?}");
+        (0..100).for_each(|number| symlink("x", folder.path().join(number.to_string())).expect("linked"));
+        assert!(read(&opened(folder.path()), SMALL).expect("read").is_none(), "too many links");
+    }
 }

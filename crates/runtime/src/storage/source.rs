@@ -274,6 +274,10 @@ mod tests {
             at(&folder.join("up"), &guests).expect_err("outside");
             at(&folder.join("../secret"), &guests).expect_err("outside");
         }
+        // a part of it, by whatever way, is the guest's as well
+        assert!(Source::open(&volume.join("etc"), &guests).expect("opened").is_guests());
+        assert!(Source::open(&volume, &guests).expect("opened").is_guests());
+        assert!(!Source::open(&root.join("secret"), &guests).expect("opened").is_guests());
         // a file that guests write to is one by itself
         let file = volume.join("etc/file");
         fs::write(&file, "").expect("written");

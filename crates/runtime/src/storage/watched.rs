@@ -254,4 +254,22 @@ mod tests {
         assert!(again.revision > first.revision);
         assert!(again.files.iter().any(|file| file.content == b"new"));
     }
+
+    #[test]
+    fn another_folder_at_its_path_is_not_read() {
+        let root = tempfile::tempdir().expect("a folder");
+        let (volume, secret) = (root.path().join("v"), root.path().join("secret"));
+        for (folder, content) in [(&volume, "own"), (&secret, "another's")] {
+            fs::create_dir(folder).expect("made");
+            swap(folder, "..1", content);
+        }
+        let source = Source::open(&volume, &GuestWritable::default()).expect("opened");
+        let watcher = Watcher::default();
+        watcher.add(&volume, &source, Path::new("/none"), "v", 100).expect("a volume");
+        let known = watcher.state.lock().expect("whole").volumes.values().next().expect("watched").clone();
+        known.open().expect("still it");
+        fs::rename(&volume, root.path().join("moved")).expect("moved");
+        symlink(&secret, &volume).expect("linked");
+        assert_eq!(known.open().expect_err("not kubelet's").kind(), io::ErrorKind::NotFound);
+    }
 }
