@@ -35,8 +35,7 @@ pub(crate) struct Container {
     holder: bool,
     /// Its mounts, which must outlive its processes: what they have asked of virtio-fs ahead may still be on its way, and
     /// the kernel (6.12, `fuse_readpages_end`) dies of an answer for a file system that is gone with its last mount.
-    #[expect(dead_code, reason = "held")]
-    mounted: Option<File>,
+    mounted: Mutex<Option<File>>,
 }
 
 /// What is to be made of a specification.
@@ -80,7 +79,7 @@ impl Container {
             tokio::spawn(kill_after(launched.exit.clone(), cgroup.killer()?));
         }
         let stdio = with_terminal(stdio, launched.terminal)?;
-        let mounted = (!holder).then(|| launcher::mount_namespace(launched.pid)).transpose()?;
+        let mounted = Mutex::new((!holder).then(|| launcher::mount_namespace(launched.pid)).transpose()?);
         let init = Arc::new(Process::new(launched.pid, stdio, launched.exit));
         let (go, execs) = (Mutex::new(Some(go)), Mutex::default());
         Ok(Self { spec, cgroup, init, go, execs, mounts, volumes, holder, mounted })
@@ -91,6 +90,11 @@ impl Container {
         let go = self.go.lock().unwrap_or_else(PoisonError::into_inner).take();
         let go = go.ok_or_else(|| Error::State("cannot start a container that has been started".into()))?;
         std::fs::File::from(go).write_all(b"g").map_err(Error::failed("starting the container"))
+    }
+
+    /// Lets its mounts go, once it has ended and all that it has asked of the host is answered.
+    pub(crate) fn unmount(&self) {
+        self.mounted.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     /// Adds a process and waits until it has executed its program.

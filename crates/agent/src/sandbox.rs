@@ -85,10 +85,15 @@ impl Sandbox {
     pub(crate) async fn destroy(&self) {
         // they stay known: nothing is removed that goes with the machine
         let all: Vec<_> = self.containers().values().flatten().cloned().collect();
-        for container in all {
+        for container in &all {
             if let Err(error) = container.end().await {
                 crate::log::warn(&error.to_string());
             }
+        }
+        answered();
+        for container in all {
+            // a disk's file system is whole only when its last mount has gone
+            container.unmount();
             container.mounts.iter().rev().for_each(|point| storage::disconnect(point));
         }
         let mounts = std::mem::take(&mut *self.mounts.lock().unwrap_or_else(PoisonError::into_inner));
@@ -213,10 +218,8 @@ impl Sandbox {
         for point in container.mounts.iter().rev() {
             storage::disconnect(point);
         }
-        // answered after all that the container has asked of the host: its mounts may go then
-        if let Err(errno) = nix::sys::statfs::statfs(paths::SHARED) {
-            crate::log::debug(&format!("asking for the share: {errno}"));
-        }
+        answered();
+        container.unmount();
         self.containers().remove(id);
         self.entered.leave(&container.volumes);
         // with it its namespace is gone: the next one's is the pod's
@@ -235,6 +238,14 @@ impl Sandbox {
 
     pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, Error> {
         self.containers().get(id).cloned().flatten().ok_or_else(|| Error::NotFound(format!("container {id:.80}")))
+    }
+}
+
+/// Asks virtio-fs for something, which is answered after all that was asked before: the mounts of containers that have
+/// ended may go then.
+fn answered() {
+    if let Err(errno) = nix::sys::statfs::statfs(paths::SHARED) {
+        crate::log::debug(&format!("asking for the share: {errno}"));
     }
 }
 
