@@ -217,9 +217,14 @@ impl Cri<'_> {
 
     /// What `inspect` shows once the container has ended.
     pub fn wait_exited(&self, container: &str) -> Result<String> {
+        self.wait_shown(container, "CONTAINER_EXITED")
+    }
+
+    /// What `inspect` shows once `words` are in it.
+    pub fn wait_shown(&self, container: &str, words: &str) -> Result<String> {
         Self::until(|| {
             let shown = self.say(["inspect", container])?;
-            Ok((shown.contains("CONTAINER_EXITED"), shown))
+            Ok((shown.contains(words), shown))
         })
     }
 
