@@ -54,6 +54,12 @@ impl Memory {
 const KERNEL_PARAMS: &str = "console=ttyS0 panic=-1 oops=panic reboot=t no_timer_check tsc=reliable \
     rcupdate.rcu_expedited=1 cryptomgr.notests noreplace-smp pci=lastbus=0 net.ifnames=0 dummy.numdummies=0 random.trust_cpu=on";
 
+/// Memory up to which a guest gets [`SMALL`], MiB.
+const SMALL_MIB: u64 = 1024;
+/// An eighth of the kernel's own tables of names and inodes, which are cleared at boot: half a MiB, for files by the
+/// hundred thousand.
+const SMALL: &str = " dhash_entries=8192 ihash_entries=4096";
+
 /// All arguments after the program's name.
 pub(super) fn arguments(
     settings: &QemuSettings,
@@ -112,10 +118,11 @@ pub(super) fn arguments(
         let quiet = if spec.debug { "" } else { " quiet" };
         let timer = if no_local_timer { " noapictimer" } else { "" };
         let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
+        let tables = if size.memory_mib <= SMALL_MIB { SMALL } else { "" };
         args.pair(
             "-append",
             format!(
-                "{KERNEL_PARAMS}{timer}{tsc}{quiet} nr_cpus={}{} {}",
+                "{KERNEL_PARAMS}{tables}{timer}{tsc}{quiet} nr_cpus={}{} {}",
                 size.vcpus, root.kernel_params, spec.boot.kernel_params
             ),
         );
