@@ -84,6 +84,11 @@ impl Qmp {
         Ok(from)
     }
 
+    /// How long a command may take.
+    pub(super) fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
     /// Resolves when a migration has come to its end. Ask before it begins.
     pub(super) fn migration(&self) -> Result<oneshot::Receiver<Result<(), String>>, Error> {
         let (to, from) = oneshot::channel();

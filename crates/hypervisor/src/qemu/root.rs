@@ -5,9 +5,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use super::boot_file::BootFile;
+use super::snapshot::path_of;
 use crate::{Image, Root, Verity};
 
 /// The file, open.
@@ -35,7 +36,7 @@ impl RootFile {
             Self::Initrd(copy) => copy.share()?,
             Self::Image(file) => {
                 let fd = file.try_clone()?;
-                let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+                let path = path_of(&fd);
                 (fd, path)
             }
         };

@@ -74,7 +74,11 @@ pub(super) async fn save(qmp: &Qmp, to: OwnedFd) -> Result<(), Error> {
     qmp.give("state", to.as_fd()).await?;
     let written = qmp.migration()?;
     qmp.execute("migrate", json!({"uri": "fd:state"})).await?;
-    written.await.map_err(|_| Error::Gone)?.map_err(|why| Error::Snapshot { what: "saving", why })
+    // a maker that hangs would hold the template's lock for good
+    let limit = qmp.deadline();
+    let written = tokio::time::timeout(limit, written);
+    let outcome = written.await.map_err(|_| Error::Timeout { call: "migrate".into(), after: limit })?;
+    outcome.map_err(|_| Error::Gone)?.map_err(|why| Error::Snapshot { what: "saving", why })
 }
 
 async fn prepare(qmp: &Qmp) -> Result<(), Error> {
