@@ -158,6 +158,8 @@ impl AgentService for Service {
         let container = self.sandbox.container(&request.container_id)?;
         let process = container.process(&request.container_id, &request.exec_id)?;
         let status = process.tell().await;
+        // why, before that it ended
+        self.sandbox.oom.look(&request.container_id);
         container.forget(&request.exec_id, &process);
         Ok(api::WaitProcessResponse { status, ..Default::default() })
     }

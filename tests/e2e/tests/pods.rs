@@ -236,10 +236,13 @@ fn a_limit_of_memory_is_kept_and_told() -> Result<()> {
     with_pods(|cri| {
         let pod = cri.run_pod(Runtime::Kata, "oom", &none())?;
         let limit = json!({"linux": {"resources": {"memory_limit_in_bytes": 20 << 20}}});
-        let hungry = cri.run(&pod, "hungry", &["sh", "-c", "sleep 1; tail /dev/zero"], &limit)?;
-        cri.wait_exited(&hungry)?;
-        // the end and its reason are told by two events, in any order
-        cri.wait_shown(&hungry, "OOMKilled")?;
+        // again and again: the reason is lost when the kernel tells it after the container is gone
+        for round in 0..6 {
+            let hungry = cri.run(&pod, &format!("hungry{round}"), &["tail", "/dev/zero"], &limit)?;
+            cri.wait_exited(&hungry)?;
+            // the end and its reason are told by two events, in any order
+            cri.wait_shown(&hungry, "OOMKilled")?;
+        }
         cri.remove(&pod)
     })
 }
