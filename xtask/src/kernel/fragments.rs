@@ -37,6 +37,17 @@ pub(super) fn merge(directory: &Path, arch: &str) -> Result<String> {
     Ok(merged)
 }
 
+/// All patches of `directory`/patches in the order of their names, as one text.
+pub(super) fn patches(directory: &Path) -> Result<String> {
+    let directory = directory.join("patches");
+    let cannot = || format!("the kernel's patches {} cannot be read", directory.display());
+    let entries = fs::read_dir(&directory).with_context(cannot)?.collect::<std::io::Result<Vec<_>>>();
+    let mut paths: Vec<_> = entries.with_context(cannot)?.into_iter().map(|entry| entry.path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|kind| kind == "patch"));
+    paths.sort();
+    paths.iter().map(|path| fs::read_to_string(path).with_context(|| path.display().to_string())).collect()
+}
+
 /// Fails with the name of every symbol that `config` does not have as the fragments want it.
 pub(super) fn verify(fragments: &str, config: &str) -> Result<()> {
     let (wanted, has) = (symbols(fragments)?, symbols(config)?);

@@ -1,4 +1,4 @@
-//! Builds the kernel: unpack, configure, compile, strip. Fixes what would make two builds differ (time, user, host,
+//! Builds the kernel: unpack, patch, configure, compile, strip. Fixes what would make two builds differ (time, user, host,
 //! count), so that the same inputs give the same bytes, and shows how far it is.
 
 use std::fs::{self, File};
@@ -20,14 +20,18 @@ const C_FILES: usize = 2_000;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Leaves the two forms of the kernel in `work`/result.
-pub(super) fn kernel(tarball: &Path, work: &Path, log: &Path, fragments: &str) -> Result<()> {
+pub(super) fn kernel(tarball: &Path, work: &Path, log: &Path, fragments: &str, patches: &str) -> Result<()> {
     let [source, out, result] = ["source", "out", "result"].map(|name| work.join(name));
     for directory in [&source, &out, &result] {
         fs::create_dir_all(directory).with_context(|| format!("{} cannot be made", directory.display()))?;
     }
     step::timed("unpacking the kernel's source", || {
         let mut tar = step::command("tar");
-        step::run(tar.arg("-xJf").arg(tarball).arg("--strip-components=1").arg("-C").arg(&source))
+        step::run(tar.arg("-xJf").arg(tarball).arg("--strip-components=1").arg("-C").arg(&source))?;
+        let all = work.join("all.patch");
+        fs::write(&all, patches)?;
+        // no guess where a line might belong: another source wants another patch
+        step::run(step::command("patch").args(["-p1", "--fuzz=0", "--quiet", "-d"]).arg(&source).arg("-i").arg(&all))
     })?;
     let mut log = File::create(log).with_context(|| format!("{} cannot be written", log.display()))?;
     let wanted = work.join("fragments.config");

@@ -1,4 +1,4 @@
-//! The guest's kernel: from the distribution's source and our fragments, built once for each set of inputs and kept
+//! The guest's kernel: from the distribution's source with our fragments and patches, built once for each set of inputs and kept
 //! outside the checkout. Owns the cache; fragments.rs knows the configuration, make.rs the build.
 
 mod fragments;
@@ -24,7 +24,8 @@ const RECIPE: &str = "recipe 1";
 pub(crate) fn provide(workspace: &Workspace) -> Result<()> {
     step::timed("providing the guest kernel", || {
         let fragments = fragments::merge(&workspace.kernel_fragments(), env::consts::ARCH)?;
-        let key = key(&fragments)?;
+        let patches = fragments::patches(&workspace.kernel_fragments())?;
+        let key = key(&fragments, &patches)?;
         let cache = cache::folder("kata-guest")?;
         let _alone = cache::lock(&cache)?;
         let kept = cache.join(&key);
@@ -32,14 +33,14 @@ pub(crate) fn provide(workspace: &Workspace) -> Result<()> {
             println!("    cached: {}", kept.display());
         } else {
             println!("    not in the cache yet, 5 to 20 minutes of CPU, once: {}", kept.display());
-            build(&cache, &kept, &fragments)?;
+            build(&cache, &kept, &fragments, &patches)?;
         }
         hand_out(&kept, &workspace.guest_files())
     })
 }
 
 /// What the bytes of the kernel depend on.
-fn key(fragments: &str) -> Result<String> {
+fn key(fragments: &str, patches: &str) -> Result<String> {
     if !Path::new(SOURCE).is_file() {
         bail!("{SOURCE} is missing: run `make deps`, which installs Debian's linux-source-6.12");
     }
@@ -48,7 +49,7 @@ fn key(fragments: &str) -> Result<String> {
     let source = source.split_whitespace().next().context("sha256sum printed nothing")?;
     let compiler = step::output(step::command("gcc").arg("--version").env("LC_ALL", "C"))?;
     let compiler = compiler.lines().next().context("gcc --version printed nothing")?;
-    let inputs = format!("{RECIPE}\n{source}\n{compiler}\n{fragments}");
+    let inputs = format!("{RECIPE}\n{source}\n{compiler}\n{fragments}\n{patches}");
     Ok(hex(&Sha256::digest(inputs)))
 }
 
@@ -61,12 +62,12 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
         .collect()
 }
 
-fn build(cache: &Path, kept: &Path, fragments: &str) -> Result<()> {
+fn build(cache: &Path, kept: &Path, fragments: &str, patches: &str) -> Result<()> {
     let work = cache.join("build");
     // what an interrupted build has left; we hold the lock
     cache::remove(&work)?;
     let log = cache.join("build.log");
-    let result = make::kernel(Path::new(SOURCE), &work, &log, fragments);
+    let result = make::kernel(Path::new(SOURCE), &work, &log, fragments, patches);
     if let Err(error) = result {
         let cleaned = cache::remove(&work);
         let error = error.context(format!("the guest kernel was not built; the log is {}", log.display()));
