@@ -15,11 +15,34 @@ use crate::error::Error;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Hands every controller of the root down to the containers' cgroups.
+/// What counts for every container. The others (`cpu` above all, by whose hierarchy the scheduler goes at each wake-up and
+/// sleep) are handed down when somebody asks for what they do.
+const ALWAYS: &str = "memory pids io";
+
+/// Hands those controllers down to the containers' cgroups that all have.
 pub(crate) fn delegate() -> io::Result<()> {
-    let all = fs::read_to_string(format!("{ROOT}/cgroup.controllers"))?;
-    let line: Vec<_> = all.split_whitespace().map(|name| format!("+{name}")).collect();
+    hand_down(ALWAYS)
+}
+
+/// The same for all that the kernel has: for a container that divides its cgroup itself.
+pub(crate) fn delegate_all() -> io::Result<()> {
+    hand_down(&fs::read_to_string(format!("{ROOT}/cgroup.controllers"))?)
+}
+
+fn hand_down(controllers: &str) -> io::Result<()> {
+    let line: Vec<_> = controllers.split_whitespace().map(|name| format!("+{name}")).collect();
     fs::write(format!("{ROOT}/cgroup.subtree_control"), line.join(" "))
+}
+
+/// The controller that has this file, where it is one that not all have.
+fn controller_of(file: &str) -> Option<&'static str> {
+    let name = file.split('.').next()?;
+    ["cpu", "cpuset", "hugetlb"].into_iter().find(|one| *one == name)
+}
+
+/// Whether a ready one fits.
+pub(crate) fn are_plain(resources: Option<&LinuxResources>) -> bool {
+    resources.is_none_or(|resources| crate::device_filter::is_plain(&resources.Devices))
 }
 
 /// One cgroup. Dropping it kills what is in it and removes it.
@@ -28,26 +51,51 @@ pub(crate) struct Cgroup {
     path: PathBuf,
 }
 
+/// The folder of one that is made before a container needs it; no container has such a name.
+const READY: &str = "@ready";
+
 impl Cgroup {
     /// Makes it, with its limits and its device rules.
     pub(crate) fn create(id: &str, resources: Option<&LinuxResources>) -> Result<Self, Error> {
-        let path = PathBuf::from(ROOT).join(id);
-        fs::create_dir(&path).map_err(Error::failed(format!("cgroup {}", path.display())))?;
-        let cgroup = Self { path };
         let none = Vec::<LinuxDeviceCgroup>::new();
-        let folder = File::open(&cgroup.path).map_err(Error::failed("cgroup"))?;
-        crate::device_filter::attach(folder.as_fd(), resources.map_or(&none, |all| &all.Devices))
-            .map_err(Error::failed("device rules"))?;
+        let cgroup = Self::with_devices(id, resources.map_or(&none, |all| &all.Devices))?;
         if let Some(resources) = resources {
             cgroup.limit(resources)?;
         }
         Ok(cgroup)
     }
 
+    /// One without limits for a container that asks for no devices: to be made when there is time, or for all guests that
+    /// begin from one saved guest.
+    pub(crate) fn ready() -> Result<Self, Error> {
+        Self::with_devices(READY, &[])
+    }
+
+    /// A ready one, with the limits of a container whose device rules [`are_plain`].
+    pub(crate) fn fill(self, resources: Option<&LinuxResources>) -> Result<Self, Error> {
+        resources.map_or(Ok(()), |resources| self.limit(resources))?;
+        Ok(self)
+    }
+
+    fn with_devices(name: &str, rules: &[LinuxDeviceCgroup]) -> Result<Self, Error> {
+        let path = PathBuf::from(ROOT).join(name);
+        fs::create_dir(&path).map_err(Error::failed(format!("cgroup {}", path.display())))?;
+        let cgroup = Self { path };
+        let folder = File::open(&cgroup.path).map_err(Error::failed("cgroup"))?;
+        crate::device_filter::attach(folder.as_fd(), rules).map_err(Error::failed("device rules"))?;
+        Ok(cgroup)
+    }
+
     /// Writes limits; zero is "not asked for", as on the wire.
     pub(crate) fn limit(&self, resources: &LinuxResources) -> Result<(), Error> {
         for (file, value) in settings(resources)? {
-            match fs::write(self.path.join(&file), &value) {
+            let path = self.path.join(&file);
+            if let Some(controller) = controller_of(&file)
+                && !path.exists()
+            {
+                hand_down(controller).map_err(Error::failed(format!("cgroup controller {controller}")))?;
+            }
+            match fs::write(path, &value) {
                 // no swap in this kernel or guest: nothing to limit
                 Err(error) if file == "memory.swap.max" && error.kind() == io::ErrorKind::NotFound => {}
                 other => other.map_err(Error::failed(format!("cgroup {file} = {value}")))?,
@@ -304,6 +352,14 @@ mod tests {
         assert_eq!(all["cpu.weight"], "39");
         assert_eq!(all["cpu.max"], "50000 100000");
         assert_eq!(all["pids.max"], "max");
+    }
+
+    #[test]
+    fn files_have_their_controllers() {
+        assert_eq!(controller_of("cpu.weight"), Some("cpu"));
+        assert_eq!(controller_of("cpuset.cpus"), Some("cpuset"));
+        assert_eq!(controller_of("hugetlb.2MB.max"), Some("hugetlb"));
+        assert_eq!(controller_of("memory.max"), None);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use agent_api::oci;
 use nix::fcntl::OFlag;
 use tokio::sync::watch;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::error::Error;
 use crate::io::Stdio;
 use crate::launcher::{self, Launch, Namespaces};
@@ -56,11 +56,20 @@ pub(crate) struct Plan {
 }
 
 impl Container {
-    /// Makes everything up to the program's execution.
-    pub(crate) async fn create(id: &str, plan: Plan, reaper: &Reaper) -> Result<Self, Error> {
+    /// Makes everything up to the program's execution. `ready` gives a cgroup where there is one.
+    pub(crate) async fn create(
+        id: &str,
+        plan: Plan,
+        ready: impl FnOnce() -> Option<Cgroup>,
+        reaper: &Reaper,
+    ) -> Result<Self, Error> {
         let Plan { spec, own_hostname, mounts, volumes, holder, pids_of, submounts } = plan;
         let resources = spec.Linux.Resources.as_ref();
-        let cgroup = Cgroup::create(id, resources)?;
+        if spec.Mounts.iter().any(divides) {
+            cgroup::delegate_all().map_err(Error::failed("cgroup controllers"))?;
+        }
+        let ready = if cgroup::are_plain(resources) { ready() } else { None };
+        let cgroup = ready.map_or_else(|| Cgroup::create(id, resources), |cgroup| cgroup.fill(resources))?;
         let procs = cgroup.procs()?;
         let (go_child, go) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("start pipe"))?;
         let (stdio, streams) = streams(&spec.Process)?;
@@ -170,6 +179,11 @@ async fn kill_after(mut exit: watch::Receiver<Option<i32>>, mut killer: std::fs:
     let _ = exit.wait_for(Option::is_some).await;
     // gone already: then nothing is left to kill
     let _ = killer.write_all(b"1");
+}
+
+/// Whether this lets the container write into its cgroup.
+fn divides(mount: &oci::Mount) -> bool {
+    matches!(mount.type_.as_str(), "cgroup" | "cgroup2") && !mount.options.iter().any(|option| option == "ro")
 }
 
 fn streams(process: &oci::Process) -> Result<(Option<Stdio>, Option<launcher::Streams>), Error> {

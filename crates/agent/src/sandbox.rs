@@ -7,6 +7,7 @@ use std::time::Duration;
 use agent_api::agent as api;
 use agent_api::{limits, paths};
 
+use crate::cgroup::Cgroup;
 use crate::container::{Container, Plan};
 use crate::device;
 use crate::error::Error;
@@ -29,6 +30,8 @@ pub(crate) struct Sandbox {
     mounts: Mutex<Vec<String>>,
     pub(crate) watched: Watched,
     entered: Entered,
+    /// The first container's.
+    ready: Mutex<Option<Cgroup>>,
     /// How long a plugged disk may take to appear.
     patience: Duration,
 }
@@ -50,8 +53,17 @@ pub(crate) fn check_id(kind: &str, id: &str) -> Result<(), Error> {
 
 impl Sandbox {
     pub(crate) fn new(reaper: Reaper, oom: OomWatch, patience: Duration) -> Self {
-        let (containers, hostname, first, mounts, watched, entered) = Default::default();
-        Self { reaper, oom, containers, hostname, first, mounts, watched, entered, patience }
+        let (containers, hostname, first, mounts, watched, entered, ready) = Default::default();
+        Self { reaper, oom, containers, hostname, first, mounts, watched, entered, ready, patience }
+    }
+
+    /// Makes what the first container will need, whatever it is.
+    pub(crate) fn prepare(&self) {
+        match Cgroup::ready() {
+            Ok(cgroup) => *self.ready.lock().unwrap_or_else(PoisonError::into_inner) = Some(cgroup),
+            // it is tried again for the container, where somebody hears of it
+            Err(error) => crate::log::debug(&error.to_string()),
+        }
     }
 
     fn containers(&self) -> std::sync::MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
@@ -182,7 +194,8 @@ impl Sandbox {
             plan.mounts.clone_from(&mounts);
             plan.volumes = self.entered.enter(&plan.spec);
             let volumes = plan.volumes.clone();
-            let made = Container::create(id, plan, &self.reaper).await;
+            let ready = || self.ready.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let made = Container::create(id, plan, ready, &self.reaper).await;
             made.inspect_err(|_| self.entered.leave(&volumes))
         }
         .await;

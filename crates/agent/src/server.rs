@@ -46,7 +46,11 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
     let reaper = Reaper::start().map_err(Error::failed("reaper"))?;
     let oom = OomWatch::start().map_err(Error::failed("memory watch"))?;
     let sandbox = Arc::new(Sandbox::new(reaper, oom, params.hotplug_timeout));
-    let service = Arc::new(Service { sandbox, network: OnceLock::new(), hotplug_timeout: params.hotplug_timeout });
+    let service = Arc::new(Service {
+        sandbox: Arc::clone(&sandbox),
+        network: OnceLock::new(),
+        hotplug_timeout: params.hotplug_timeout,
+    });
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(create_agent_service(service))
@@ -56,6 +60,8 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
     server.start().await.map_err(Error::failed("serving"))?;
     transport::tell_ready(params);
     crate::log::debug("serving");
+    // the host's first request is on its way
+    sandbox.prepare();
     std::future::pending().await
 }
 

@@ -32,12 +32,16 @@ const NAMESPACE: &str = "network namespace";
 
 /// Everything found at one moment.
 #[derive(Debug, Clone, Default)]
-pub struct Leaks(BTreeSet<String>);
+pub struct Leaks {
+    found: BTreeSet<String>,
+    /// Cgroups of others. They do not count, nor do they begin to when somebody else moves in.
+    of_others: BTreeSet<String>,
+}
 
 impl Leaks {
     /// Looks around. `tag` names the node: processes that are another's do not count, nor do sockets that are served.
     pub fn look(tag: &str) -> Self {
-        let mut found = BTreeSet::new();
+        let (mut found, mut of_others) = (BTreeSet::new(), BTreeSet::new());
         for process in processes::all() {
             let ours = match &process.node {
                 Some(node) => node == tag,
@@ -62,17 +66,17 @@ impl Leaks {
                 found.insert(format!("loop-device {name} {}", file.trim()));
             }
         }
-        cgroups(Path::new("/sys/fs/cgroup"), &mut found);
+        cgroups(Path::new("/sys/fs/cgroup"), &mut found, &mut of_others);
         for place in PLACES {
             files(Path::new(place), &mut found);
         }
-        Self(found)
+        Self { found, of_others }
     }
 
     /// How many of each kind.
     pub fn counts(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
-        for thing in &self.0 {
+        for thing in &self.found {
             let two_words = Some(NAMESPACE).filter(|kind| thing.starts_with(kind));
             let kind = two_words.or_else(|| thing.split(' ').next()).unwrap_or_default();
             *counts.entry(kind.to_owned()).or_default() += 1;
@@ -85,7 +89,8 @@ impl Leaks {
         let end = Instant::now() + limit;
         loop {
             let now = Self::look(tag);
-            let left: Vec<_> = now.0.difference(&before.0).cloned().collect();
+            let is_new = |thing: &&String| !before.found.contains(*thing) && !before.of_others.contains(*thing);
+            let left: Vec<_> = now.found.iter().filter(is_new).cloned().collect();
             if left.is_empty() {
                 return Ok(());
             }
@@ -103,17 +108,18 @@ fn names(dir: &Path) -> Vec<String> {
     entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect()
 }
 
-fn cgroups(dir: &Path, found: &mut BTreeSet<String>) {
+fn cgroups(dir: &Path, found: &mut BTreeSet<String>, of_others: &mut BTreeSet<String>) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for entry in entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
         let path = entry.path();
         // runc leaves the folder of containerd's namespace for the next container, with nothing in it
         let lasts = [crate::node::NAMESPACE, crate::node::CRI_NAMESPACE].iter().any(|name| path.ends_with(name));
-        if !lasts && !is_of_others(&path) {
-            found.insert(format!("cgroup {}", path.display()));
+        if !lasts {
+            let set = if is_of_others(&path) { &mut *of_others } else { &mut *found };
+            set.insert(format!("cgroup {}", path.display()));
         }
         // whoever is in it, what is below counts for itself
-        cgroups(&path, found);
+        cgroups(&path, found, of_others);
     }
 }
 

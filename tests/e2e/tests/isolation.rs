@@ -167,6 +167,13 @@ fn cgroup_limits_hold_in_the_guest() -> Result<()> {
         let script = "head -c 200m /dev/zero | tail > /dev/null; echo $?";
         let killed = node.run(Runtime::Kata, "c2", &options, &["sh", "-c", script]).output()?.text();
         ensure!(killed == "137", "a process beyond its memory limit ended with {killed:?}");
+        // one that may write there divides what it has itself, by whatever there is
+        let own = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=rw:nosuid:noexec:nodev";
+        let script = "cd /sys/fs/cgroup && mkdir all part && echo $$ > all/cgroup.procs && \
+                      echo '+cpu +cpuset +memory +pids +io' > cgroup.subtree_control && \
+                      echo '20000 100000' > part/cpu.max && cat part/cpu.max";
+        let shown = node.run(Runtime::Kata, "c3", &["--mount", own], &["sh", "-c", script]).output()?.ok()?.text();
+        ensure!(shown == "20000 100000", "{shown:?}");
         Ok(())
     })
 }
