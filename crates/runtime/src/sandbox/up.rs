@@ -248,10 +248,16 @@ fn root(config: &config::Hypervisor) -> Root {
 /// What this side asks of the guest's kernel, and what the configuration does.
 ///
 /// `cgroup.memory=nosocket`: to count the buffers of sockets into a container's memory costs a tenth of what passes through
-/// one, and the VM is the limit for all of it anyway. Whoever sets `cgroup.memory` decides himself.
+/// one, and the VM is the limit for all of it anyway. `cgroup_disable=pressure`: the stall times of a single container
+/// (`cpu.pressure` and its like) are kept at every change of tasks, and the agent's protocol has no word for them;
+/// `/proc/pressure` is there. Whoever sets one of the two decides himself (`cgroup_disable=none` is nothing).
 fn kernel_params(channel: &str, log: &str, configured: &str) -> String {
-    let counted = if configured.contains("cgroup.memory=") { "" } else { " cgroup.memory=nosocket" };
-    format!("{channel} agent.log={log} cgroup_no_v1=all{counted} {configured}").trim_end().into()
+    let ours: String = ["cgroup.memory=nosocket", "cgroup_disable=pressure"]
+        .into_iter()
+        .filter(|ours| ours.split_inclusive('=').next().is_some_and(|key| !configured.contains(key)))
+        .flat_map(|ours| [" ", ours])
+        .collect();
+    format!("{channel} agent.log={log} cgroup_no_v1=all{ours} {configured}").trim_end().into()
 }
 
 /// What makes this clone another than all the others: random numbers of the host, and its time.
@@ -295,8 +301,11 @@ mod tests {
 
     #[test]
     fn the_configuration_decides_what_is_counted() {
-        assert_eq!(kernel_params("c=1", "info", ""), "c=1 agent.log=info cgroup_no_v1=all cgroup.memory=nosocket");
+        let plain = kernel_params("c=1", "info", "");
+        assert_eq!(plain, "c=1 agent.log=info cgroup_no_v1=all cgroup.memory=nosocket cgroup_disable=pressure");
         let counted = kernel_params("c=1", "info", "a cgroup.memory=nobpf");
-        assert_eq!(counted, "c=1 agent.log=info cgroup_no_v1=all a cgroup.memory=nobpf");
+        assert_eq!(counted, "c=1 agent.log=info cgroup_no_v1=all cgroup_disable=pressure a cgroup.memory=nobpf");
+        let both = kernel_params("c=1", "info", "cgroup.memory=nobpf cgroup_disable=none");
+        assert_eq!(both, "c=1 agent.log=info cgroup_no_v1=all cgroup.memory=nobpf cgroup_disable=none");
     }
 }

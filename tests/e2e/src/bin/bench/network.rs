@@ -1,8 +1,9 @@
 //! What passes through a pod's network: bytes a second through one TCP stream, and the time of a round trip, from and to
 //! the host's bridge. Beside runc, and beside a bare QEMU: with its tap joined to a veth as the product's is, and with it
-//! at the bridge itself.
+//! at the bridge itself. All of them are in a cgroup of the host's, as a pod is: between two processes that share the
+//! processors that alone is worth up to a fifth.
 
-use crate::{floor, initrd::Archive, report::Report, sample::Sample};
+use crate::{cgroup::Cgroup, floor, initrd::Archive, report::Report, sample::Sample};
 use anyhow::{Context as _, Result, bail};
 use e2e::{
     Node, Runtime,
@@ -254,6 +255,8 @@ const TAP: &str = "keraw0";
 struct RawVm {
     process: Child,
     console: PathBuf,
+    /// After the process.
+    cgroup: Cgroup,
 }
 
 impl RawVm {
@@ -316,7 +319,11 @@ impl RawVm {
             .arg(&initrd)
             .stdin(Stdio::null())
             .stdout(Stdio::null());
-        Ok(Self { process: command.spawn().context("qemu-system-x86_64")?, console })
+        let cgroup = Cgroup::create(if is_joined { "raw" } else { "bare" })?;
+        let process = command.spawn().context("qemu-system-x86_64")?;
+        let vm = Self { process, console, cgroup };
+        vm.cgroup.add(vm.process.id())?;
+        Ok(vm)
     }
 
     /// Its console.
