@@ -10,6 +10,7 @@ mod pod;
 mod pool;
 mod report;
 mod sample;
+mod storage;
 mod warm;
 
 use anyhow::{Context as _, Result, bail};
@@ -56,6 +57,9 @@ fn main() -> Result<()> {
     if parts.include("network") {
         network::measure(&install, rounds, &mut report)?;
     }
+    if parts.include("storage") {
+        storage::measure(&install, rounds, &mut report)?;
+    }
     cost::sizes(&install, &mut report);
     report.judge();
     print!("{report}");
@@ -70,7 +74,8 @@ fn main() -> Result<()> {
 struct Parts(Option<Vec<String>>);
 
 impl Parts {
-    const ALL: [&str; 9] = ["floor", "start", "image", "exec", "memory", "agent", "warm", "pod", "network"];
+    const ALL: [&str; 10] =
+        ["floor", "start", "image", "exec", "memory", "agent", "warm", "pod", "network", "storage"];
 
     fn from_environment() -> Result<Self> {
         let Ok(text) = std::env::var("BENCH_ONLY") else { return Ok(Self(None)) };

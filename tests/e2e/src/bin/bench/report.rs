@@ -73,6 +73,12 @@ impl Report {
         let least = [
             ("TCP out of the pod ≥ 0.9 × raw QEMU's", median("net.out.raw") * 0.9, "net.out.kata", "MiB/s"),
             ("TCP into the pod ≥ 0.9 × raw QEMU's", median("net.in.raw") * 0.9, "net.in.kata", "MiB/s"),
+            ("virtio-fs, sequential ≥ 95 % of raw QEMU's", 95.0, "store.fs.of-raw.all.seq", "%"),
+            ("virtio-fs, random ≥ 95 % of raw QEMU's", 95.0, "store.fs.of-raw.all.rand", "%"),
+            ("virtio-fs, small files ≥ 95 % of raw QEMU's", 95.0, "store.fs.of-raw.all.meta", "%"),
+            ("disk, sequential ≥ 95 % of raw QEMU's", 95.0, "store.disk.of-raw.all.seq", "%"),
+            ("disk, random ≥ 95 % of raw QEMU's", 95.0, "store.disk.of-raw.all.rand", "%"),
+            ("disk, small files ≥ 95 % of raw QEMU's", 95.0, "store.disk.of-raw.all.meta", "%"),
         ];
         let most = most.map(|bar| (Side::AtMost, bar));
         let all = most.into_iter().chain(least.map(|bar| (Side::AtLeast, bar)));

@@ -20,6 +20,12 @@ impl Sample {
         self.0.push(value);
     }
 
+    /// With one more.
+    pub(crate) fn with(mut self, value: f64) -> Self {
+        self.0.push(value);
+        self
+    }
+
     /// Adds another's.
     pub(crate) fn join(&mut self, other: &Self) {
         self.0.extend(&other.0);
