@@ -21,7 +21,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<()> {
     step::timed("file system tests", || {
         let mut command = cargo(workspace);
         command.args(["run", "--package", "e2e", "--bin", "fstest"]).env("FSTEST_PROGRAM", suite);
-        step::run(command.env("KATA_PREFIX", workspace.test_prefix()))
+        step::run(command.env("KATA_PREFIX", workspace.test_prefix()).env("KATA_CLIENTS", workspace.test_clients()))
     })
 }
 

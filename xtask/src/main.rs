@@ -80,6 +80,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         }
         ("fstest", []) => {
             prepare(&workspace, &workspace.test_prefix())?;
+            clients::provide(&workspace)?;
             fstest::run(&workspace)?;
         }
         ("conformance", focus) => {

@@ -49,7 +49,7 @@ impl Helper {
         let parent = std::process::id();
         let mut command = Command::new(program);
         command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
-        // SAFETY: the closure runs between fork and exec and calls only prctl, getppid, fcntl and signal functions,
+        // SAFETY: the closure runs between fork and exec and calls only prctl, getppid, fcntl, getrlimit, setrlimit and signal functions,
         // which are async-signal-safe; it allocates nothing.
         unsafe {
             command.pre_exec(move || {
@@ -65,6 +65,7 @@ impl Helper {
                         return Err(io::Error::last_os_error());
                     }
                 }
+                raise_open_files();
                 Ok(())
             });
         }
@@ -148,6 +149,20 @@ impl Helper {
     }
 }
 
+/// Lets this process have as many files open as may be allowed to it: a file that the guest knows is an open one of
+/// virtiofsd or of QEMU's 9p server, and what containerd hands on is the low limit for programs that use select(2).
+fn raise_open_files() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls are async-signal-safe and read or write one `rlimit` of ours.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            // one that cannot be raised stays as it is
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
+}
+
 fn watch(process: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives, which is what is asked for.
     unsafe { AsyncFd::register_with_interest(process, Interest::READABLE) }.map_err(io::Error::from)
@@ -191,6 +206,22 @@ mod tests {
         let mut exit = helper.exit();
         let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
         assert!(seen.reason.contains("exit status: 0"), "{seen}");
+    }
+
+    #[tokio::test]
+    async fn may_open_as_many_files_as_is_allowed() {
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: reads and writes one `rlimit` of ours; 512 files are enough for the other tests of this process.
+        unsafe {
+            assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit), 0);
+            limit.rlim_cur = 512.min(limit.rlim_max);
+            assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
+        }
+        let args = ["-c".to_owned(), format!("test $(ulimit -Sn) = {}", limit.rlim_max)];
+        let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[]).expect("spawned");
+        let mut exit = helper.exit();
+        let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
+        assert!(seen.is_success, "{seen}");
     }
 
     #[tokio::test]

@@ -19,6 +19,7 @@ pub mod node;
 pub mod pod_network;
 pub mod processes;
 pub mod pty;
+pub mod snapshotter;
 pub mod tap;
 pub mod task_api;
 

@@ -146,8 +146,14 @@ impl<'a> Shim<'a> {
 
     /// Waits for its end and returns its exit status.
     pub fn wait(&self, id: &str) -> Result<u32> {
+        self.wait_within(id, LIMIT)
+    }
+
+    /// The same, of one that takes longer.
+    pub fn wait_within(&self, id: &str, limit: Duration) -> Result<u32> {
         let request = api::WaitRequest { id: id.to_owned(), ..Default::default() };
-        Ok(self.tasks.wait(Self::context(), &request).map_err(|e| said(&e))?.exit_status)
+        let context = ttrpc::context::with_duration(limit);
+        Ok(self.tasks.wait(context, &request).map_err(|e| said(&e))?.exit_status)
     }
 
     /// The state of the container.

@@ -10,8 +10,9 @@ use e2e::{
     image,
     install::Install,
     processes,
+    snapshotter::{self, file_system},
     task_api::{Bundle, Shim},
-    with_node, with_node_setup,
+    with_node,
 };
 use std::{fs, path::Path, process::Command, time::Duration};
 
@@ -20,30 +21,11 @@ fn with_snapshotter(name: &str, config: Option<String>, test: impl FnOnce(&Node)
     if !Containerd::chosen()?.contains(&Containerd::V2) {
         return Ok(());
     }
-    let dir = tempfile::Builder::new().prefix("kb").tempdir_in("/var/tmp")?;
-    let scratch = dir.path().join("scratch");
-    file_system(&scratch, 24)?;
-    let settings = format!(
-        "[plugins.\"io.containerd.snapshotter.v1.blockfile\"]\nscratch_file = \"{}\"\n\
-         [plugins.\"io.containerd.snapshotter.v1.erofs\"]\ndefault_size = \"32M\"\n",
-        scratch.display()
-    );
-    with_node_setup(NodeSetup { containerd: Containerd::V2, settings, config, ..NodeSetup::default() }, |node| {
-        let archive = image::archive()?.display().to_string();
-        node.ctr(["image", "import", "--local", "--snapshotter", name, &archive]).output()?.ok()?;
-        test(node)
-    })
+    snapshotter::with_snapshotter(name, 24, config, test)
 }
 
 fn configured(changes: &[(&str, toml::Value)]) -> Result<String> {
     Install::locate()?.config_with(changes)
-}
-
-/// An ext4 of so many MiB in a file.
-fn file_system(path: &Path, mib: u64) -> Result<()> {
-    fs::File::create(path)?.set_len(mib << 20)?;
-    run("mkfs.ext4", &["-q", "-F", "-b", "4096", &path.display().to_string()])?;
-    Ok(())
 }
 
 fn run(program: &str, args: &[&str]) -> Result<String> {

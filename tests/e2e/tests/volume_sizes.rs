@@ -1,11 +1,31 @@
-//! Large and many: a sparse file of 50 GiB, and as many small files as `KATA_SMALL_FILES` says.
+//! Large and many: a sparse file of 50 GiB, and as many small files as `KATA_SMALL_FILES` says, in a volume and in a root
+//! file system on a disk.
 
-use anyhow::{Result, ensure};
-use e2e::{Runtime, compile::compile, with_node};
-use std::{fs, os::unix::fs::MetadataExt as _, time::Duration};
+use anyhow::{Context as _, Result, ensure};
+use containerd_shim_protos::api::Mount;
+use e2e::{
+    Node, NodeSetup, Runtime,
+    compile::compile,
+    ctr::Invocation,
+    image,
+    install::Install,
+    task_api::{Bundle, Shim},
+    with_node, with_node_setup,
+};
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path, time::Duration};
 
-/// In `make test`: 200,000 take minutes without KVM, and a daemon that may have so many files open (`ulimit -Hn`).
+/// In `make test`: 200,000 take minutes without KVM, and by virtio-fs a daemon that may have so many files open
+/// (`ulimit -Hn`), or a guest that forgets them.
 const FILES: u32 = 4000;
+
+/// Fewer than these files may be open in the daemon of a guest that forgets.
+const OPEN: u32 = 1000;
+
+/// For as many as somebody asks for.
+const LIMIT: Duration = Duration::from_secs(1800);
+
+/// Bytes of the sparse file.
+const SPARSE: u64 = 50 << 30;
 
 /// Writes, reads and measures a file with holes; makes, lists and removes files.
 const PROGRAM: &str = r#"
@@ -52,25 +72,86 @@ int main(int argc, char **argv) {
 }
 "#;
 
+fn files() -> Result<u32> {
+    let Ok(text) = std::env::var("KATA_SMALL_FILES") else { return Ok(FILES) };
+    text.parse().with_context(|| format!("KATA_SMALL_FILES={text}: not a number"))
+}
+
+/// Has them all in a volume.
+fn in_a_volume(node: &Node, files: u32) -> Result<()> {
+    let volume = node.dir().join("sizes");
+    fs::create_dir(&volume)?;
+    fs::write(volume.join("program"), compile(node.dir(), "measure", PROGRAM)?)?;
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", volume.display());
+    let script = format!("cp /data/program /bin/p && chmod 755 /bin/p && p /data {files}");
+    let run = node.run(Runtime::Kata, "sizes", &["--mount", &mount], &["sh", "-c", &script]);
+    let out = run.limit(LIMIT).output()?.ok()?;
+    println!("{files} files: {:?}", out.took);
+    ensure!(out.text() == format!("made\nlisted {files}\nremoved {files}"), "{}", out.text());
+    let meta = fs::metadata(volume.join("sparse"))?;
+    ensure!(meta.len() == SPARSE && meta.blocks() < 1000, "{} bytes, {} blocks", meta.len(), meta.blocks());
+    ensure!(!volume.join("many").exists(), "the folder is still there");
+    Ok(())
+}
+
 #[test]
 fn a_large_file_and_many_small_ones() -> Result<()> {
-    let files = std::env::var("KATA_SMALL_FILES").ok().map_or(Ok(FILES), |text| text.parse())?;
+    let files = files()?;
+    with_node(|node| in_a_volume(node, files))
+}
+
+/// With `virtio_fs_cache = "never"` the guest forgets a file when nobody uses it: the daemon needs a handful of open files.
+#[test]
+fn a_guest_that_forgets_may_have_more_files_than_its_daemon() -> Result<()> {
+    let files = files()?;
+    let limit = format!("--rlimit-nofile={OPEN}");
+    let extra: toml::Value = vec!["--thread-pool-size=1".to_owned(), limit].into();
+    let changes = [("virtio_fs_cache", "never".into()), ("virtio_fs_extra_args", extra)];
+    let config = Some(Install::locate()?.config_with(&changes)?);
+    with_node_setup(NodeSetup { config, ..NodeSetup::default() }, |node| in_a_volume(node, files.min(200_000)))
+}
+
+#[test]
+fn a_large_file_and_many_small_ones_on_a_disk() -> Result<()> {
+    let files = files()?;
     with_node(|node| {
-        let volume = node.dir().join("sizes");
-        fs::create_dir(&volume)?;
-        fs::write(volume.join("program"), compile(node.dir(), "measure", PROGRAM)?)?;
-        let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", volume.display());
-        let script = format!("cp /data/program /bin/p && chmod 755 /bin/p && p /data {files}");
-        let out = node
-            .run(Runtime::Kata, "sizes", &["--mount", &mount], &["sh", "-c", &script])
-            .limit(Duration::from_secs(1800))
-            .output()?
-            .ok()?;
-        println!("{files} files: {:?}", out.took);
-        ensure!(out.text() == format!("made\nlisted {files}\nremoved {files}"), "{}", out.text());
-        let meta = fs::metadata(volume.join("sparse"))?;
-        ensure!(meta.len() == 50 << 30 && meta.blocks() < 1000, "{} bytes, {} blocks", meta.len(), meta.blocks());
-        ensure!(!volume.join("many").exists(), "the folder is still there");
+        let (root, disk) = (node.dir().join("root"), node.dir().join("disk"));
+        image::lay_out(&root)?;
+        fs::write(root.join("program"), compile(node.dir(), "measure", PROGRAM)?)?;
+        Invocation::new("chmod", [Path::new("755"), &root.join("program")]).output()?.ok()?;
+        // a block and an inode for each
+        let inodes = (files + 2000).to_string();
+        fs::File::create(&disk)?.set_len((64 << 20) + u64::from(files) * 5 * 1024)?;
+        let words = ["-q", "-F", "-b", "4096", "-N", &inodes, "-d"].map(Path::new);
+        Invocation::new("mkfs.ext4", words.into_iter().chain([root.as_path(), &disk])).output()?.ok()?;
+
+        let bundle = Bundle::make(node, "disk", &["/program", "/", &files.to_string()])?;
+        let shim = Shim::start(node, "disk", &bundle)?;
+        let rootfs = Mount {
+            type_: "ext4".into(),
+            source: disk.display().to_string(),
+            options: vec!["rw".into(), "loop".into()],
+            ..Default::default()
+        };
+        let status = shim.create_from("disk", vec![rootfs]).and_then(|_| {
+            shim.start_container("disk")?;
+            let begin = std::time::Instant::now();
+            let status = shim.wait_within("disk", LIMIT)?;
+            println!("{files} files on a disk: {:?}", begin.elapsed());
+            shim.delete("disk")?;
+            Ok(status)
+        });
+        shim.shut_down()?;
+        ensure!(status? == 0, "the program's exit code");
+        let seen = |what: &str| -> Result<String> {
+            let words = [Path::new("-R"), Path::new(what), &disk];
+            Ok(Invocation::new("debugfs", words).output()?.ok()?.text())
+        };
+        let sparse = seen("stat /sparse")?;
+        ensure!(sparse.contains(&format!("Size: {SPARSE}")), "{sparse}");
+        let listed = seen("ls /")?;
+        ensure!(listed.contains("sparse") && !listed.contains("many"), "{listed}");
+        Invocation::new("e2fsck", [Path::new("-fn"), &disk]).output()?.ok()?;
         Ok(())
     })
 }

@@ -74,8 +74,7 @@ fn main() -> Result<()> {
 struct Parts(Option<Vec<String>>);
 
 impl Parts {
-    const ALL: [&str; 10] =
-        ["floor", "start", "image", "exec", "memory", "agent", "warm", "pod", "network", "storage"];
+    const ALL: [&str; 10] = ["floor", "start", "image", "exec", "memory", "agent", "warm", "pod", "network", "storage"];
 
     fn from_environment() -> Result<Self> {
         let Ok(text) = std::env::var("BENCH_ONLY") else { return Ok(Self(None)) };

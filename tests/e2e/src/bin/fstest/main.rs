@@ -1,23 +1,35 @@
 //! `make fstest`: pjdfstest, a POSIX file system test suite that others wrote, in a container on a volume: with runc on
-//! the host's own file system, with the product by each way of sharing files, and the differences. What runc passes the
+//! the host's own file system, with the product by each way of sharing files, then in a root file system on a disk of the
+//! VM, and the differences. What runc passes the
 //! product must pass too, but for what is listed with reasons in tests/fstest-exceptions.toml.
 
 mod suite;
 
-use anyhow::{Context as _, Result};
-use e2e::{NodeSetup, Runtime, install::Install, with_node_setup};
+use anyhow::{Context as _, Result, bail};
+use e2e::{NodeSetup, Runtime, install::Install, snapshotter::with_snapshotter, with_node_setup};
 use std::{collections::BTreeMap, fs, path::Path, process::ExitCode};
-use suite::{Outcome, Results, Suite};
+use suite::{Outcome, Place, Results, Suite};
 
 /// Names of tests, or what several begin with, or after a `*` what they end with, and why the product fails them; by the
 /// way of sharing files.
 type Exceptions = BTreeMap<String, BTreeMap<String, String>>;
 
-/// The ways of sharing files that are compared.
-const WAYS: [&str; 2] = ["virtio-fs", "virtio-9p"];
+/// What is compared: two ways of sharing files, and a root file system on a disk.
+const WAYS: [&str; 3] = ["virtio-fs", "virtio-9p", BLOCK];
+const BLOCK: &str = "block";
+
+/// MiB of that disk.
+const DISK: u64 = 256;
 
 fn main() -> Result<ExitCode> {
     let suite = Suite::from_environment()?;
+    let ways = match std::env::var("FSTEST_ONLY") {
+        Ok(text) => match WAYS.into_iter().find(|way| *way == text) {
+            Some(way) => vec![way],
+            None => bail!("FSTEST_ONLY={text}: not one of {}", WAYS.join(", ")),
+        },
+        Err(_) => WAYS.to_vec(),
+    };
     let exceptions = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fstest-exceptions.toml");
     let text = fs::read_to_string(&exceptions).with_context(|| exceptions.display().to_string())?;
     let exceptions: Exceptions = toml::from_str(&text).with_context(|| exceptions.display().to_string())?;
@@ -25,19 +37,28 @@ fn main() -> Result<ExitCode> {
     let host = run(&suite, Runtime::Runc, None)?;
     println!("runc, on the host's file system: {}", host.summary());
     let mut good = true;
-    for way in WAYS {
-        let guest = run(&suite, Runtime::Kata, Some(way))?;
+    for way in ways {
+        let guest = if way == BLOCK { on_disk(&suite)? } else { run(&suite, Runtime::Kata, Some(way))? };
         println!("\nkata, by {way}: {}", guest.summary());
         good &= compare(&host, &guest, exceptions.get(way).unwrap_or(&BTreeMap::new()));
     }
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+fn on_disk(suite: &Suite) -> Result<Results> {
+    let mut results = None;
+    with_snapshotter("blockfile", DISK, None, |node| {
+        results = Some(suite.run(node, Runtime::Kata, Place::RootFs(&["--snapshotter", "blockfile"]))?);
+        Ok(())
+    })?;
+    results.context("nothing was run")
+}
+
 fn run(suite: &Suite, runtime: Runtime, way: Option<&str>) -> Result<Results> {
     let config = way.map(|way| Install::locate()?.config_with(&[("shared_fs", way.into())])).transpose()?;
     let mut results = None;
     with_node_setup(NodeSetup { config, ..NodeSetup::default() }, |node| {
-        results = Some(suite.run(node, runtime)?);
+        results = Some(suite.run(node, runtime, Place::Volume)?);
         Ok(())
     })?;
     results.context("nothing was run")

@@ -37,8 +37,8 @@ impl Suite {
         Ok(Self(program.into()))
     }
 
-    /// Runs it on a volume.
-    pub(crate) fn run(&self, node: &Node, runtime: Runtime) -> Result<Results> {
+    /// Runs it in /data: on a volume, or in the root file system of a container with these options.
+    pub(crate) fn run(&self, node: &Node, runtime: Runtime, place: Place<'_>) -> Result<Results> {
         let (suite, data) = (node.dir().join("suite"), node.dir().join("data"));
         for folder in [&suite, &data] {
             fs::create_dir(folder)?;
@@ -53,14 +53,24 @@ impl Suite {
         }
         let mount = |from: &PathBuf, to: &str| format!("type=bind,src={},dst={to},options=rbind:rw", from.display());
         let (suite, volume) = (mount(&suite, "/suite"), mount(&data, "/data"));
-        let script = "cat /suite/passwd >> /etc/passwd && cat /suite/group >> /etc/group && cd /data && \
+        let script = "cat /suite/passwd >> /etc/passwd && cat /suite/group >> /etc/group && mkdir -p /data && cd /data && \
                       PATH=/suite:$PATH exec /suite/pjdfstest -c /suite/config.toml -p /data -s /dev/shm";
-        let options = ["--privileged", "--mount", &suite, "--mount", &volume];
+        let place = match place {
+            Place::Volume => &["--mount", volume.as_str()],
+            Place::RootFs(options) => options,
+        };
+        let options = [&["--privileged", "--mount", &suite], place].concat();
         let done = node.run(runtime, "suite", &options, &["sh", "-c", script]).limit(LIMIT).output()?;
         let results = Results::of(&done.text());
         ensure!(results.0.len() > 300, "the suite did not run: {done:?}");
         Ok(results)
     }
+}
+
+/// Where it runs.
+pub(crate) enum Place<'a> {
+    Volume,
+    RootFs(&'a [&'a str]),
 }
 
 /// What became of a test.

@@ -23,6 +23,9 @@ const IMAGE: u64 = 256 << 20;
 /// How long one of them may live.
 const LIFE: Duration = Duration::from_secs(300);
 
+/// Memory of the container's own, from which programs can be run.
+const RAM: &str = "type=tmpfs,src=tmpfs,dst=/ram,options=rw";
+
 /// What was laid out in a node's folder.
 pub(super) struct Ground<'a> {
     install: &'a Install,
@@ -82,7 +85,7 @@ impl<'a> Ground<'a> {
             format!("type=bind,src={},dst={to},options=rbind:{how}", self.dir.join(from).display())
         };
         let (tools, data) = (mount("tools", "/tools", "ro"), mount(name, "/data", "rw"));
-        let options = [options, &["--mount", &tools, "--mount", &data]].concat();
+        let options = [options, &["--mount", &tools, "--mount", &data, "--mount", RAM]].concat();
         let id = format!("store-{name}");
         let running = self.node.run(runtime, &id, &options, &["sh", "-c", LOOP]).limit(LIFE).spawn()?;
         let mut shell = Shell::new(running)?;
@@ -127,7 +130,14 @@ fn tree(to: &Path) -> Result<()> {
         }
     }
     let archive = to.join("tree.tar");
-    Invocation::new("tar", [Path::new("-cf"), &archive, Path::new("-C"), &from, Path::new(".")]).output()?.ok()?;
+    // without names, which the measured would look up in files of their root file system
+    let words = ["--numeric-owner", "-C"].map(Path::new);
+    Invocation::new(
+        "tar",
+        words.into_iter().chain([from.as_path(), Path::new("-cf"), archive.as_path(), Path::new(".")]),
+    )
+    .output()?
+    .ok()?;
     Ok(fs::remove_dir_all(from)?)
 }
 
@@ -147,10 +157,7 @@ struct DirectVolume {
 
 impl DirectVolume {
     fn add(install: &Install, path: &Path, disk: &Path) -> Result<Self> {
-        let this = Self {
-            program: install.kata_runtime().display().to_string(),
-            path: path.display().to_string(),
-        };
+        let this = Self { program: install.kata_runtime().display().to_string(), path: path.display().to_string() };
         let info = json!({"volume-type": "block", "device": disk, "fstype": "ext4"}).to_string();
         let args = ["direct-volume", "add", "--volume-path", &this.path, "--mount-info", &info];
         let added = Invocation::new(&this.program, args).output()?;

@@ -53,7 +53,9 @@ pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> 
                 // there and back, so that what drifts is nobody's
                 let at = if round % 2 == 0 { step } else { WAYS.len() - 1 - step };
                 let (way, _, title) = WAYS[at];
+                let begin = std::time::Instant::now();
                 values[at] = ground.measure(way, title).with_context(|| title.to_owned())?;
+                eprintln!("{title} {:?}", begin.elapsed());
             }
             all.push(values);
         }

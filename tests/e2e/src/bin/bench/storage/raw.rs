@@ -26,12 +26,13 @@ const LIFE: Duration = Duration::from_secs(300);
 const INIT: &str = "#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin
-mkdir /proc /sys /tools /data /tmp
+mkdir /proc /sys /tools /data /ram /tmp
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mkdir /dev/shm
 mount -t tmpfs shm /dev/shm
+mount -t tmpfs ram /ram
 stty -echo -opost
 mount -t ext4 -o ro /dev/vda /tools
 ";
