@@ -41,10 +41,11 @@ test: rust deps ## formatting, lints, unit tests, then end-to-end tests in VMs (
 nested: rust deps ## tests in a VM that has KVM (emulated) and vhost-vsock; ARGS names them, "vsock lifecycle" for example
 	@$(xtask) nested -- $(ARGS)
 
-bench: rust deps ## measure starts, exec, memory, pods and network against runc and bare QEMU
+bench: rust ## measure starts, exec, memory, pods, network and file systems against runc and bare QEMU
+	@bash scripts/deps.sh fio
 	@$(xtask) bench
 
-fstest: rust deps ## a file system test suite (pjdfstest) with runc, on virtio-fs and on 9p, and the difference
+fstest: rust deps ## a file system test suite (pjdfstest) with runc, on virtio-fs, on 9p and on a disk, and the difference
 	@$(xtask) fstest
 
 conformance: rust deps ## Kubernetes' critest with runc and with kata, and the difference; ARGS="regular expression" for some

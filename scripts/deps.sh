@@ -1,5 +1,5 @@
 #!/bin/bash
-# Installs the Debian packages that building, testing and running need, if any is missing.
+# Installs the Debian packages that building, testing and running need, if any is missing, and those that it is given.
 # Asks dpkg first, so a second run is instant and works offline. Says in one line what to do when it cannot help.
 set -euo pipefail
 
@@ -20,6 +20,7 @@ packages=(
     # the pod networks of the tests with a CRI client
     containernetworking-plugins
 )
+packages+=("$@")
 # what Debian does not have of the tests' clients is built with Go: any will do, as an old one can fetch a newer one
 command -v go >/dev/null || [ -x /usr/local/go/bin/go ] || packages+=(golang-go)
 

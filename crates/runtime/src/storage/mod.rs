@@ -8,6 +8,7 @@ mod kubelet;
 mod layers;
 mod local;
 mod loop_device;
+mod open_files;
 mod raw;
 pub(crate) mod rootfs;
 pub(crate) mod share;
