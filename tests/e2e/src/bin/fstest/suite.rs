@@ -68,6 +68,7 @@ impl Suite {
 }
 
 /// Where it runs.
+#[derive(Debug, Clone, Copy)]
 pub(crate) enum Place<'a> {
     Volume,
     RootFs(&'a [&'a str]),

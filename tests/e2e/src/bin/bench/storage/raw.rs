@@ -22,7 +22,8 @@ const QUEUE: u32 = 1024;
 /// How long it may live.
 const LIFE: Duration = Duration::from_secs(300);
 
-/// Its process 1. The disk of programs is the first one.
+/// Its process 1. The disk of programs is the first one. The work is in a cgroup, as a container's is, since the kernel
+/// counts each page of one.
 const INIT: &str = "#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin
@@ -33,6 +34,15 @@ mount -t devtmpfs dev /dev
 mkdir /dev/shm
 mount -t tmpfs shm /dev/shm
 mount -t tmpfs ram /ram
+mount -t cgroup2 cgroup /sys/fs/cgroup
+cd /sys/fs/cgroup
+for i in pod container; do
+echo '+cpu +cpuset +io +memory +pids' > cgroup.subtree_control
+mkdir $i
+cd $i
+done
+echo 1 > cgroup.procs
+cd /
 stty -echo -opost
 mount -t ext4 -o ro /dev/vda /tools
 ";
