@@ -10,7 +10,7 @@ use crate::types::{
     Accelerator, Agent, AgentChannel, BlockAio, BlockDevices, BlockDriver, Config, Factory, FsCache, Hypervisor,
     Internetworking, Runtime,
 };
-use crate::{known, root, share};
+use crate::{known, merging, root, share};
 
 /// The entries that stand, by key: later files win.
 pub(crate) type Settings = BTreeMap<String, Entry>;
@@ -73,6 +73,7 @@ pub(crate) fn apply(entries: Vec<Entry>, source: &Path) -> Result<(Config, Setti
     {
         pool_fits(entry, &config.hypervisor)?;
     }
+    merging::fits(&config, &settings)?;
     // as Kata: with a model the pod's interfaces are wanted, and they are in the namespace
     if let Some(entry) = settings.get("runtime.disable_new_netns")
         && config.runtime.disable_new_netns
@@ -195,6 +196,7 @@ fn one(config: &mut Config, entry: &Entry) -> Result<(), Error> {
         }
         "hypervisor.qemu.virtio_fs_extra_args" => hypervisor.virtio_fs_extra_args = share::daemon_args(list(entry)?),
         "hypervisor.qemu.reclaim_guest_freed_memory" => hypervisor.reclaim_guest_freed_memory = truth(entry)?,
+        "hypervisor.qemu.merge_guest_memory" => hypervisor.merge_guest_memory = truth(entry)?,
         "hypervisor.qemu.disable_block_device_use" => hypervisor.disable_block_device_use = truth(entry)?,
         key if key.starts_with("hypervisor.qemu.block_device_") && SUPPORTED.contains(&key) => {
             block(&mut hypervisor.block, entry)?;
@@ -438,6 +440,7 @@ pub(crate) const SUPPORTED: &[&str] = &[
     "hypervisor.qemu.virtio_fs_queue_size",
     "hypervisor.qemu.virtio_fs_extra_args",
     "hypervisor.qemu.reclaim_guest_freed_memory",
+    "hypervisor.qemu.merge_guest_memory",
     "hypervisor.qemu.disable_block_device_use",
     "hypervisor.qemu.block_device_driver",
     "hypervisor.qemu.block_device_aio",

@@ -7,6 +7,7 @@ mod file;
 mod host;
 mod keys;
 mod known;
+mod merging;
 mod root;
 mod share;
 #[cfg(test)]
@@ -103,8 +104,9 @@ impl Config {
         for drop_in in file::drop_ins(&base)? {
             entries.extend(file::read(&drop_in)?);
         }
-        let (config, settings) = keys::apply(entries, &base)?;
+        let (mut config, settings) = keys::apply(entries, &base)?;
         host::check(&config, &settings)?;
+        merging::check(&mut config, &settings, Path::new(merging::KSM))?;
         Ok(config)
     }
 

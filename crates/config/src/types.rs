@@ -220,6 +220,8 @@ pub struct Hypervisor {
     pub virtio_fs_extra_args: Vec<String>,
     /// Memory that the guest has freed goes back to the host.
     pub reclaim_guest_freed_memory: bool,
+    /// Own key: the host's kernel may keep equal pages of several guests once (KSM).
+    pub merge_guest_memory: bool,
     /// A root file system that is a block device or its image is mounted by the host and shared as files.
     pub disable_block_device_use: bool,
     /// How block devices get into the VM.
@@ -322,6 +324,7 @@ impl Default for Hypervisor {
             virtio_fs_queue_size: 1024,
             virtio_fs_extra_args: vec!["--thread-pool-size=1".into()],
             reclaim_guest_freed_memory: false,
+            merge_guest_memory: false,
             disable_block_device_use: false,
             block: BlockDevices::default(),
             entropy_source: "/dev/urandom".into(),

@@ -273,6 +273,9 @@ pub struct VmSpec {
     /// The guest gives back what it has freed, which costs its start a little. Not for a clone of
     /// [`MemoryWay::Private`]: QEMU would give back parts of the saved file.
     pub reclaim: bool,
+    /// The host's kernel may keep pages once that are equal in several guests. Not with folders of a daemon's, nor for a
+    /// clone of [`MemoryWay::Copied`]: shared memory is never merged.
+    pub merge: bool,
     /// Where the guest's random numbers come from, for example `/dev/urandom`.
     pub entropy_source: PathBuf,
     /// Log what the guest's console says.

@@ -26,15 +26,17 @@ pub(super) struct Inherited {
 /// What the guest's memory is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Memory {
-    /// QEMU's own, which helpers can share.
+    /// QEMU's own, which helpers can share, unless it is to be merged.
     Anonymous,
     /// A file. Not shared, what the guest writes stays out of it.
     File { path: String, is_shared: bool },
 }
 
 impl Memory {
-    fn argument(&self, mib: u64) -> String {
+    fn argument(&self, mib: u64, merge: bool) -> String {
         match self {
+            // the kernel merges private pages only
+            Self::Anonymous if merge => format!("memory-backend-ram,id=mem,size={mib}M"),
             Self::Anonymous => format!("memory-backend-memfd,id=mem,size={mib}M,share=on"),
             Self::File { path, is_shared } => {
                 let share = if *is_shared { "on" } else { "off" };
@@ -78,8 +80,10 @@ pub(super) fn arguments(
     args.pair(
         "-machine",
         format!(
-            "{},memory-backend=mem,hpet={},sata=off,smbus=off,usb=off,vmport=off,graphics=off,i8042=off",
+            "{},memory-backend=mem,mem-merge={},hpet={},sata=off,smbus=off,usb=off,vmport=off,graphics=off,i8042=off",
             settings.machine,
+            // QEMU's own default is on
+            if spec.merge { "on" } else { "off" },
             if no_local_timer { "on" } else { "off" },
         ),
     );
@@ -97,7 +101,7 @@ pub(super) fn arguments(
     }
     args.pair("-smp", size.vcpus.to_string());
     args.pair("-m", format!("{}M", size.memory_mib));
-    args.pair("-object", inherited.memory.argument(size.memory_mib));
+    args.pair("-object", inherited.memory.argument(size.memory_mib, spec.merge));
     for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
         args.0.push(flag.to_owned());
     }
@@ -239,6 +243,7 @@ mod tests {
             devices: Vec::new(),
             pluggable: false,
             reclaim: false,
+            merge: false,
             entropy_source: "/dev/urandom".into(),
             debug: false,
         }
@@ -290,6 +295,14 @@ mod tests {
                 .join(" ");
         assert!(line.contains("memory-backend-file,id=mem,size=512M,mem-path=/proc/self/fd/8,share=off "), "{line}");
         assert!(line.contains("-incoming defer") && !line.contains("-kernel") && !line.contains("-append"), "{line}");
+    }
+
+    #[test]
+    fn memory_is_merged_for_those_who_ask() {
+        let usual = line(&QemuSettings::default(), &spec(512));
+        assert!(usual.contains(",mem-merge=off,") && usual.contains("memory-backend-memfd,"), "{usual}");
+        let merged = line(&QemuSettings::default(), &VmSpec { merge: true, ..spec(512) });
+        assert!(merged.contains(",mem-merge=on,") && merged.contains("-object memory-backend-ram,id=mem,"), "{merged}");
     }
 
     #[test]

@@ -40,6 +40,7 @@ pub(super) async fn try_kvm(qemu: &Qemu, boot: &Boot) -> Result<(), String> {
         devices: Vec::new(),
         pluggable: false,
         reclaim: false,
+        merge: false,
         entropy_source: "/dev/urandom".into(),
         debug: false,
     };

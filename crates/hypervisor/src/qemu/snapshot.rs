@@ -124,6 +124,7 @@ pub(super) fn plain(spec: &VmSpec) -> VmSpec {
         devices: Vec::new(),
         pluggable: spec.pluggable,
         reclaim: spec.reclaim,
+        merge: spec.merge,
         entropy_source: spec.entropy_source.clone(),
         debug: spec.debug,
     }

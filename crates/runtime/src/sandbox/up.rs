@@ -224,6 +224,7 @@ fn vm_spec(env: &Env, size: Size, channel: Channel, channel_params: &str) -> VmS
         devices: Vec::new(),
         pluggable: false,
         reclaim: config.reclaim_guest_freed_memory,
+        merge: config.merge_guest_memory,
         entropy_source: config.entropy_source.clone(),
         debug: config.enable_debug || env.config.agent.enable_debug,
     }
