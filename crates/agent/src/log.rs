@@ -1,5 +1,6 @@
 //! Lines on the console. Few: each byte of a console is an exit from the guest.
 
+use std::fs::File;
 use std::io::Write;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -42,11 +43,23 @@ fn write(level: Level, text: &str) {
         let line = format!("agent: {name}: {text}\n");
         // one write, so that lines of children do not mix in
         let _ = std::io::stderr().write_all(line.as_bytes());
+        if level == Level::Debug {
+            to_kernel(&line);
+        }
         if let Some(followers) = FOLLOWERS.get() {
             // nobody there is no error
             let _ = followers.send(line);
         }
     }
+}
+
+/// Among the kernel's lines, with its time: `make bench` joins the guest's time to the host's by those that are on the
+/// console too. 7 is KERN_DEBUG, which the kernel itself does not write there.
+fn to_kernel(line: &str) {
+    let _ = File::options()
+        .write(true)
+        .open("/dev/kmsg")
+        .and_then(|mut log| log.write_all(format!("<7>{line}").as_bytes()));
 }
 
 pub(crate) fn error(text: &str) {

@@ -41,6 +41,7 @@ fn main() -> ExitCode {
     }
     let params = params::Params::read();
     log::set_level(params.log);
+    log::debug("started");
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {

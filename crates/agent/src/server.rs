@@ -41,6 +41,7 @@ type Rpc<T> = ttrpc::Result<T>;
 pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Error> {
     // first of all, so that the host's answer and the rest of our start pass at the same time
     let listener = transport::listen(params).map_err(Error::failed("the agent's channel"))?;
+    crate::log::debug("listening");
     init::finish().map_err(Error::failed("preparing the guest"))?;
     transport::serve_log(params);
     let reaper = Reaper::start().map_err(Error::failed("reaper"))?;
@@ -101,6 +102,7 @@ impl Service {
 impl AgentService for Service {
     async fn create_sandbox(&self, _: &TtrpcContext, request: api::CreateSandboxRequest) -> Rpc<Empty> {
         self.sandbox.create(&request).await?;
+        crate::log::debug("the sandbox is made");
         Ok(Empty::new())
     }
 
@@ -111,11 +113,13 @@ impl AgentService for Service {
 
     async fn create_container(&self, _: &TtrpcContext, request: api::CreateContainerRequest) -> Rpc<Empty> {
         self.sandbox.create_container(request).await?;
+        crate::log::debug("a container is made");
         Ok(Empty::new())
     }
 
     async fn start_container(&self, _: &TtrpcContext, request: api::StartContainerRequest) -> Rpc<Empty> {
         self.sandbox.start_container(&request.container_id)?;
+        crate::log::debug("a container is started");
         Ok(Empty::new())
     }
 

@@ -49,6 +49,7 @@ impl Wake for Waking {
         }
         .and_then(|()| event("unmask"))
         .map_err(Error::failed("letting events of devices through"))?;
+        crate::log::debug("awake");
         Ok(Empty::new())
     }
 }

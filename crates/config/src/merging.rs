@@ -35,10 +35,9 @@ pub(crate) fn check(config: &mut Config, settings: &Settings, ksm: &Path) -> Res
     let switch = ksm.join("run");
     match fs::read_to_string(&switch).as_deref().map(str::trim) {
         Ok("1") => {}
-        Ok(_) => config.warnings.push(format!(
-            "{KEY}: this host merges nothing as long as {} is not 1: echo 1 > {0}",
-            switch.display()
-        )),
+        Ok(_) => config
+            .warnings
+            .push(format!("{KEY}: this host merges nothing as long as {} is not 1: echo 1 > {0}", switch.display())),
         Err(_) => {
             return Err(refuse(entry, "this host's kernel has no KSM (CONFIG_KSM): remove the key or set it to false"));
         }

@@ -253,6 +253,7 @@ pub enum DiskAddress {
 
 /// One VM.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
 pub struct VmSpec {
     /// For process titles and messages.
     pub id: String,

@@ -195,6 +195,8 @@ async fn read_answers(reader: OwnedReadHalf, waiting: Waiting) {
             if let Some(waiter) = waiter {
                 let _ = waiter.send(message);
             }
+        } else if message.get("QMP").is_some() {
+            tracing::debug!("QEMU's monitor is there");
         }
     }
     // those who wait learn that no answer will come

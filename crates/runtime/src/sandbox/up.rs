@@ -105,6 +105,9 @@ pub(super) async fn bring_up(
     let mut prepare = Some(prepare);
     let mut prepared = None;
     let mut template = template(&wanted, share).await?;
+    if template.is_some() {
+        trace.step("template-found");
+    }
     loop {
         let mut found = template.take();
         let begin = found.as_mut().map(|found| std::mem::take(&mut found.begin));

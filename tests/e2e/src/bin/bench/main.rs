@@ -11,6 +11,7 @@ mod pool;
 mod report;
 mod sample;
 mod storage;
+mod timeline;
 mod warm;
 
 use anyhow::{Context as _, Result, bail};
@@ -26,6 +27,8 @@ fn main() -> Result<()> {
     };
     let install = Install::locate()?;
     let parts = Parts::from_environment()?;
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target");
+    std::fs::create_dir_all(&target).context("target")?;
     let mut report = Report::default();
     if parts.include("floor") {
         floor::measure(&install, rounds, &mut report)?;
@@ -51,6 +54,9 @@ fn main() -> Result<()> {
     if parts.include("warm") {
         warm::measure(&install, rounds, &mut report)?;
     }
+    if parts.include("timeline") {
+        timeline::measure(&install, &target.join("timeline.svg"))?;
+    }
     if parts.include("pod") {
         pod::measure(rounds, &mut report)?;
     }
@@ -63,8 +69,7 @@ fn main() -> Result<()> {
     cost::sizes(&install, &mut report);
     report.judge();
     print!("{report}");
-    let out = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/bench.json");
-    std::fs::create_dir_all(out.parent().context("target")?)?;
+    let out = target.join("bench.json");
     std::fs::write(&out, format!("{:#}\n", report.json())).with_context(|| out.display().to_string())?;
     println!("\nwritten to {}", out.canonicalize()?.display());
     Ok(())
@@ -74,7 +79,8 @@ fn main() -> Result<()> {
 struct Parts(Option<Vec<String>>);
 
 impl Parts {
-    const ALL: [&str; 10] = ["floor", "start", "image", "exec", "memory", "agent", "warm", "pod", "network", "storage"];
+    const ALL: [&str; 11] =
+        ["floor", "start", "image", "exec", "memory", "agent", "warm", "timeline", "pod", "network", "storage"];
 
     fn from_environment() -> Result<Self> {
         let Ok(text) = std::env::var("BENCH_ONLY") else { return Ok(Self(None)) };
