@@ -9,6 +9,7 @@ mod network;
 mod pod;
 mod pool;
 mod report;
+mod restore;
 mod sample;
 mod storage;
 mod timeline;
@@ -32,6 +33,7 @@ fn main() -> Result<()> {
     let mut report = Report::default();
     if parts.include("floor") {
         floor::measure(&install, rounds, &mut report)?;
+        restore::measure(&install, rounds, &mut report)?;
     }
     with_node(|node| {
         if parts.include("start") {

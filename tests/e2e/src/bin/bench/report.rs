@@ -50,7 +50,8 @@ impl Report {
 
     /// Compares what was measured with the bars.
     pub(crate) fn judge(&mut self) {
-        let floor = self.rows.iter().filter(|r| r.key.starts_with("floor.")).map(|r| r.sample.median());
+        let is_boot = |key: &str| key.starts_with("floor.") && !key.starts_with("floor.restore");
+        let floor = self.rows.iter().filter(|r| is_boot(&r.key)).map(|r| r.sample.median());
         let floor = floor.fold(f64::NAN, f64::min);
         let median = |key| self.median(key).unwrap_or(f64::NAN);
         let start = floor * 1.25 + median("run.runc");
