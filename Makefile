@@ -41,8 +41,8 @@ test: rust deps ## formatting, lints, unit tests, then end-to-end tests in VMs (
 nested: rust deps ## tests in a VM that has KVM (emulated) and vhost-vsock; ARGS names them, "vsock lifecycle" for example
 	@$(xtask) nested -- $(ARGS)
 
-bench: rust ## measure starts, exec, memory, pods, network and file systems against runc and bare QEMU
-	@bash scripts/deps.sh fio
+bench: rust ## measure starts, exec, memory, pods, network and file systems against runc, gVisor and bare QEMU
+	@bash scripts/deps.sh fio runsc
 	@$(xtask) bench
 
 fstest: rust deps ## a file system test suite (pjdfstest) with runc, on virtio-fs, on 9p and on a disk, and the difference

@@ -3,6 +3,7 @@
 
 mod cgroup;
 mod cost;
+mod crowd;
 mod floor;
 mod initrd;
 mod network;
@@ -59,6 +60,9 @@ fn main() -> Result<()> {
     if parts.include("timeline") {
         timeline::measure(&install, &target.join("timeline.svg"))?;
     }
+    if parts.include("crowd") {
+        crowd::measure(&install, &mut report)?;
+    }
     if parts.include("pod") {
         pod::measure(rounds, &mut report)?;
     }
@@ -77,12 +81,15 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// What to measure; everything without `BENCH_ONLY`, a list of names with commas between them.
+/// What to measure, by `BENCH_ONLY`, a list of names with commas between them; without it all but the longest.
 struct Parts(Option<Vec<String>>);
 
 impl Parts {
-    const ALL: [&str; 11] =
-        ["floor", "start", "image", "exec", "memory", "agent", "warm", "timeline", "pod", "network", "storage"];
+    const ALL: [&str; 12] = [
+        "floor", "start", "image", "exec", "memory", "agent", "warm", "timeline", "pod", "network", "storage", "crowd",
+    ];
+    /// Those that take longer than all others together.
+    const ONLY_IF_NAMED: [&str; 1] = ["crowd"];
 
     fn from_environment() -> Result<Self> {
         let Ok(text) = std::env::var("BENCH_ONLY") else { return Ok(Self(None)) };
@@ -95,7 +102,10 @@ impl Parts {
 
     /// Whether this one is to be measured; says so.
     fn include(&self, part: &str) -> bool {
-        let included = self.0.as_ref().is_none_or(|wanted| wanted.iter().any(|one| one == part));
+        let included = match &self.0 {
+            Some(wanted) => wanted.iter().any(|one| one == part),
+            None => !Self::ONLY_IF_NAMED.contains(&part),
+        };
         if included {
             eprintln!("{part}");
         }

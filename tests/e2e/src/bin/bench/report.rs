@@ -57,6 +57,7 @@ impl Report {
         let start = floor * 1.25 + median("run.runc");
         let exec = median("exec.runc") + 60.0;
         let pod = median("pod.runc") + floor + 300.0;
+        let by_hand = median("floor.restore") + 150.0 + median("warm.runc");
         let most = [
             ("start ≤ floor × 1.25 + runc's start", start, "run.kata", "ms"),
             ("exec ≤ runc's exec + 60 ms", exec, "exec.kata", "ms"),
@@ -66,8 +67,10 @@ impl Report {
             ("initrd ≤ 8 MiB", 8.0, "size.initrd", "MiB"),
             ("start of a clone ≤ 0.4 × that of a boot", median("warm.cold") * 0.4, "warm.copied", "ms"),
             ("start of a clone ≤ 1.5 × gVisor's", median("warm.runsc") * 1.5, "warm.copied", "ms"),
+            ("start of a clone ≤ one restored by hand + 150 ms + runc's", by_hand, "warm.copied", "ms"),
             ("start from the pool ≤ runc's + 120 ms", median("warm.runc") + 120.0, "warm.pool", "ms"),
             ("PSS of all host processes of an idle clone ≤ 60 MiB", 60.0, "pss.copied", "MiB"),
+            ("PSS of all host processes of an idle clone with private memory ≤ 35 MiB", 35.0, "pss.private", "MiB"),
             ("pod start ≤ runc's + floor + 300 ms", pod, "pod.kata", "ms"),
             ("TCP round trip ≤ 1.05 × raw QEMU's", median("net.trip.raw") * 1.05, "net.trip.kata", "µs"),
         ];

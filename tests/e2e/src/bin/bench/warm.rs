@@ -9,9 +9,12 @@ use e2e::{
     install::{Install, program_path},
     processes, with_node,
 };
-use std::{path::Path, time::Duration};
+use std::{os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 const POOL: &str = "warm.pool";
+
+/// Clones that have a template's pages in common.
+const BESIDE: usize = 10;
 
 /// One of those that take turns.
 struct Way {
@@ -26,8 +29,14 @@ struct Way {
 pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> Result<()> {
     let templates = tempfile::Builder::new().prefix("kebench").tempdir_in("/dev/shm")?;
     with_node(|node| {
-        let config = configuration(install, templates.path(), node, 0)?;
-        let pooled = configuration(install, templates.path(), node, 1)?;
+        let template = ("factory", "enable_template", true.into());
+        let configuration = |name, more| {
+            let all = [Some(template.clone()), more].into_iter().flatten().collect::<Vec<_>>();
+            configuration(install, templates.path(), node, name, &all)
+        };
+        let config = configuration("copied", None)?;
+        let pooled = configuration("pool", Some(("factory", "vm_cache_number", 1.into())))?;
+        let private = configuration("private", Some(("hypervisor.qemu", "shared_fs", "virtio-9p".into())))?;
         let program = install.kata_runtime().display().to_string();
         Invocation::new(&program, ["--config", &config, "factory", "init"]).output()?.ok()?;
         let mut ways = vec![
@@ -40,17 +49,19 @@ pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> 
                 &["--runtime-config-path", &config],
             ),
             way(
+                "warm.private",
+                "ctr run --rm … true, kata, clone with private memory (9p)",
+                Runtime::Kata.name(),
+                &["--runtime-config-path", &private],
+            ),
+            way(
                 POOL,
                 "ctr run --rm … true, kata, from the pool",
                 Runtime::Kata.name(),
                 &["--runtime-config-path", &pooled],
             ),
         ];
-        if program_path("containerd-shim-runsc-v1").is_some() {
-            ways.push(way("warm.runsc", "ctr run --rm … true, gVisor", "io.containerd.runsc.v1", &[]));
-        } else {
-            eprintln!("    gVisor is not measured: it is not installed (apt-get install runsc)");
-        }
+        ways.extend(gvisor(node)?);
         let mut pool = Pool::start(node, &pooled)?;
         for round in 0..=rounds {
             for Way { key, runtime, options, sample, .. } in &mut ways {
@@ -72,7 +83,11 @@ pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> 
         for Way { key, title, sample, .. } in ways {
             report.add(key, title, sample, "ms");
         }
-        memory(node, &config, rounds, report)
+        let title = "PSS of all host processes of an idle clone with copied memory";
+        report.add("pss.copied", title, memory(node, &config, rounds, 1)?, "MiB");
+        let title = format!("PSS of all host processes of each of {BESIDE} clones with private memory");
+        report.add("pss.private", &title, memory(node, &private, 1, BESIDE)?, "MiB");
+        Ok(())
     })
 }
 
@@ -81,33 +96,63 @@ fn way(key: &'static str, title: &'static str, runtime: &'static str, options: &
     Way { key, title, runtime, options, sample: Sample::new() }
 }
 
-/// The installed configuration with templates in a folder of the bench's, and a pool of so many.
-fn configuration(install: &Install, templates: &Path, node: &Node, ready: u32) -> Result<String> {
-    let changes = [
-        ("enable_template", true.into()),
-        ("template_path", templates.display().to_string().into()),
-        ("vm_cache_number", i64::from(ready).into()),
-        ("vm_cache_endpoint", templates.join("pool.sock").display().to_string().into()),
+/// Debian's package has no shim of its own, but its program takes runc's place under runc's shim. Without a flag for it
+/// it traces its processes (ptrace), which needs nothing of the machine. That of 2022 takes every network namespace of a
+/// newer kernel for the host's and refuses it, so it goes without a network, as the others here.
+fn gvisor(node: &Node) -> Result<Option<Way>> {
+    let Some(program) = program_path("runsc") else {
+        eprintln!("    gVisor is not measured: there is no runsc in PATH (apt-get install runsc)");
+        return Ok(None);
+    };
+    let runsc = node.dir().join("runsc");
+    std::fs::write(&runsc, format!("#!/bin/sh\nexec '{}' --network=none \"$@\"\n", program.display()))?;
+    std::fs::set_permissions(&runsc, std::fs::Permissions::from_mode(0o755))?;
+    let options = ["--runc-binary", &runsc.display().to_string()];
+    Ok(Some(way("warm.runsc", "ctr run --rm … true, gVisor's runsc", Runtime::Runc.name(), &options)))
+}
+
+/// The installed configuration with these keys of these tables set, templates in a folder of the bench's.
+pub(crate) fn configuration(
+    install: &Install,
+    templates: &Path,
+    node: &Node,
+    name: &str,
+    more: &[(&str, &str, toml::Value)],
+) -> Result<String> {
+    let mut table = install.config_table()?;
+    let places = [
+        ("factory", "template_path", templates.display().to_string().into()),
+        ("factory", "vm_cache_endpoint", templates.join("pool.sock").display().to_string().into()),
     ];
-    let path = node.dir().join(format!("templates{ready}.toml"));
-    std::fs::write(&path, install.config_table_with("factory", &changes)?)?;
+    for (place, key, value) in places.iter().chain(more) {
+        let inner = place.split('.').try_fold(&mut table, |at, part| {
+            at.entry(part).or_insert_with(|| toml::Table::new().into()).as_table_mut()
+        });
+        inner.context("the installed configuration")?.insert((*key).to_owned(), value.clone());
+    }
+    let path = node.dir().join(format!("{name}.toml"));
+    std::fs::write(&path, table.to_string())?;
     path.to_str().map(str::to_owned).context("a path of the bench")
 }
 
-/// PSS of all processes of one clone that idles.
-fn memory(node: &Node, config: &str, rounds: usize, report: &mut Report) -> Result<()> {
+/// PSS of all processes of a clone that idles beside `count - 1` others: what they have in common counts in parts.
+fn memory(node: &Node, config: &str, rounds: usize, count: usize) -> Result<Sample> {
     let mut sums = Sample::new();
-    for round in 0..rounds {
-        let id = format!("clone{round}");
-        node.detached(Runtime::Kata, &id, &["--runtime-config-path", config], &["sleep", "10000"])?;
-        node.exec(&id, "settle", &[], &["sleep", "1"]).output()?.ok()?;
+    for _ in 0..rounds {
+        let ids: Vec<_> = (0..count).map(|n| format!("idle{n}")).collect();
+        for id in &ids {
+            node.detached(Runtime::Kata, id, &["--runtime-config-path", config], &["sleep", "10000"])?;
+        }
+        for id in &ids {
+            // it has nothing more to do by then
+            node.exec(id, "settle", &[], &["sleep", "1"]).output()?.ok()?;
+        }
         let mut sum = 0;
         for process in processes::of_node(node.tag()) {
             sum += process.pss_kib()?;
         }
-        sums.add(sum as f64 / 1024.0);
-        node.remove(&id)?;
+        sums.add(sum as f64 / 1024.0 / count as f64);
+        ids.iter().try_for_each(|id| node.remove(id))?;
     }
-    report.add("pss.copied", "PSS of all host processes of an idle clone with copied memory", sums, "MiB");
-    Ok(())
+    Ok(sums)
 }

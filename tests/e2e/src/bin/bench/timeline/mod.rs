@@ -4,7 +4,7 @@
 mod draw;
 mod read;
 
-use crate::pool::Pool;
+use crate::{pool::Pool, warm};
 use anyhow::{Context as _, Result};
 use draw::Start;
 use e2e::{Node, Runtime, ctr::Invocation, install::Install, pod_network::Pod, with_node};
@@ -21,10 +21,20 @@ pub(crate) fn measure(install: &Install, to: &Path) -> Result<()> {
     let templates = tempfile::Builder::new().prefix("kebench").tempdir_in("/dev/shm")?;
     with_node(|node| {
         let network = Pod::make(67, 1500)?;
-        let config = |name, changes: &[_]| configuration(install, node, templates.path(), name, changes);
-        let cold = config("cold", &[])?;
-        let clone = config("clone", &[("enable_template", true.into())])?;
-        let pooled = config("pool", &[("enable_template", true.into()), ("vm_cache_number", 1.into())])?;
+        let config = |name: &str, template: bool, ready: i64| {
+            let more = [
+                ("factory", "enable_template", template.into()),
+                ("factory", "vm_cache_number", ready.into()),
+                // all that can be logged but the kernel's own lines on the console, which would take a third of the boot
+                ("hypervisor.qemu", "kernel_params", "quiet printk.time=1".into()),
+                ("agent.kata", "enable_debug", true.into()),
+                ("runtime", "enable_debug", true.into()),
+            ];
+            warm::configuration(install, templates.path(), node, name, &more)
+        };
+        let cold = config("timeline-cold", false, 0)?;
+        let clone = config("timeline-clone", true, 0)?;
+        let pooled = config("timeline-pool", true, 1)?;
         let program = install.kata_runtime().display().to_string();
         Invocation::new(&program, ["--config", &clone, "factory", "init"]).output()?.ok()?;
         // what the first start of all pays for is nobody's
@@ -40,36 +50,6 @@ pub(crate) fn measure(install: &Install, to: &Path) -> Result<()> {
         eprintln!("    one start of each kind, drawn: {}", to.canonicalize()?.display());
         Ok(())
     })
-}
-
-/// The installed configuration, with all that can be logged of a start but the kernel's own lines on the console: those
-/// would take a third of the boot.
-fn configuration(
-    install: &Install,
-    node: &Node,
-    templates: &Path,
-    name: &str,
-    factory: &[(&str, toml::Value)],
-) -> Result<String> {
-    let mut table = install.config_table()?;
-    let mut set = |path: &[&str], key: &str, value: toml::Value| {
-        let inner = path.iter().try_fold(&mut table, |at, part| {
-            at.entry(*part).or_insert_with(|| toml::Table::new().into()).as_table_mut()
-        });
-        inner.map(|inner| inner.insert(key.to_owned(), value)).map(drop).context("the installed configuration")
-    };
-    set(&["hypervisor", "qemu"], "kernel_params", "quiet printk.time=1".into())?;
-    set(&["agent", "kata"], "enable_debug", true.into())?;
-    set(&["runtime"], "enable_debug", true.into())?;
-    set(&["factory"], "enable_template", false.into())?;
-    set(&["factory"], "template_path", templates.display().to_string().into())?;
-    set(&["factory"], "vm_cache_endpoint", templates.join("pool.sock").display().to_string().into())?;
-    for (key, value) in factory {
-        set(&["factory"], key, value.clone())?;
-    }
-    let path = node.dir().join(format!("timeline-{name}.toml"));
-    std::fs::write(&path, table.to_string())?;
-    path.to_str().map(str::to_owned).context("a path of the bench")
 }
 
 /// One start, from ctr's begin to its end.
