@@ -53,8 +53,11 @@ impl Kubelet {
             fs::create_dir_all(at.parent().context("a folder")?)?;
             fs::write(&at, "")?;
         } else {
-            fs::create_dir_all(&from)?;
-            fs::set_permissions(&from, fs::Permissions::from_mode(0o750))?;
+            // what is there is as it is: it may be a link to a folder of this machine's
+            if !from.exists() {
+                fs::create_dir_all(&from)?;
+                fs::set_permissions(&from, fs::Permissions::from_mode(0o750))?;
+            }
             fs::create_dir_all(&at)?;
         }
         mount(Some(&from), &at, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;

@@ -72,10 +72,10 @@ impl Way {
         node.ctr(words).limit(PATIENCE)
     }
 
-    fn told(&self, report: &mut Report, kind: &str, count: usize, from: Instant) {
+    fn told(&self, report: &mut Report, key: &str, kind: &str, count: usize, from: Instant) {
         let rate = count as f64 / from.elapsed().as_secs_f64();
         let title = format!("{count} {kind}, {}", self.title);
-        let key = format!("crowd.{}.{}", kind.split(' ').next().unwrap_or_default(), self.key);
+        let key = format!("crowd.{key}.{}", self.key);
         report.add(&key, &title, Sample::once(rate), "/s");
     }
 
@@ -91,7 +91,7 @@ impl Way {
             ensure!(said == id, "{id}: {said:?}");
             Ok(())
         })?;
-        self.told(report, "storm at once", STORM, from);
+        self.told(report, "storm", "at the same moment, to their end", STORM, from);
         Ok(())
     }
 
@@ -100,7 +100,7 @@ impl Way {
         let ids: Vec<_> = (0..CROWD).map(|n| format!("side{n}")).collect();
         let from = Instant::now();
         all(&ids, &|id| self.run(node, "-d", id, &["sleep", "100000"]).output()?.ok().map(drop))?;
-        self.told(report, "side by side, until all run", CROWD, from);
+        self.told(report, "side", "side by side, until all run", CROWD, from);
         all(&ids, &|id| {
             let said = node.exec(id, "x", &[], &["echo", "alive"]).limit(PATIENCE).output()?.ok()?.text();
             ensure!(said == "alive", "{id}: {said:?}");
@@ -126,7 +126,7 @@ impl Way {
         for n in 0..ROW {
             self.run(node, "--rm", &format!("row{n}"), &["true"]).output()?.ok()?;
         }
-        self.told(report, "row, one after the other", ROW, from);
+        self.told(report, "row", "one after the other", ROW, from);
         Ok(())
     }
 }
