@@ -41,7 +41,7 @@ test: rust deps ## formatting, lints, unit tests, then end-to-end tests in VMs (
 nested: rust deps ## tests in a VM that has KVM (emulated) and vhost-vsock; ARGS names them, "vsock lifecycle" for example
 	@$(xtask) nested -- $(ARGS)
 
-bench: rust ## measure starts, exec, memory, pods, network and file systems against runc, gVisor and bare QEMU
+bench: rust ## measure starts, exec, memory, pods, network, file systems beside runc, gVisor and bare QEMU; a picture of a start
 	@bash scripts/deps.sh fio runsc
 	@$(xtask) bench
 
