@@ -121,14 +121,15 @@ impl Bar {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{:<52} {:>10} {:>10} {:>10}      n", "", "median", "min", "max")?;
+        let width = self.rows.iter().map(|row| row.title.chars().count()).max().unwrap_or_default();
+        writeln!(f, "{:<width$} {:>10} {:>10} {:>10}      n", "", "median", "min", "max")?;
         for Row { title, sample, unit, .. } in &self.rows {
             let n = sample.count();
             let (median, min, max) = (sample.median(), sample.min(), sample.max());
             if n == 1 {
-                writeln!(f, "{title:<52} {median:>10.1} {:>10} {:>10} {unit:<4} {n}", "", "")?;
+                writeln!(f, "{title:<width$} {median:>10.1} {:>10} {:>10} {unit:<4} {n}", "", "")?;
             } else {
-                writeln!(f, "{title:<52} {median:>10.1} {min:>10.1} {max:>10.1} {unit:<4} {n}")?;
+                writeln!(f, "{title:<width$} {median:>10.1} {min:>10.1} {max:>10.1} {unit:<4} {n}")?;
             }
         }
         writeln!(f)?;
