@@ -56,6 +56,12 @@ impl Memory {
 const KERNEL_PARAMS: &str = "console=ttyS0 panic=-1 oops=panic reboot=t no_timer_check tsc=reliable \
     rcupdate.rcu_expedited=1 cryptomgr.notests noreplace-smp pci=lastbus=0 net.ifnames=0 dummy.numdummies=0 random.trust_cpu=on";
 
+/// What the kernel must not use of QEMU's translator: before QEMU 8.0 a `cmpxchg16b` that does not find what it expects leaves
+/// garbage in the flags (target/i386, helper_cmpxchg16b works with a stale CC_OP), and an interrupt right after it brings
+/// them back by IRET. In the kernel's allocator that was a double fault, once in some fifty guests busy with a network.
+/// Programs still find the instruction in CPUID.
+const BROKEN: &str = " clearcpuid=cx16";
+
 /// Memory up to which a guest gets [`SMALL`], MiB.
 const SMALL_MIB: u64 = 1024;
 /// An eighth of the kernel's own tables of names and inodes, which are cleared at boot: half a MiB, for files by the
@@ -121,12 +127,13 @@ pub(super) fn arguments(
         }
         let quiet = if spec.debug { "" } else { " quiet" };
         let timer = if no_local_timer { " noapictimer" } else { "" };
+        let broken = if accelerator == Accelerator::Tcg { BROKEN } else { "" };
         let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
         let tables = if size.memory_mib <= SMALL_MIB { SMALL } else { "" };
         args.pair(
             "-append",
             format!(
-                "{KERNEL_PARAMS}{tables}{timer}{tsc}{quiet} nr_cpus={}{} {}",
+                "{KERNEL_PARAMS}{tables}{broken}{timer}{tsc}{quiet} nr_cpus={}{} {}",
                 size.vcpus, root.kernel_params, spec.boot.kernel_params
             ),
         );
