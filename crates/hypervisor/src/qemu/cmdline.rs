@@ -56,6 +56,10 @@ impl Memory {
 const KERNEL_PARAMS: &str = "console=ttyS0 panic=-1 oops=panic reboot=t no_timer_check tsc=reliable \
     rcupdate.rcu_expedited=1 cryptomgr.notests noreplace-smp pci=lastbus=0 net.ifnames=0 dummy.numdummies=0 random.trust_cpu=on";
 
+/// For devices whose requests are few and small: they are served where they are made, and QEMU's loop has a descriptor less to
+/// look at for each of their queues. With them it looks at 23 instead of 16 in every round trip of a network.
+const AT_ONCE: &str = "ioeventfd=off";
+
 /// What the kernel must not use of QEMU's translator: before QEMU 8.0 a `cmpxchg16b` that does not find what it expects leaves
 /// garbage in the flags (target/i386, helper_cmpxchg16b works with a stale CC_OP), and an interrupt right after it brings
 /// them back by IRET. In the kernel's allocator that was a double fault, once in some fifty guests busy with a network.
@@ -151,16 +155,16 @@ pub(super) fn arguments(
     if bridge.is_missing() {
         // nothing will come, so the guest need not know how things come
         args.pair("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
-        args.pair("-device", "virtio-rng-pci,rng=entropy");
+        args.pair("-device", format!("virtio-rng-pci,rng=entropy,{AT_ONCE}"));
     } else {
         args.pair("-device", pci::ARGUMENT);
-        args.pair("-device", format!("virtio-rng-pci,rng=entropy{}", pci::RESIDENT));
+        args.pair("-device", format!("virtio-rng-pci,rng=entropy,{AT_ONCE}{}", pci::RESIDENT));
     }
     match &spec.channel {
         Channel::Serial { port } => {
             if let Some(fd) = inherited.channel {
                 args.pair("-chardev", format!("socket,id=agent,fd={fd}"));
-                args.pair("-device", "virtio-serial-pci,max_ports=2");
+                args.pair("-device", format!("virtio-serial-pci,max_ports=2,{AT_ONCE}"));
                 args.pair("-device", format!("virtserialport,chardev=agent,name={}", escape(port)));
             }
         }
@@ -345,7 +349,7 @@ mod tests {
         assert!(!line.contains("bridge-support=off"), "{line}");
         for part in [
             "-device pci-bridge,id=plug,",
-            "-device virtio-rng-pci,rng=entropy,bus=plug,addr=0x1f",
+            "-device virtio-rng-pci,rng=entropy,ioeventfd=off,bus=plug,addr=0x1f",
             &format!("-netdev tap,id=net0-host,fd={number} "),
             "-device virtio-net-pci,id=net0,netdev=net0-host,mac=m,romfile=,bus=plug,addr=0x1",
             "-device vfio-pci,id=nic1,host=0000:01:00.0",
