@@ -103,21 +103,18 @@ struct Peer {
     round_trip: Sample,
 }
 
-/// How often all of them are started anew: each start of a VM has luck of its own, for as long as it runs, with where the
-/// translator and the kernel put things.
-const STARTS: usize = 3;
-
-/// Measures all of them in turns.
+/// Measures all of them in turns, started anew for each value: each start of a VM has luck of its own, for as long as it
+/// runs, with where the translator and the kernel put things, a third of its throughput either way.
 pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> Result<()> {
     with_model(Model::TcFilter, |node| {
         let program = compile(node.dir(), "peer", PEER)?;
         let mut all = Vec::new();
-        for _ in 0..STARTS {
+        for _ in 0..rounds {
             let (mut peers, _held) = start(install, node, &program)?;
-            for round in 0..=rounds.div_ceil(STARTS) {
+            for counts in [false, true] {
                 for peer in &mut peers {
                     // the first finds its way
-                    peer.measure(round > 0)?;
+                    peer.measure(counts)?;
                 }
             }
             ["runc", "kata"].into_iter().try_for_each(|id| node.remove(id))?;
