@@ -13,14 +13,17 @@ packages=(
     build-essential bc bison flex libelf-dev libssl-dev xz-utils cpio kmod pkg-config libseccomp-dev linux-source-6.12
     # the virtual machine monitor
     qemu-system-x86 qemu-system-common qemu-system-data
-    # the caller, the runtime its client package wants, the image `make run` builds, and looking at the result
-    containerd runc busybox-static iproute2 procps
+    # the image `make run` builds, and looking at the result
+    busybox-static iproute2 procps
     # root file systems and volumes on disks: the tests' images of them
     e2fsprogs erofs-utils
     # the pod networks of the tests with a CRI client
     containernetworking-plugins
 )
 packages+=("$@")
+# the caller, and the runtime that its tests are compared with: from wherever they are, since Debian's would put out Docker's
+command -v containerd >/dev/null && command -v ctr >/dev/null || packages+=(containerd)
+command -v runc >/dev/null || packages+=(runc)
 # what Debian does not have of the tests' clients is built with Go: any will do, as an old one can fetch a newer one
 command -v go >/dev/null || [ -x /usr/local/go/bin/go ] || packages+=(golang-go)
 
@@ -38,12 +41,12 @@ done
 sudo=()
 if [ "$(id -u)" -ne 0 ]; then
     command -v sudo >/dev/null ||
-        fail "packages are missing; as root, run: apt-get install --no-install-recommends ${missing[*]}"
+        fail "packages are missing; as root, run: apt-get install --no-remove --no-install-recommends ${missing[*]}"
     sudo=(sudo)
 fi
 
 echo "deps: installing ${missing[*]}"
 "${sudo[@]}" apt-get update -q ||
     fail "apt-get update failed: check the network and /etc/apt/sources.list, then run make deps again"
-"${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" ||
-    fail "apt-get install failed (see above); the packages are in Debian 12, linux-source-6.12 in bookworm-updates or -security"
+"${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-remove --no-install-recommends "${missing[@]}" ||
+    fail "apt-get install failed (see above; nothing that is installed is removed for it); the packages are in Debian 12, linux-source-6.12 in bookworm-updates or -security"

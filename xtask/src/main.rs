@@ -95,6 +95,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         }
         ("check", []) => verify::check(&workspace)?,
         ("image", [file]) => step::timed("building the busybox image", || image::write(Path::new(file)))?,
+        ("image", _) => bail!("image needs the name of the file to write: cargo run -p xtask image busybox.tar"),
         _ => bail!("unknown task {:?}; {USAGE}", arguments.join(" ")),
     }
     Ok(ExitCode::SUCCESS)

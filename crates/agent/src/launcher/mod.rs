@@ -145,7 +145,10 @@ pub(crate) async fn launch(
             }
             // closed by the exec, or by a death without a word
             None if is_exec => break,
-            None => return Err(Error::Failed("unable to start container process: it ended during its set-up".into())),
+            None => {
+                let words = "unable to start container process: it ended during its set-up (memory limit too low?)";
+                return Err(Error::Failed(words.into()));
+            }
         }
     }
     Ok(Launched { pid, exit, terminal })
