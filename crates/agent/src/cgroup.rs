@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
@@ -19,7 +19,7 @@ const ROOT: &str = "/sys/fs/cgroup";
 /// sleep) are handed down when somebody asks for what they do.
 const ALWAYS: &str = "memory pids io";
 
-/// Hands those controllers down to the containers' cgroups that all have.
+/// Hands those controllers down to the containers' cgroups that all have, as far as this kernel has them.
 pub(crate) fn delegate() -> io::Result<()> {
     hand_down(ALWAYS)
 }
@@ -30,8 +30,17 @@ pub(crate) fn delegate_all() -> io::Result<()> {
 }
 
 fn hand_down(controllers: &str) -> io::Result<()> {
-    let line: Vec<_> = controllers.split_whitespace().map(|name| format!("+{name}")).collect();
-    fs::write(format!("{ROOT}/cgroup.subtree_control"), line.join(" "))
+    let line = present(controllers, &fs::read_to_string(format!("{ROOT}/cgroup.controllers"))?);
+    let control = format!("{ROOT}/cgroup.subtree_control");
+    // one that is missing would spoil the whole line
+    fs::write(&control, line).map_err(|error| io::Error::new(error.kind(), format!("{control}: {error}")))
+}
+
+/// What is to be written for those of `wanted` that the kernel has: `cgroup_disable=` and other kernels leave some out.
+fn present(wanted: &str, there: &str) -> String {
+    let there: Vec<_> = there.split_whitespace().collect();
+    let wanted = wanted.split_whitespace().filter(|name| there.contains(name));
+    wanted.map(|name| format!("+{name}")).collect::<Vec<_>>().join(" ")
 }
 
 /// The controller that has this file, where it is one that not all have.
@@ -95,7 +104,7 @@ impl Cgroup {
             {
                 hand_down(controller).map_err(Error::failed(format!("cgroup controller {controller}")))?;
             }
-            match fs::write(path, &value) {
+            match write_existing(&path, &value) {
                 // no swap in this kernel or guest: nothing to limit
                 Err(error) if file == "memory.swap.max" && error.kind() == io::ErrorKind::NotFound => {}
                 other => other.map_err(Error::failed(format!("cgroup {file} = {value}")))?,
@@ -220,6 +229,11 @@ impl Cgroup {
             ..Default::default()
         }
     }
+}
+
+/// Not [`fs::write`]: to make a file in a cgroup is forbidden, which would hide that there is none.
+fn write_existing(path: &Path, value: &str) -> io::Result<()> {
+    File::options().write(true).open(path)?.write_all(value.as_bytes())
 }
 
 /// The last resort, for a container that was not made: its processes are dead and reaped by then.
@@ -352,6 +366,16 @@ mod tests {
         assert_eq!(all["cpu.weight"], "39");
         assert_eq!(all["cpu.max"], "50000 100000");
         assert_eq!(all["pids.max"], "max");
+    }
+
+    #[test]
+    fn only_what_is_there_is_handed_down() {
+        assert_eq!(present(ALWAYS, "cpuset cpu io memory hugetlb pids\n"), "+memory +pids +io");
+        assert_eq!(present(ALWAYS, "cpu pids"), "+pids");
+        assert_eq!(present(ALWAYS, ""), "");
+        let folder = std::env::temp_dir().join(format!("kata-cgroup-{}", std::process::id()));
+        let missing = write_existing(&folder, "1").expect_err("nothing is made");
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

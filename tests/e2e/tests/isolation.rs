@@ -1,7 +1,7 @@
 //! What a process in a container may and may not: the same words of the kernel about it as with runc.
 
 use anyhow::{Result, ensure};
-use e2e::{BOTH, Node, Runtime, image, with_node};
+use e2e::{BOTH, Node, NodeSetup, Runtime, image, install::Install, with_node, with_node_setup};
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
 /// The output of one script with both runtimes, which must be equal; returns it.
@@ -174,6 +174,17 @@ fn cgroup_limits_hold_in_the_guest() -> Result<()> {
                       echo '20000 100000' > part/cpu.max && cat part/cpu.max";
         let shown = node.run(Runtime::Kata, "c3", &["--mount", own], &["sh", "-c", script]).output()?.ok()?.text();
         ensure!(shown == "20000 100000", "{shown:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_kernel_may_lack_a_controller() -> Result<()> {
+    let parameters = "cgroup_disable=memory clearcpuid=avx2";
+    let config = Install::locate()?.config_with(&[("kernel_params", parameters.into())])?;
+    with_node_setup(NodeSetup { config: Some(config), ..NodeSetup::default() }, |node| {
+        let shown = node.run(Runtime::Kata, "c1", &[], &["cat", "/proc/cmdline"]).output()?.ok()?.text();
+        ensure!(shown.contains("cgroup_disable=memory clearcpuid=cx16,avx2"), "{shown}");
         Ok(())
     })
 }

@@ -64,7 +64,16 @@ const AT_ONCE: &str = "ioeventfd=off";
 /// garbage in the flags (target/i386, helper_cmpxchg16b works with a stale CC_OP), and an interrupt right after it brings
 /// them back by IRET. In the kernel's allocator that was a double fault, once in some fifty guests busy with a network.
 /// Programs still find the instruction in CPUID.
-const BROKEN: &str = " clearcpuid=cx16";
+const BROKEN: &str = "cx16";
+
+/// `configured`, with that. The kernel takes the last of several lists, so there must be one.
+fn without_broken(configured: &str) -> String {
+    const KEY: &str = "clearcpuid=";
+    match configured.rsplit_once(KEY) {
+        Some((before, after)) => format!("{before}{KEY}{BROKEN},{after}"),
+        None => format!("{KEY}{BROKEN} {configured}"),
+    }
+}
 
 /// Memory up to which a guest gets [`SMALL`], MiB.
 const SMALL_MIB: u64 = 1024;
@@ -131,14 +140,15 @@ pub(super) fn arguments(
         }
         let quiet = if spec.debug { "" } else { " quiet" };
         let timer = if no_local_timer { " noapictimer" } else { "" };
-        let broken = if accelerator == Accelerator::Tcg { BROKEN } else { "" };
+        let configured = &spec.boot.kernel_params;
+        let configured = if accelerator == Accelerator::Tcg { without_broken(configured) } else { configured.clone() };
         let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
         let tables = if size.memory_mib <= SMALL_MIB { SMALL } else { "" };
         args.pair(
             "-append",
             format!(
-                "{KERNEL_PARAMS}{tables}{broken}{timer}{tsc}{quiet} nr_cpus={}{} {}",
-                size.vcpus, root.kernel_params, spec.boot.kernel_params
+                "{KERNEL_PARAMS}{tables}{timer}{tsc}{quiet} nr_cpus={}{} {configured}",
+                size.vcpus, root.kernel_params
             ),
         );
     } else {
@@ -290,7 +300,7 @@ mod tests {
             "-initrd /proc/self/fd/7 ",
             "-smp 2",
             "socket,id=agent,fd=5",
-            "tsc_early_khz=2000000 quiet nr_cpus=2 agent.log=debug",
+            "tsc_early_khz=2000000 quiet nr_cpus=2 clearcpuid=cx16 agent.log=debug",
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");
         }
@@ -306,6 +316,12 @@ mod tests {
                 .join(" ");
         assert!(line.contains("memory-backend-file,id=mem,size=512M,mem-path=/proc/self/fd/8,share=off "), "{line}");
         assert!(line.contains("-incoming defer") && !line.contains("-kernel") && !line.contains("-append"), "{line}");
+    }
+
+    #[test]
+    fn what_is_broken_is_left_out_beside_what_is_configured() {
+        assert_eq!(without_broken("a=1"), "clearcpuid=cx16 a=1");
+        assert_eq!(without_broken("clearcpuid=x a clearcpuid=avx2 b"), "clearcpuid=x a clearcpuid=cx16,avx2 b");
     }
 
     #[test]
