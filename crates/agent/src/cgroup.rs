@@ -21,16 +21,18 @@ const ALWAYS: &str = "memory pids io";
 
 /// Hands those controllers down to the containers' cgroups that all have, as far as this kernel has them.
 pub(crate) fn delegate() -> io::Result<()> {
-    hand_down(ALWAYS)
+    hand_down(Some(ALWAYS))
 }
 
 /// The same for all that the kernel has: for a container that divides its cgroup itself.
 pub(crate) fn delegate_all() -> io::Result<()> {
-    hand_down(&fs::read_to_string(format!("{ROOT}/cgroup.controllers"))?)
+    hand_down(None)
 }
 
-fn hand_down(controllers: &str) -> io::Result<()> {
-    let line = present(controllers, &fs::read_to_string(format!("{ROOT}/cgroup.controllers"))?);
+/// Those that are wanted, or all.
+fn hand_down(wanted: Option<&str>) -> io::Result<()> {
+    let there = fs::read_to_string(format!("{ROOT}/cgroup.controllers"))?;
+    let line = present(wanted.unwrap_or(&there), &there);
     let control = format!("{ROOT}/cgroup.subtree_control");
     // one that is missing would spoil the whole line
     fs::write(&control, line).map_err(|error| io::Error::new(error.kind(), format!("{control}: {error}")))
@@ -67,20 +69,17 @@ impl Cgroup {
     /// Makes it, with its limits and its device rules.
     pub(crate) fn create(id: &str, resources: Option<&LinuxResources>) -> Result<Self, Error> {
         let none = Vec::<LinuxDeviceCgroup>::new();
-        let cgroup = Self::with_devices(id, resources.map_or(&none, |all| &all.Devices))?;
-        if let Some(resources) = resources {
-            cgroup.limit(resources)?;
-        }
-        Ok(cgroup)
+        Self::with_devices(id, resources.map_or(&none, |all| &all.Devices))?.fill(resources)
     }
 
     /// One without limits for a container that asks for no devices: to be made when there is time, or for all guests that
     /// begin from one saved guest.
+    /// It is for containers whose rules [`are_plain`].
     pub(crate) fn ready() -> Result<Self, Error> {
         Self::with_devices(READY, &[])
     }
 
-    /// A ready one, with the limits of a container whose device rules [`are_plain`].
+    /// Itself with these limits; its device rules stay.
     pub(crate) fn fill(self, resources: Option<&LinuxResources>) -> Result<Self, Error> {
         resources.map_or(Ok(()), |resources| self.limit(resources))?;
         Ok(self)
@@ -102,7 +101,7 @@ impl Cgroup {
             if let Some(controller) = controller_of(&file)
                 && !path.exists()
             {
-                hand_down(controller).map_err(Error::failed(format!("cgroup controller {controller}")))?;
+                hand_down(Some(controller)).map_err(Error::failed(format!("cgroup controller {controller}")))?;
             }
             match write_existing(&path, &value) {
                 // no swap in this kernel or guest: nothing to limit

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use agent_api::oci;
 use nix::fcntl::OFlag;
+use nix::mount::MsFlags;
 use tokio::sync::watch;
 
 use crate::cgroup::{self, Cgroup};
@@ -183,7 +184,8 @@ async fn kill_after(mut exit: watch::Receiver<Option<i32>>, mut killer: std::fs:
 
 /// Whether this lets the container write into its cgroup.
 fn divides(mount: &oci::Mount) -> bool {
-    matches!(mount.type_.as_str(), "cgroup" | "cgroup2") && !mount.options.iter().any(|option| option == "ro")
+    let flags = launcher::options::parse(&mount.options).flags;
+    matches!(mount.type_.as_str(), "cgroup" | "cgroup2") && !flags.contains(MsFlags::MS_RDONLY)
 }
 
 fn streams(process: &oci::Process) -> Result<(Option<Stdio>, Option<launcher::Streams>), Error> {
@@ -199,5 +201,20 @@ fn with_terminal(stdio: Option<Stdio>, terminal: Option<OwnedFd>) -> Result<Stdi
         (Some(stdio), _) => Ok(stdio),
         (None, Some(master)) => Stdio::terminal(master),
         (None, None) => Err(Error::Failed("the process made no terminal".into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_word_decides_whether_a_cgroup_is_divided() {
+        let divided = |kind: &str, options: &[&str]| {
+            let options = options.iter().map(ToString::to_string).collect();
+            divides(&oci::Mount { type_: kind.into(), options, ..Default::default() })
+        };
+        assert!(divided("cgroup", &["nosuid"]) && divided("cgroup2", &["ro", "rw"]));
+        assert!(!divided("cgroup", &["rw", "ro"]) && !divided("tmpfs", &["rw"]));
     }
 }

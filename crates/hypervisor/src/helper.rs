@@ -49,8 +49,8 @@ impl Helper {
         let parent = std::process::id();
         let mut command = Command::new(program);
         command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
-        // SAFETY: the closure runs between fork and exec and calls only prctl, getppid, fcntl, getrlimit, setrlimit and signal functions,
-        // which are async-signal-safe; it allocates nothing.
+        // SAFETY: the closure runs between fork and exec and calls only prctl, getppid, fcntl, getrlimit, setrlimit and
+        // signal functions, which are async-signal-safe or plain system calls; it allocates nothing.
         unsafe {
             command.pre_exec(move || {
                 if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {

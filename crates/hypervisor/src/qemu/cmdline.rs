@@ -56,8 +56,8 @@ impl Memory {
 const KERNEL_PARAMS: &str = "console=ttyS0 panic=-1 oops=panic reboot=t no_timer_check tsc=reliable \
     rcupdate.rcu_expedited=1 cryptomgr.notests noreplace-smp pci=lastbus=0 net.ifnames=0 dummy.numdummies=0 random.trust_cpu=on";
 
-/// For devices whose requests are few and small: they are served where they are made, and QEMU's loop has a descriptor less to
-/// look at for each of their queues. With them it looks at 23 instead of 16 in every round trip of a network.
+/// For devices whose requests are few and small: they are served where they are made, and QEMU's loop need not look at a
+/// descriptor for each of their queues, seven of 23, in every round trip of a network.
 const AT_ONCE: &str = "ioeventfd=off";
 
 /// What the kernel must not use of QEMU's translator: before QEMU 8.0 a `cmpxchg16b` that does not find what it expects leaves
