@@ -18,7 +18,7 @@ use containerd_shim_protos::ttrpc::Code;
 use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
 use runtime::cleanup::RunDir;
 use runtime::trace::Trace;
-use runtime::{ContainerId, ContainerSpec, Env, Error, ExecSpec, RootfsMount, Sandbox, SandboxSpec, Stdio};
+use runtime::{ContainerId, ContainerSpec, Env, Error, ExecSpec, ProcessRef, RootfsMount, Sandbox, SandboxSpec, Stdio};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::convert::{self, Rpc, rpc_error, status, timestamp};
@@ -93,6 +93,13 @@ impl TaskService {
             Pod::Ready(sandbox) => Ok(sandbox.clone()),
             Pod::None | Pod::Starting(_) => Err(rpc_error(Code::NOT_FOUND, "no such task: not found")),
         }
+    }
+
+    /// The pod, once the container's making is over: its creator may have gone away, a killed client or containerd.
+    async fn settled(&self, name: &ProcessRef) -> Rpc<Sandbox> {
+        let sandbox = self.sandbox()?;
+        sandbox.settled(&name.container).await;
+        Ok(sandbox)
     }
 
     /// The pod's first container makes the pod; the others join it.
@@ -195,7 +202,7 @@ fn plain(error: Error) -> containerd_shim_protos::ttrpc::Error {
 impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> Rpc<StateResponse> {
         let name = convert::process(&request.id, &request.exec_id)?;
-        let sandbox = self.sandbox()?;
+        let sandbox = self.settled(&name).await?;
         let view = sandbox.view(&name).map_err(plain)?;
         Ok(StateResponse {
             id: request.id,
@@ -268,7 +275,7 @@ impl Task for TaskService {
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Rpc<DeleteResponse> {
         let name = convert::process(&request.id, &request.exec_id)?;
-        let sandbox = self.sandbox()?;
+        let sandbox = self.settled(&name).await?;
         let exit = sandbox.delete(&name).await.map_err(plain)?;
         let pid = sandbox.pid();
         let (status, at) = exit.map_or((0, std::time::SystemTime::now()), |exit| (exit.status, exit.at));
@@ -320,7 +327,7 @@ impl Task for TaskService {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Rpc<Empty> {
         let name = convert::process(&request.id, &request.exec_id)?;
-        self.sandbox()?.signal(&name, request.signal, request.all).await.map_err(plain)?;
+        self.settled(&name).await?.signal(&name, request.signal, request.all).await.map_err(plain)?;
         Ok(Empty::new())
     }
 
@@ -378,7 +385,7 @@ impl Task for TaskService {
     /// ending is none: the answer makes it clean up with `delete`, and a second try begins on a clean host.
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Rpc<ConnectResponse> {
         let name = convert::process(&request.id, "")?;
-        let sandbox = self.sandbox()?;
+        let sandbox = self.settled(&name).await?;
         sandbox.view(&name).map_err(plain)?;
         let task_pid = sandbox.pid();
         Ok(ConnectResponse {

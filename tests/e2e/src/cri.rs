@@ -228,8 +228,11 @@ impl Cri<'_> {
         })
     }
 
-    /// CRI tells such things only to those who ask.
-    fn until(ask: impl Fn() -> Result<(bool, String)>) -> Result<String> {
+    /// Asks until the answer is good; CRI tells such things only to those who ask.
+    ///
+    /// # Errors
+    /// The last answer, when 20 seconds have passed.
+    pub fn until(ask: impl Fn() -> Result<(bool, String)>) -> Result<String> {
         let end = Instant::now() + Duration::from_secs(20);
         loop {
             match ask()? {

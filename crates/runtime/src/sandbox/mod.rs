@@ -1,6 +1,7 @@
 //! The pod: one VM, its containers, and every question that the shim asks about them.
 
 mod disks;
+mod make;
 mod resolver;
 mod start;
 mod stop;
@@ -11,22 +12,21 @@ mod watch;
 pub(crate) use up::{news, template_spec, while_served};
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use agent_api::agent as api;
 use hypervisor::{Hypervisor, Vm};
-use oci_spec::runtime::Spec;
 use tokio::sync::mpsc;
 
 use crate::agent_client::AgentClient;
 use crate::cleanup::RunDir;
-use crate::container::{Container, Process, create, io, spec};
-use crate::storage::block::Plan;
+use crate::container::{Container, Process, io, spec};
 use crate::storage::disks::Disks;
 use crate::storage::share::Share;
 use crate::storage::shm::Shm;
-use crate::{ContainerId, ContainerSpec, Error, ExecSpec, Exit, ProcessRef, ProcessView, Status};
+use crate::{ContainerId, Error, ExecSpec, Exit, ProcessRef, ProcessView, Status};
 
 /// What a sandbox needs from outside.
 pub struct Env {
@@ -81,7 +81,8 @@ pub struct Started(#[expect(dead_code, reason = "held")] tokio::sync::OwnedMutex
 
 /// A container's place, taken before the container is made, so that of two equal creates one is refused.
 enum Slot {
-    Making,
+    /// Until this ends.
+    Making(tokio::sync::watch::Receiver<()>),
     Made(Arc<Container>),
 }
 
@@ -101,7 +102,7 @@ impl Inner {
     fn has_running(&self) -> bool {
         let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
         containers.values().any(|slot| match slot {
-            Slot::Making => true,
+            Slot::Making(_) => true,
             Slot::Made(container) => container.init.exit().is_none(),
         })
     }
@@ -119,85 +120,6 @@ impl Sandbox {
         self.0.pid
     }
 
-    /// Makes another container.
-    ///
-    /// # Errors
-    /// [`Error::Exists`], or what the host or the guest refused; the sandbox stays as it was.
-    pub async fn create_container(&self, from: ContainerSpec) -> Result<(), Error> {
-        self.reserve(&from.id)?;
-        let made = self.make(&from).await;
-        let added = {
-            let mut containers = self.containers();
-            match made {
-                Ok((container, outputs)) => {
-                    let init = Arc::clone(&container.init);
-                    containers.insert(from.id, Slot::Made(Arc::new(container)));
-                    watch::process(&self.0, init, outputs);
-                    Ok(())
-                }
-                Err(error) => {
-                    containers.remove(&from.id);
-                    Err(error)
-                }
-            }
-        };
-        if added.is_ok() {
-            self.serve_volumes().await;
-        }
-        added
-    }
-
-    async fn make(&self, from: &ContainerSpec) -> Result<(Container, io::Outputs), Error> {
-        let oci = spec::read(&from.bundle)?;
-        let policy = spec::Policy::of(&self.0.env.config.runtime);
-        let blocks = disks::wanted(from, &oci, &self.0.env.config.hypervisor)?;
-        let plan = self.plug(from, blocks).await?;
-        let plugged = plan.disks.clone();
-        let made = self.make_with(from, &oci, plan, policy).await;
-        if made.is_err() {
-            self.unplug(&plugged).await;
-        }
-        made
-    }
-
-    async fn make_with(
-        &self,
-        from: &ContainerSpec,
-        oci: &Spec,
-        plan: Plan,
-        policy: spec::Policy,
-    ) -> Result<(Container, io::Outputs), Error> {
-        // the host's side is held for the host's part only: a guest that does not answer must not hold up the stop
-        let prepared = {
-            let mut host = self.0.host.lock().await;
-            let host = host.as_mut().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
-            let guest_empty_dir = !self.0.env.config.runtime.disable_guest_empty_dir;
-            let given = create::Given { share: &host.share, shm: self.0.shm.as_ref(), policy, guest_empty_dir };
-            create::prepare(given, from, oci, plan, &mut host.run)?
-        };
-        let shared = prepared.shared.clone();
-        let limit = self.0.env.config.runtime.create_container_timeout;
-        let made = create::create(&self.0.agent, self.0.pid, from, prepared, limit).await;
-        self.follow_volumes().await;
-        if made.is_err() {
-            self.release(&shared).await;
-        }
-        made
-    }
-
-    /// Changes of volumes that the guest has copies of reach it from now on.
-    async fn follow_volumes(&self) {
-        if let Some(host) = self.0.host.lock().await.as_ref() {
-            host.share.watcher().follow(&self.0.agent);
-        }
-    }
-
-    async fn release(&self, shared: &[String]) {
-        if let Some(host) = self.0.host.lock().await.as_ref() {
-            create::release(&host.share, shared);
-        }
-    }
-
     /// Starts a created process. Its end is told when what this returns is dropped. Goes on to its end also when nobody
     /// waits for it any more: the guest does not know that.
     ///
@@ -205,9 +127,7 @@ impl Sandbox {
     /// [`Error::WrongState`] unless it is created; or what the guest said.
     pub async fn start_process(&self, name: &ProcessRef) -> Result<Started, Error> {
         let (sandbox, name) = (self.clone(), name.clone());
-        tokio::spawn(async move { sandbox.start_now(&name).await })
-            .await
-            .unwrap_or_else(|error| Err(Error::Host { what: "starting".into(), source: std::io::Error::other(error) }))
+        to_the_end("starting", async move { sandbox.start_now(&name).await }).await
     }
 
     async fn start_now(&self, name: &ProcessRef) -> Result<Started, Error> {
@@ -326,11 +246,17 @@ impl Sandbox {
         })
     }
 
-    /// Takes an ended (or never started) process away. With the last container the whole sandbox goes.
+    /// Takes an ended (or never started) process away. With the last container the whole sandbox goes. Goes on to its end
+    /// also when nobody waits for it any more.
     ///
     /// # Errors
     /// [`Error::WrongState`] while it runs.
     pub async fn delete(&self, name: &ProcessRef) -> Result<Option<Exit>, Error> {
+        let (sandbox, name) = (self.clone(), name.clone());
+        to_the_end("deleting", async move { sandbox.delete_now(&name).await }).await
+    }
+
+    async fn delete_now(&self, name: &ProcessRef) -> Result<Option<Exit>, Error> {
         let container = self.container(&name.container)?;
         let process = container.process(name)?;
         let _changing = process.changing.lock().await;
@@ -518,15 +444,6 @@ impl Sandbox {
         self.0.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn reserve(&self, id: &ContainerId) -> Result<(), Error> {
-        let mut containers = self.containers();
-        if containers.contains_key(id) {
-            return Err(Error::Exists(format!("container {id}")));
-        }
-        containers.insert(id.clone(), Slot::Making);
-        Ok(())
-    }
-
     fn container(&self, id: &ContainerId) -> Result<Arc<Container>, Error> {
         match self.containers().get(id) {
             Some(Slot::Made(container)) => Ok(Arc::clone(container)),
@@ -537,6 +454,16 @@ impl Sandbox {
     fn process(&self, name: &ProcessRef) -> Result<Arc<Process>, Error> {
         self.container(&name.container)?.process(name)
     }
+}
+
+/// Does `work` as a task of its own: a caller that goes away must not leave half of it.
+async fn to_the_end<T: Send + 'static>(
+    what: &'static str,
+    work: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::spawn(work)
+        .await
+        .unwrap_or_else(|error| Err(Error::Host { what: what.into(), source: std::io::Error::other(error) }))
 }
 
 /// How long the guest may take to write its caches back before its VM is ended.

@@ -81,7 +81,7 @@ impl Sandbox {
         let containers = self.0.containers.lock().unwrap_or_else(PoisonError::into_inner);
         let made = containers.values().filter_map(|slot| match slot {
             Slot::Made(container) => Some(&container.volumes),
-            Slot::Making => None,
+            Slot::Making(_) => None,
         });
         made.flatten().cloned().collect()
     }
