@@ -1,12 +1,14 @@
 //! Who was hit by the kernel's out-of-memory killer: inotify on each container's `memory.events`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
-use tokio::sync::mpsc;
+use tokio::sync::Notify;
 
 struct Watched {
     id: String,
@@ -28,21 +30,59 @@ impl Watched {
 pub(crate) struct OomWatch {
     inotify: Arc<Inotify>,
     watched: Arc<Mutex<HashMap<WatchDescriptor, Watched>>>,
-    tell: mpsc::UnboundedSender<String>,
-    hits: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<String>>>,
+    hits: Arc<Hits>,
 }
+
+/// Those that were hit and nobody has been told of.
+#[derive(Default)]
+struct Hits {
+    ids: Mutex<VecDeque<String>>,
+    more: Notify,
+    fewer: Notify,
+    /// Somebody wants to be told.
+    is_asked: AtomicBool,
+}
+
+impl Hits {
+    fn ids(&self) -> MutexGuard<'_, VecDeque<String>> {
+        self.ids.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, id: String) {
+        self.ids().push_back(id);
+        self.more.notify_one();
+    }
+
+    async fn pop(&self) -> String {
+        self.is_asked.store(true, Ordering::Relaxed);
+        loop {
+            if let Some(id) = self.ids().pop_front() {
+                self.fewer.notify_waiters();
+                return id;
+            }
+            self.more.notified().await;
+        }
+    }
+
+    async fn none_of(&self, id: &str) {
+        loop {
+            let fewer = self.fewer.notified();
+            if !self.ids().iter().any(|one| one == id) {
+                return;
+            }
+            fewer.await;
+        }
+    }
+}
+
+/// How long an end may be held back for one that asks who was hit, and does not ask again.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 impl OomWatch {
     pub(crate) fn start() -> std::io::Result<Self> {
         let inotify = Arc::new(Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?);
-        let (to, from) = mpsc::unbounded_channel();
-        let watch = Self {
-            inotify: Arc::clone(&inotify),
-            watched: Arc::default(),
-            tell: to.clone(),
-            hits: Arc::new(tokio::sync::Mutex::new(from)),
-        };
-        let watched = Arc::clone(&watch.watched);
+        let watch = Self { inotify: Arc::clone(&inotify), watched: Arc::default(), hits: Arc::default() };
+        let (watched, hits) = (Arc::clone(&watch.watched), Arc::clone(&watch.hits));
         let ready = crate::io::watch(inotify.as_fd().try_clone_to_owned()?)?;
         tokio::spawn(async move {
             while let Ok(mut guard) = ready.readable().await {
@@ -51,7 +91,7 @@ impl OomWatch {
                     let mut watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
                     let Some(one) = watched.get_mut(&event.wd) else { continue };
                     if one.hit() {
-                        let _ = to.send(one.id.clone());
+                        hits.push(one.id.clone());
                     }
                     if event.mask.contains(AddWatchFlags::IN_IGNORED) {
                         watched.remove(&event.wd);
@@ -73,21 +113,27 @@ impl OomWatch {
         }
     }
 
-    /// Looks whether `id` was hit. The kernel may tell a change of `memory.events` up to 10 ms late
-    /// (CGROUP_FILE_NOTIFY_MIN_INTV, kernel/cgroup/cgroup.c): a container that has ended by it can be removed by then,
-    /// and the file with it.
-    pub(crate) fn look(&self, id: &str) {
-        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
-        for one in watched.values_mut().filter(|one| one.id == id) {
-            if one.hit() {
-                let _ = self.tell.send(one.id.clone());
+    /// Waits until all hits of `id` have been told to those who ask, so that they hear why before they hear of an end.
+    ///
+    /// It looks itself: the kernel may tell a change of `memory.events` up to 10 ms late (CGROUP_FILE_NOTIFY_MIN_INTV,
+    /// kernel/cgroup/cgroup.c), and a container that has ended by it can be removed by then, and the file with it.
+    pub(crate) async fn told(&self, id: &str) {
+        {
+            let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+            for one in watched.values_mut().filter(|one| one.id == id) {
+                if one.hit() {
+                    self.hits.push(one.id.clone());
+                }
             }
+        }
+        if self.hits.is_asked.load(Ordering::Relaxed) {
+            let _ = tokio::time::timeout(PATIENCE, self.hits.none_of(id)).await;
         }
     }
 
     /// The next one that is hit.
-    pub(crate) async fn next(&self) -> Option<String> {
-        self.hits.lock().await.recv().await
+    pub(crate) async fn next(&self) -> String {
+        self.hits.pop().await
     }
 }
 
@@ -102,20 +148,45 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn a_kill_is_told_once_even_when_its_file_goes_at_once() {
-        let file = std::env::temp_dir().join(format!("kata-oom-{}", std::process::id()));
+    fn watched(name: &str) -> (OomWatch, PathBuf) {
+        let file = std::env::temp_dir().join(format!("kata-oom-{name}-{}", std::process::id()));
         std::fs::write(&file, "oom 0\noom_kill 0\n").expect("written");
         let watch = OomWatch::start().expect("started");
         watch.add("one", file.clone());
-        watch.look("one");
+        (watch, file)
+    }
+
+    #[tokio::test]
+    async fn a_kill_is_told_once_even_when_its_file_goes_at_once() {
+        let (watch, file) = watched("once");
+        watch.told("one").await;
         std::fs::write(&file, "oom 1\noom_kill 1\n").expect("written");
-        watch.look("one");
-        watch.look("one");
-        watch.look("another");
+        watch.told("one").await;
+        watch.told("one").await;
+        watch.told("another").await;
         std::fs::remove_file(&file).expect("removed");
-        assert_eq!(watch.next().await.as_deref(), Some("one"));
+        assert_eq!(watch.next().await, "one");
         // neither the notice of the change nor the file's end tells it again
         assert!(tokio::time::timeout(Duration::from_millis(100), watch.next()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn who_asks_is_told_first_and_who_asks_no_more_holds_up_little() {
+        let (watch, file) = watched("first");
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let (asking, seen) = (watch.clone(), Arc::clone(&order));
+        let asker = tokio::spawn(async move {
+            asking.next().await;
+            seen.lock().expect("whole").push("why");
+        });
+        tokio::task::yield_now().await;
+        std::fs::write(&file, "oom_kill 1\n").expect("written");
+        watch.told("one").await;
+        order.lock().expect("whole").push("the end");
+        asker.await.expect("told");
+        assert_eq!(*order.lock().expect("whole"), ["why", "the end"]);
+        std::fs::write(&file, "oom_kill 2\n").expect("written");
+        watch.told("one").await;
+        std::fs::remove_file(&file).expect("removed");
     }
 }

@@ -169,7 +169,7 @@ impl AgentService for Service {
         let process = container.process(&request.container_id, &request.exec_id)?;
         let status = process.tell().await;
         // why, before that it ended
-        self.sandbox.oom.look(&request.container_id);
+        self.sandbox.oom.told(&request.container_id).await;
         container.forget(&request.exec_id, &process);
         Ok(api::WaitProcessResponse { status, ..Default::default() })
     }
@@ -324,7 +324,7 @@ impl AgentService for Service {
     }
 
     async fn get_oom_event(&self, _: &TtrpcContext, _: api::GetOOMEventRequest) -> Rpc<api::OOMEvent> {
-        let container_id = self.sandbox.oom.next().await.ok_or_else(|| Error::State("the sandbox has ended".into()))?;
+        let container_id = self.sandbox.oom.next().await;
         Ok(api::OOMEvent { container_id, ..Default::default() })
     }
 }

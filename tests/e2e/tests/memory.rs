@@ -1,7 +1,7 @@
 //! What of the host's memory a pod has, and gives back.
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::{Node, NodeSetup, Runtime, install::Install, processes, with_node, with_node_setup};
+use e2e::{Node, NodeSetup, Runtime, events::Events, install::Install, processes, with_node, with_node_setup};
 use std::{
     fs,
     time::{Duration, Instant},
@@ -42,6 +42,25 @@ fn what_the_guest_has_freed_goes_back() -> Result<()> {
         eprintln!("before {before}, at most {most}, {now} MiB {:?} after the end", freed.elapsed());
         ensure!(now <= wanted, "of {} MiB the host has {} back after 30 s", most - before, most - now);
         node.remove("c1").context("removing it")
+    })
+}
+
+/// The VM is gone at once after the end, and with it what was not told.
+#[test]
+fn that_it_was_killed_for_memory_is_told_before_its_end() -> Result<()> {
+    with_node(|node| {
+        let events = Events::watch(node)?;
+        for round in 0..8 {
+            let id = format!("hungry{round}");
+            let limit = ["--rm", "--memory-limit", "20971520"];
+            let killed = node.run(Runtime::Kata, &id, &limit, &["tail", "/dev/zero"]).output()?;
+            ensure!(killed.code == 137, "{killed:?}");
+            events.wait("/tasks/delete", &id, Duration::from_secs(10))?;
+            let topics: Vec<_> = events.of(&id).into_iter().map(|event| event.topic).collect();
+            let ends = ["/tasks/start", "/tasks/oom", "/tasks/exit", "/tasks/delete"];
+            ensure!(topics.ends_with(&ends.map(str::to_owned)), "round {round}: {topics:?}");
+        }
+        Ok(())
     })
 }
 
