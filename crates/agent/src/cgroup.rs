@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use agent_api::agent as api;
 use agent_api::oci::{LinuxDeviceCgroup, LinuxResources};
@@ -51,15 +52,25 @@ fn controller_of(file: &str) -> Option<&'static str> {
     ["cpu", "cpuset", "hugetlb"].into_iter().find(|one| *one == name)
 }
 
+fn has(controller: &str) -> bool {
+    let there = fs::read_to_string(format!("{ROOT}/cgroup.controllers")).unwrap_or_default();
+    !present(controller, &there).is_empty()
+}
+
 /// Whether a ready one fits.
 pub(crate) fn are_plain(resources: Option<&LinuxResources>) -> bool {
     resources.is_none_or(|resources| crate::device_filter::is_plain(&resources.Devices))
 }
 
+/// Only against the weight of another does it mean anything.
+const WEIGHT: &str = "cpu.weight";
+
 /// One cgroup. Dropping it kills what is in it and removes it.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     path: PathBuf,
+    /// For when there is something to weigh it against.
+    weight: Mutex<Option<String>>,
 }
 
 /// The folder of one that is made before a container needs it; no container has such a name.
@@ -88,7 +99,7 @@ impl Cgroup {
     fn with_devices(name: &str, rules: &[LinuxDeviceCgroup]) -> Result<Self, Error> {
         let path = PathBuf::from(ROOT).join(name);
         fs::create_dir(&path).map_err(Error::failed(format!("cgroup {}", path.display())))?;
-        let cgroup = Self { path };
+        let cgroup = Self { path, weight: Mutex::default() };
         let folder = File::open(&cgroup.path).map_err(Error::failed("cgroup"))?;
         crate::device_filter::attach(folder.as_fd(), rules).map_err(Error::failed("device rules"))?;
         Ok(cgroup)
@@ -101,6 +112,10 @@ impl Cgroup {
             if let Some(controller) = controller_of(&file)
                 && !path.exists()
             {
+                if file == WEIGHT && has(controller) {
+                    *self.weight.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+                    continue;
+                }
                 hand_down(Some(controller)).map_err(Error::failed(format!("cgroup controller {controller}")))?;
             }
             match write_existing(&path, &value) {
@@ -110,6 +125,19 @@ impl Cgroup {
             }
         }
         Ok(())
+    }
+
+    /// Whether weights count already.
+    pub(crate) fn is_weighed(&self) -> bool {
+        self.path.join(WEIGHT).exists()
+    }
+
+    /// Lets the weight that it was given count.
+    pub(crate) fn weigh(&self) -> Result<(), Error> {
+        let Some(weight) = self.weight.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        let failed = || Error::failed(format!("cgroup {WEIGHT} = {weight}"));
+        hand_down(Some("cpu")).map_err(failed())?;
+        write_existing(&self.path.join(WEIGHT), &weight).map_err(failed())
     }
 
     /// Open for adding processes.

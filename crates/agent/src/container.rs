@@ -57,6 +57,11 @@ pub(crate) struct Plan {
 }
 
 impl Container {
+    /// Whether it runs no program.
+    pub(crate) fn is_holder(&self) -> bool {
+        self.holder
+    }
+
     /// Makes everything up to the program's execution. `ready` gives a cgroup where there is one.
     pub(crate) async fn create(
         id: &str,

@@ -175,9 +175,10 @@ impl AgentService for Service {
     }
 
     async fn update_container(&self, _: &TtrpcContext, request: api::UpdateContainerRequest) -> Rpc<Empty> {
-        let container = self.sandbox.container(&request.container_id)?;
+        // an error for one that is not there, whatever is asked
+        self.sandbox.container(&request.container_id)?;
         if let Some(resources) = request.resources.as_ref() {
-            container.cgroup.limit(resources)?;
+            self.sandbox.limit(&request.container_id, resources)?;
         }
         Ok(Empty::new())
     }

@@ -247,6 +247,25 @@ fn a_limit_of_memory_is_kept_and_told() -> Result<()> {
     })
 }
 
+/// The guest's scheduler does not go by weights before.
+#[test]
+fn weights_count_when_there_are_two() -> Result<()> {
+    with_pods(|cri| {
+        let pod = cri.run_pod(Runtime::Kata, "weights", &none())?;
+        let shares = |count: u32| json!({"linux": {"resources": {"cpu_shares": count}}});
+        let weight = |id: &str| cri.sh(id, "cat /sys/fs/cgroup/cpu.weight 2>/dev/null || echo none");
+        let one = cri.run(&pod, "one", &FOREVER, &shares(1024))?;
+        ensure!(weight(&one)? == "none", "alone: {}", weight(&one)?);
+        cri.say(["update", "--cpu-share", "2048", &one])?;
+        let two = cri.run(&pod, "two", &FOREVER, &shares(4096))?;
+        // (shares - 2) * 9999 / 262142 + 1, as runc does
+        ensure!((weight(&one)?, weight(&two)?) == ("79".into(), "157".into()), "{} {}", weight(&one)?, weight(&two)?);
+        cri.say(["update", "--cpu-share", "512", &two])?;
+        ensure!(weight(&two)? == "20", "changed: {}", weight(&two)?);
+        cri.remove(&pod)
+    })
+}
+
 #[test]
 fn pods_reach_each_other_and_the_host() -> Result<()> {
     with_pods(|cri| {
