@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::time::Duration;
 
+use agent_api::agent::GuestDetailsRequest;
 use agent_api::agent_ttrpc::AgentServiceClient;
 use agent_api::port_ttrpc::PortClient;
 use agent_api::protobuf::well_known_types::empty::Empty;
@@ -129,6 +130,15 @@ impl AgentClient {
         F: Future<Output = ttrpc::Result<T>>,
     {
         self.within(what, limit, call(&self.client, Context::default())).await
+    }
+
+    /// Asks for what is at hand. The answer comes after all answers that were ready before; what it is does not matter, nor
+    /// whether there is any.
+    pub(crate) async fn round_trip(&self) {
+        let request = GuestDetailsRequest::new();
+        let asked = self
+            .call("asking the guest", |client, context| async { client.get_guest_details(context, &request).await });
+        let _ = asked.await;
     }
 
     /// One call about a connection to a port of the guest. Such a call may take for as long as its other end likes.

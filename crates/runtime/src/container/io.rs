@@ -315,7 +315,7 @@ mod tests {
             let write = outlet.pass_on(&plenty, &output);
             let (written, ()) = tokio::join!(write, async {
                 tokio::time::sleep(Duration::from_millis(20)).await;
-                output.before_the_delete().await;
+                output.before_the_delete(async || ()).await;
             });
             assert_eq!(written.expect_err("nobody reads").kind(), io::ErrorKind::BrokenPipe);
             let from = Instant::now();

@@ -9,6 +9,9 @@ use tokio::time::timeout;
 /// Output that has not moved for so long has either come to its end, or belongs to a child that lives on.
 pub(crate) const QUIET: Duration = Duration::from_millis(250);
 
+/// Output that comes with an end is seen within that, unless the machine is busy.
+const GLANCE: Duration = Duration::from_millis(50);
+
 /// The most by which the word of an exit is held back.
 const BEFORE_THE_EXIT: Duration = Duration::from_secs(2);
 
@@ -70,30 +73,49 @@ impl Output {
     }
 
     /// What a process wrote is delivered before its end is told, as clients close their ends when they hear of it;
-    /// unless nobody takes it, or there is no end of it.
-    pub(crate) async fn before_the_exit(&self) {
-        let _ = timeout(BEFORE_THE_EXIT, self.settled(QUIET)).await;
+    /// unless nobody takes it, or there is no end of it. `guest` asks the guest something.
+    pub(crate) async fn before_the_exit<F: Future>(&self, guest: impl Fn() -> F) {
+        let _ = timeout(BEFORE_THE_EXIT, self.settled(QUIET, guest)).await;
     }
 
     /// The last chance of a reader. Then its streams end.
-    pub(crate) async fn before_the_delete(&self) {
+    pub(crate) async fn before_the_delete<F: Future>(&self, guest: impl Fn() -> F) {
         self.deletion.send_replace(Deletion::Asked);
-        let _ = timeout(BEFORE_THE_DELETE, self.settled(BEFORE_THE_DELETE)).await;
+        let _ = timeout(BEFORE_THE_DELETE, self.settled(BEFORE_THE_DELETE, guest)).await;
         self.deletion.send_replace(Deletion::Done);
     }
 
-    /// Until all was delivered, or nothing moves: for `stalled` while bytes wait for their reader.
-    async fn settled(&self, stalled: Duration) {
-        let mut done = self.done.subscribe();
+    /// Until all was delivered, or nothing moves: for `stalled` while bytes wait for their reader, else for a moment. How
+    /// long a moment is, a guest that shares its processors with many others says by its answer: what was in its pipes
+    /// when it was asked came before that.
+    async fn settled<F: Future>(&self, stalled: Duration, guest: impl Fn() -> F) {
         loop {
-            let before = self.passed.load(Ordering::Relaxed);
-            let patience = if self.held.load(Ordering::Relaxed) == 0 { QUIET } else { stalled };
-            if timeout(patience, done.wait_for(|done| *done)).await.is_ok()
-                || self.passed.load(Ordering::Relaxed) == before
+            let before = (self.passed.load(Ordering::Relaxed), self.is_held());
+            if self.ends_within(GLANCE).await {
+                return;
+            }
+            if !before.1 {
+                let mut done = self.done.subscribe();
+                tokio::select! {
+                    _ = done.wait_for(|done| *done) => return,
+                    _ = guest() => {}
+                }
+            }
+            let patience = if self.is_held() { stalled } else { QUIET };
+            if self.ends_within(patience.saturating_sub(GLANCE)).await
+                || before == (self.passed.load(Ordering::Relaxed), self.is_held())
             {
                 return;
             }
         }
+    }
+
+    fn is_held(&self) -> bool {
+        self.held.load(Ordering::Relaxed) > 0
+    }
+
+    async fn ends_within(&self, limit: Duration) -> bool {
+        timeout(limit, self.done.subscribe().wait_for(|done| *done)).await.is_ok()
     }
 }
 
@@ -128,8 +150,8 @@ mod tests {
     fn complete_output_is_not_waited_for() {
         let took = timed(|output| async move {
             output.is_done();
-            output.before_the_exit().await;
-            output.before_the_delete().await;
+            output.before_the_exit(async || ()).await;
+            output.before_the_delete(async || ()).await;
         });
         assert_eq!(took, Duration::ZERO);
     }
@@ -141,7 +163,7 @@ mod tests {
                 flow(&output, 7).await;
                 output.is_done();
             };
-            tokio::join!(writer, output.before_the_exit());
+            tokio::join!(writer, output.before_the_exit(async || ()));
         });
         assert_eq!(took, Duration::from_millis(700));
     }
@@ -150,14 +172,14 @@ mod tests {
     fn an_exit_does_not_wait_for_a_stalled_reader_nor_for_a_child_nor_for_ever() {
         let stalled = timed(|output| async move {
             output.hold();
-            output.before_the_exit().await;
+            output.before_the_exit(async || ()).await;
         });
-        let child = timed(|output| async move { output.before_the_exit().await });
+        let child = timed(|output| async move { output.before_the_exit(async || ()).await });
         assert_eq!((stalled, child), (QUIET, QUIET));
         let endless = timed(|output| async move {
             tokio::select! {
                 () = flow(&output, 1000) => {}
-                () = output.before_the_exit() => {}
+                () = output.before_the_exit(async || ()) => {}
             }
         });
         assert_eq!(endless, BEFORE_THE_EXIT);
@@ -167,9 +189,27 @@ mod tests {
     fn a_delete_waits_longer_for_a_reader_but_not_for_a_child() {
         let reader = timed(|output| async move {
             output.hold();
-            output.before_the_delete().await;
+            output.before_the_delete(async || ()).await;
         });
-        let child = timed(|output| async move { output.before_the_delete().await });
+        let child = timed(|output| async move { output.before_the_delete(async || ()).await });
         assert_eq!((reader, child), (BEFORE_THE_DELETE, QUIET));
+    }
+
+    /// What was in the guest's pipes comes before its answer.
+    #[test]
+    fn a_slow_guest_is_waited_for() {
+        let took = timed(|output| async move {
+            let slow = || sleep(Duration::from_secs(1));
+            let writer = async {
+                sleep(Duration::from_millis(900)).await;
+                output.hold();
+                output.pass(1);
+                output.let_go();
+                sleep(Duration::from_millis(600)).await;
+                output.is_done();
+            };
+            tokio::join!(writer, output.before_the_exit(slow));
+        });
+        assert_eq!(took, Duration::from_millis(1500));
     }
 }

@@ -265,7 +265,7 @@ impl Sandbox {
         }
         if process.exit().is_some() {
             // what was written before the exit is delivered before the process is forgotten
-            process.output.before_the_delete().await;
+            process.output.before_the_delete(|| self.0.agent.round_trip()).await;
         }
         if let Some(exec) = &name.exec {
             container.remove(exec);

@@ -37,7 +37,7 @@ fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
             .await;
         let status = match answer {
             Ok(answer) => {
-                process.output.before_the_exit().await;
+                process.output.before_the_exit(|| inner.agent.round_trip()).await;
                 answer.status as u32
             }
             Err(error) => {
