@@ -1,9 +1,10 @@
 /* Tries what programs may expect of a file system and prints a line of each: the same on every one that is as it should
- * be. `program FOLDER`, `program hold|try|wait flock|fcntl|ofd|map FILE`. */
+ * be. `program FOLDER`, `program hold|try|wait flock|fcntl|ofd|map FILE`, `program give|show FILE`. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -111,6 +112,93 @@ static void attributes(void) {
     unsigned char caps[20] = {1, 0, 0, 2, 1};
     printf("capability: %s\n", TRY(setxattr("tagged", "security.capability", caps, sizeof caps, 0)));
     printf("capability is there: %s\n", TRY(getxattr("tagged", "security.capability", value, sizeof value)));
+}
+
+#define ACCESS "system.posix_acl_access"
+#define DEFAULT "system.posix_acl_default"
+enum { OWNER = 1, USER = 2, OWN_GROUP = 4, GROUP = 8, MASK = 16, OTHERS = 32, NOBODYS = -1 };
+struct entry { uint16_t tag, perm; uint32_t id; };
+
+/* An access list (acl(5)): `user` and `group` may do what is said, others nothing. */
+static int give(const char *name, const char *which, int user, int group, int mask) {
+    struct { uint32_t version; struct entry entries[6]; } list = {2, {
+        {OWNER, 6, NOBODYS}, {USER, user, 1234}, {OWN_GROUP, 0, NOBODYS}, {GROUP, group, 2345}, {MASK, mask, NOBODYS},
+        {OTHERS, 0, NOBODYS}}};
+    return setxattr(name, which, &list, sizeof list, 0);
+}
+
+static void show_list(const char *what, const char *name, const char *which) {
+    struct { uint32_t version; struct entry entries[50]; } list;
+    long length = getxattr(name, which, &list, sizeof list);
+    printf("%s: %s", what, err(length));
+    for (int at = 0; at < (length - 4) / 8; at++)
+        printf(" %d:%d:%o", list.entries[at].tag, (int)list.entries[at].id, list.entries[at].perm);
+    puts("");
+}
+
+/* What somebody may do with a file. */
+static void may(const char *name, int user, int group) {
+    int status;
+    fflush(stdout);
+    pid_t child = fork();
+    if (!child) {
+        if (setgroups(0, 0) || setgid(group) || setuid(user)) _exit(9);
+        _exit((open(name, O_RDONLY) >= 0) * 4 + (open(name, O_WRONLY) >= 0) * 2);
+    }
+    waitpid(child, &status, 0);
+    printf("%s may %d:%d: %o\n", name, user, group, WEXITSTATUS(status));
+}
+
+static void lists(void) {
+    close(make("listed", "x"));
+    chmod(".", 0755);
+    show_list("none yet", "listed", ACCESS);
+    printf("access list: %s\n", TRY(give("listed", ACCESS, 6, 4, 6)));
+    show_list("it is", "listed", ACCESS);
+    show("its mode is the mask", "listed");
+    may("listed", 1234, 99), may("listed", 99, 2345), may("listed", 99, 0), may("listed", 99, 99);
+    printf("a mode takes from the mask: %s\n", TRY(chmod("listed", 0640)));
+    show_list("it is", "listed", ACCESS);
+    may("listed", 1234, 99), may("listed", 99, 2345);
+    printf("not a list: %s\n", TRY(setxattr("listed", ACCESS, "word", 4, 0)));
+    printf("a file has no default: %s\n", TRY(give("listed", DEFAULT, 6, 4, 6)));
+    printf("take it away: %s\n", TRY(removexattr("listed", ACCESS)));
+    show_list("none", "listed", ACCESS);
+    may("listed", 1234, 99);
+    mkdir("heirs", 0755);
+    printf("default list: %s\n", TRY(give("heirs", DEFAULT, 6, 4, 6)));
+    show_list("it is", "heirs", DEFAULT);
+    umask(077);
+    close(open("heirs/file", O_CREAT | O_WRONLY, 0666));
+    mkdir("heirs/folder", 0777);
+    mkfifo("heirs/fifo", 0604);
+    symlink("x", "heirs/link");
+    umask(022);
+    show("the umask does not count", "heirs/file");
+    show_list("inherited", "heirs/file", ACCESS);
+    show_list("by a folder", "heirs/folder", ACCESS);
+    show_list("for its own", "heirs/folder", DEFAULT);
+    show_list("by a fifo", "heirs/fifo", ACCESS);
+    show("a fifo", "heirs/fifo");
+    show("a link", "heirs/link");
+    printf("folders are as before: %s\n", TRY(removexattr("heirs", DEFAULT)));
+    umask(027);
+    close(open("heirs/later", O_CREAT | O_WRONLY, 0666));
+    umask(022);
+    show("the umask counts", "heirs/later");
+    pid_t child = fork();
+    if (!child) { setuid(99); _exit(give("listed", ACCESS, 6, 4, 6) < 0 ? errno : 0); }
+    int status;
+    waitpid(child, &status, 0);
+    printf("of another's file: %s\n", strerrorname_np(WEXITSTATUS(status)));
+}
+
+static int access_list(const char *what, const char *name) {
+    if (!strcmp(what, "give")) return give(name, ACCESS, 4, 6, 6);
+    show_list(what, name, ACCESS);
+    show(what, name);
+    may(name, 1234, 99), may(name, 99, 2345), may(name, 99, 99);
+    return 0;
 }
 
 static void links(void) {
@@ -300,8 +388,9 @@ static int locks(const char *what, const char *kind, const char *name) {
 
 int main(int argc, char **argv) {
     if (argc == 4) return locks(argv[1], argv[2], argv[3]);
+    if (argc == 3) return access_list(argv[1], argv[2]);
     if (argc != 2 || chdir(argv[1])) return 1;
     umask(022);
-    owners(), times(), attributes(), links(), renames(), large(), memory(), others();
+    owners(), times(), attributes(), lists(), links(), renames(), large(), memory(), others();
     return 0;
 }

@@ -6,10 +6,11 @@ use e2e::{
     BOTH, NodeSetup,
     compile::compile,
     cri::{Network, with_cri},
+    ctr::Invocation,
     with_node,
 };
 use serde_json::json;
-use std::fs;
+use std::{fs, os::unix::fs::PermissionsExt as _};
 
 const PROGRAM: &str = include_str!("file_semantics.c");
 
@@ -41,6 +42,36 @@ fn a_program_sees_the_same_as_with_runc() -> Result<()> {
             "{differences:#?}\n{}",
             all[1]
         );
+        Ok(())
+    })
+}
+
+#[test]
+fn access_lists_of_the_host_and_of_the_guest_are_the_same() -> Result<()> {
+    with_node(|node| {
+        let mut all = Vec::new();
+        for runtime in BOTH {
+            let folder = node.dir().join(runtime.tag());
+            fs::create_dir(&folder)?;
+            let program = folder.join("program");
+            fs::write(&program, compile(node.dir(), "semantics", PROGRAM)?)?;
+            fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+            let on_host = |what: &str, name: &str| {
+                let words = [what.to_owned(), folder.join(name).display().to_string()];
+                Invocation::new(&program.display().to_string(), words).output()?.ok()
+            };
+            fs::write(folder.join("host"), "host's")?;
+            on_host("give", "host")?;
+            let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", folder.display());
+            let script = "cd /data && chmod 755 . && ./program show host && echo > guest && ./program give guest";
+            let id = format!("lists-{}", runtime.tag());
+            let out = node.run(runtime, &id, &["--mount", &mount], &["sh", "-c", script]).output()?.ok()?;
+            // by its path on the host, which is another
+            let host = on_host("show", "guest")?.text().replace(&folder.display().to_string(), "");
+            all.push(out.text() + &host);
+        }
+        ensure!(all[0] == all[1], "runc:\n{}\nkata:\n{}", all[0], all[1]);
+        ensure!(all[1].contains("2:1234:4") && all[1].contains("may 99:2345: 6"), "{}", all[1]);
         Ok(())
     })
 }

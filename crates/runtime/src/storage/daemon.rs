@@ -87,7 +87,8 @@ impl Daemon {
                     FsCache::Always => "always",
                     FsCache::Metadata => return Err(self.no_metadata()),
                 };
-                let options = format!("source={shared},cache={cache},sandbox=namespace,announce_submounts,xattr");
+                let options =
+                    format!("source={shared},cache={cache},sandbox=namespace,announce_submounts,xattr,posix_acl");
                 vec![format!("--fd={fd}"), "-f".into(), "-o".into(), options]
             }
             Make::Rust => vec![
@@ -97,6 +98,7 @@ impl Daemon {
                 "--sandbox=namespace".into(),
                 "--announce-submounts".into(),
                 "--xattr".into(),
+                "--posix-acl".into(),
             ],
         };
         args.extend(config.virtio_fs_extra_args.iter().cloned());
@@ -174,7 +176,7 @@ mod tests {
         let extra = "virtio_fs_cache = \"metadata\"\nvirtio_fs_extra_args = [\"--allow-direct-io\"]";
         let rust = arguments(Make::Rust, extra).expect("fine");
         assert!(rust.contains("--shared-dir=/shared --cache=metadata "), "{rust}");
-        assert!(rust.ends_with(" --announce-submounts --xattr --allow-direct-io"), "{rust}");
+        assert!(rust.ends_with(" --announce-submounts --xattr --posix-acl --allow-direct-io"), "{rust}");
     }
 
     #[test]
