@@ -72,7 +72,13 @@ fn apply(folder: &Path, files: &[WatchedFile]) -> io::Result<()> {
     // what is in a folder before it
     for gone in old.iter().rev() {
         let path = folder.join(gone);
-        if path.symlink_metadata()?.is_dir() { fs::remove_dir(path)? } else { fs::remove_file(path)? }
+        match path.symlink_metadata() {
+            Ok(meta) if meta.is_dir() => fs::remove_dir(path)?,
+            Ok(_) => fs::remove_file(path)?,
+            // a draft of an earlier try, which this one has used
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
     }
     // nothing is added to folders any more, which would change their times
     for file in files.iter().filter(|file| is(file, libc::S_IFDIR)) {
@@ -120,6 +126,8 @@ fn link(path: &Path, file: &WatchedFile, is_there: bool) -> io::Result<()> {
     }
     let draft = draft(path);
     let to = if is_there { draft.as_path() } else { path };
+    // one of an earlier try, which did not come to its end
+    let _ = fs::remove_file(to);
     symlink(target, to)?;
     lchown(to, Some(file.uid), Some(file.gid))?;
     if is_there { fs::rename(to, path) } else { Ok(()) }
@@ -180,6 +188,24 @@ mod tests {
         // the same again changes nothing
         apply(folder.path(), &state("..2", "new")).expect("changed");
         assert_eq!(read("key"), "new");
+    }
+
+    #[test]
+    fn what_a_failed_try_has_left_is_no_hindrance() {
+        let folder = tempfile::tempdir().expect("a folder");
+        apply(folder.path(), &state("..1", "old")).expect("made");
+        symlink("..0", folder.path().join("..data_tmp")).expect("made");
+        for draft in ["plain_tmp", "..1/key_tmp"] {
+            fs::write(folder.path().join(draft), "half").expect("written");
+        }
+        let broken = [state("..2", "new"), vec![file("node", libc::S_IFCHR, "")]].concat();
+        apply(folder.path(), &broken).expect_err("a device, after most of it");
+        apply(folder.path(), &state("..2", "new")).expect("changed");
+        let mut names = BTreeSet::new();
+        list(folder.path(), Path::new(""), &mut names).expect("listed");
+        let names: Vec<_> = names.iter().filter_map(|name| name.to_str()).collect();
+        assert_eq!(names, ["..2", "..2/key", "..data", "key", "plain"]);
+        assert_eq!(fs::read_to_string(folder.path().join("key")).expect("read"), "new");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 
+use super::late::Late;
 use super::snapshot::{self, Limit};
 use super::source::{GuestWritable, Source};
 use crate::Error;
@@ -96,7 +97,12 @@ impl Watcher {
     pub(crate) fn follow(&self, agent: &AgentClient) {
         let inotify = self.state.lock().unwrap_or_else(PoisonError::into_inner).inotify.clone();
         let Some(inotify) = inotify else { return };
-        self.following.get_or_init(|| tokio::spawn(follow(inotify, Arc::clone(&self.state), agent.clone())));
+        let (state, agent) = (Arc::clone(&self.state), agent.clone());
+        let tell = move |volume| {
+            let agent = agent.clone();
+            async move { refresh(&agent, &volume).await }
+        };
+        self.following.get_or_init(|| tokio::spawn(follow(inotify, state, tell)));
     }
 }
 
@@ -151,7 +157,11 @@ impl State {
     }
 }
 
-async fn follow(inotify: Arc<Inotify>, state: Arc<Mutex<State>>, agent: AgentClient) {
+async fn follow<T, F>(inotify: Arc<Inotify>, state: Arc<Mutex<State>>, tell: T)
+where
+    T: Fn(WatchedVolume) -> F,
+    F: Future<Output = Result<(), Error>>,
+{
     let ready = inotify.as_fd().try_clone_to_owned().and_then(|fd| {
         // SAFETY: the descriptor is owned by what is made of it, and stays open as long.
         unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)
@@ -160,29 +170,58 @@ async fn follow(inotify: Arc<Inotify>, state: Arc<Mutex<State>>, agent: AgentCli
         Ok(ready) => ready,
         Err(error) => return tracing::warn!(%error, "changes of volumes do not reach the guest's inotify"),
     };
+    let mut late = Late::<Volume>::default();
     loop {
-        let Ok(mut guard) = ready.readable().await else { return };
-        let changed = changes(&inotify, &state);
-        guard.clear_ready();
-        for volume in changed {
-            let read = volume.open().and_then(|folder| {
-                state.lock().unwrap_or_else(PoisonError::into_inner).read(&volume, &folder, snapshot::GROWN)
-            });
-            match read {
-                Ok(Some(fresh)) => {
-                    if let Err(Error::VmGone { .. }) = refresh(&agent, &fresh).await {
-                        return;
-                    }
+        let changed = tokio::select! {
+            guard = ready.readable() => {
+                let Ok(mut guard) = guard else { return };
+                let changed = changes(&inotify, &state);
+                guard.clear_ready();
+                // what is read now is newer than what was late
+                late.drop_if(|volume| changed.iter().any(|other| other.name == volume.name));
+                changed.into_iter().map(|volume| (volume, 0)).collect()
+            }
+            due = late.due() => due,
+        };
+        for (volume, tries) in changed {
+            match bring(&volume, &state, &tell).await {
+                Ok(()) => {}
+                Err(Error::VmGone { .. }) => return,
+                Err(error) if late.again(volume.clone(), tries) => {
+                    tracing::debug!(path = %volume.path.display(), %error, tries, "a volume is brought up to date later");
                 }
-                Ok(None) => tracing::warn!(
+                Err(error) => tracing::warn!(
                     path = %volume.path.display(),
-                    "the volume is too large for a copy now: the containers keep what they had"
+                    %error,
+                    "the volume stays as it was in the guest until it changes again"
                 ),
-                // kubelet takes a volume away at the pod's end
-                Err(error) => tracing::debug!(path = %volume.path.display(), %error, "reading the volume"),
             }
         }
     }
+}
+
+/// Reads what is in a volume now and tells the guest.
+async fn bring<T, F>(volume: &Volume, state: &Mutex<State>, tell: &T) -> Result<(), Error>
+where
+    T: Fn(WatchedVolume) -> F,
+    F: Future<Output = Result<(), Error>>,
+{
+    let read = volume
+        .open()
+        .and_then(|folder| state.lock().unwrap_or_else(PoisonError::into_inner).read(volume, &folder, snapshot::GROWN));
+    match read {
+        Ok(Some(fresh)) => return tell(fresh).await,
+        Ok(None) => tracing::warn!(
+            path = %volume.path.display(),
+            "the volume is too large for a copy now: the containers keep what they had"
+        ),
+        // kubelet takes a volume away at the pod's end
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            tracing::debug!(path = %volume.path.display(), %error, "reading the volume");
+        }
+        Err(error) => return Err(Error::host(format!("volume {}", volume.path.display()))(error)),
+    }
+    Ok(())
 }
 
 /// Whose events have come, each once.
@@ -211,19 +250,20 @@ fn changes(inotify: &Inotify, state: &Mutex<State>) -> Vec<Volume> {
 }
 
 async fn refresh(agent: &AgentClient, volume: &WatchedVolume) -> Result<(), Error> {
-    let told = agent
+    agent
         .call("refreshing a volume", |client, context| async { client.refresh_volume(context, volume).await })
-        .await;
-    if let Err(error) = &told {
-        tracing::warn!(volume = volume.name, %error, "the volume stays as it was in the guest");
-    }
-    told.map(drop)
+        .await
+        .map(drop)
 }
 
 #[cfg(test)]
 mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use tokio::sync::mpsc;
 
     use super::*;
 
@@ -253,6 +293,69 @@ mod tests {
         let again = add(100).expect("a volume");
         assert!(again.revision > first.revision);
         assert!(again.files.iter().any(|file| file.content == b"new"));
+    }
+
+    /// A watched volume in `folder` and who follows it, telling a guest that refuses as often as `refusals` says. Returns
+    /// what reaches that guest, whether it refuses it or not.
+    fn followed(
+        folder: &Path,
+        watcher: &Watcher,
+        refusals: usize,
+    ) -> (JoinHandle<()>, mpsc::UnboundedReceiver<Vec<u8>>) {
+        swap(folder, "..1", "first");
+        let source = Source::open(folder, &GuestWritable::default()).expect("opened");
+        watcher.add(folder, &source, Path::new("/none"), "v", 100).expect("a volume");
+        let inotify = watcher.state.lock().expect("whole").inotify.clone().expect("watched");
+        let (to, from) = mpsc::unbounded_channel();
+        let told = AtomicUsize::new(0);
+        let tell = move |volume: WatchedVolume| {
+            let content = volume.files.into_iter().find(|file| file.path.ends_with("/key")).expect("a key").content;
+            to.send(content).expect("heard");
+            let refused = told.fetch_add(1, Ordering::Relaxed) < refusals;
+            let answer = if refused { Err(Error::WrongState("busy".into())) } else { Ok(()) };
+            std::future::ready(answer)
+        };
+        (tokio::spawn(follow(inotify, Arc::clone(&watcher.state), tell)), from)
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_is_busy_is_told_again() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let watcher = Watcher::default();
+        let (task, mut told) = followed(folder.path(), &watcher, 3);
+        swap(folder.path(), "..2", "second");
+        for _ in 0..3 {
+            assert_eq!(told.recv().await.expect("told"), b"second");
+        }
+        // the last of them was taken, unless something is new
+        assert_eq!(told.recv().await.expect("told"), b"second");
+        let silence = Duration::from_millis(50);
+        tokio::time::timeout(silence, told.recv()).await.expect_err("it was taken");
+        swap(folder.path(), "..3", "third");
+        assert_eq!(told.recv().await.expect("told"), b"third");
+        task.abort();
+    }
+
+    #[tokio::test]
+    async fn what_is_told_again_is_the_newest_and_not_for_ever() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let watcher = Watcher::default();
+        let (task, mut told) = followed(folder.path(), &watcher, usize::MAX);
+        swap(folder.path(), "..2", "second");
+        assert_eq!(told.recv().await.expect("told"), b"second");
+        swap(folder.path(), "..3", "third");
+        let mut all = Vec::new();
+        let silence = Duration::from_millis(500);
+        while let Ok(Some(content)) = tokio::time::timeout(silence, told.recv()).await {
+            all.push(content);
+        }
+        // the second may have been tried again before the third was seen
+        let third = all.iter().position(|content| content == b"third").expect("told");
+        assert_eq!(all.len() - third, 9, "once, and eight times again");
+        assert!(all.iter().skip(third).all(|content| content == b"third"), "{all:?}");
+        swap(folder.path(), "..4", "fourth");
+        assert_eq!(told.recv().await.expect("told"), b"fourth");
+        task.abort();
     }
 
     #[test]
