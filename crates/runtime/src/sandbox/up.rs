@@ -15,6 +15,7 @@ use crate::agent_client::{AgentClient, VmWatch};
 use crate::cgroup::{HostCgroup, Members};
 use crate::cleanup::{RunDir, Step};
 use crate::container::create::Prepared;
+use crate::storage::open_files;
 use crate::storage::share::Share;
 use crate::trace::Trace;
 use crate::{ContainerId, Error, pool, sizing, template};
@@ -219,7 +220,7 @@ fn vm_spec(env: &Env, size: Size, channel: Channel, channel_params: &str) -> VmS
         boot: Boot {
             kernel: config.kernel.clone(),
             root: root(config),
-            kernel_params: kernel_params(channel_params, log, &config.kernel_params),
+            kernel_params: kernel_params(channel_params, log, config),
         },
         size,
         channel,
@@ -254,13 +255,14 @@ fn root(config: &config::Hypervisor) -> Root {
 /// `cgroup.memory=nosocket`: to count the buffers of sockets into a container's memory costs a tenth of what passes through
 /// one, and the VM is the limit for all of it anyway. `cgroup_disable=pressure`: the stall times of a single container
 /// (`cpu.pressure` and its like) are kept at every change of tasks, and the agent's protocol has no word for them;
-/// `/proc/pressure` is there. Whoever sets one of the two decides himself (`cgroup_disable=none` is nothing).
-fn kernel_params(channel: &str, log: &str, configured: &str) -> String {
-    let ours: String = ["cgroup.memory=nosocket", "cgroup_disable=pressure"]
+/// `/proc/pressure` is there. Whoever sets one of them decides himself (`cgroup_disable=none` is nothing).
+fn kernel_params(channel: &str, log: &str, config: &config::Hypervisor) -> String {
+    let configured = &config.kernel_params;
+    let ours = ["cgroup.memory=nosocket".to_owned(), "cgroup_disable=pressure".to_owned()]
         .into_iter()
+        .chain(open_files::kernel_parameter(config))
         .filter(|ours| ours.split_inclusive('=').next().is_some_and(|key| !configured.contains(key)))
-        .flat_map(|ours| [" ", ours])
-        .collect();
+        .fold(String::new(), |all, ours| all + " " + &ours);
     format!("{channel} agent.log={log} cgroup_no_v1=all{ours} {configured}").trim_end().into()
 }
 
@@ -305,11 +307,29 @@ mod tests {
 
     #[test]
     fn the_configuration_decides_what_is_counted() {
-        let plain = kernel_params("c=1", "info", "");
+        let params = |configured: &str| {
+            let text = format!("[hypervisor.qemu]\nshared_fs = \"none\"\nkernel_params = {configured:?}");
+            let config = config::Config::parse(&text, std::path::Path::new("/c")).expect("right");
+            kernel_params("c=1", "info", &config.hypervisor)
+        };
+        let plain = params("");
         assert_eq!(plain, "c=1 agent.log=info cgroup_no_v1=all cgroup.memory=nosocket cgroup_disable=pressure");
-        let counted = kernel_params("c=1", "info", "a cgroup.memory=nobpf");
+        let counted = params("a cgroup.memory=nobpf");
         assert_eq!(counted, "c=1 agent.log=info cgroup_no_v1=all cgroup_disable=pressure a cgroup.memory=nobpf");
-        let both = kernel_params("c=1", "info", "cgroup.memory=nobpf cgroup_disable=none");
+        let both = params("cgroup.memory=nobpf cgroup_disable=none");
         assert_eq!(both, "c=1 agent.log=info cgroup_no_v1=all cgroup.memory=nobpf cgroup_disable=none");
+    }
+
+    #[test]
+    fn the_guest_is_told_how_many_files_it_may_know() {
+        let params = |configured: &str| {
+            let text = format!(
+                "[hypervisor.qemu]\nkernel_params = {configured:?}\nvirtio_fs_extra_args = [\"--rlimit-nofile=100\"]"
+            );
+            let config = config::Config::parse(&text, std::path::Path::new("/c")).expect("right");
+            kernel_params("c=1", "info", &config.hypervisor)
+        };
+        assert!(params("").ends_with(" fuse.max_inodes=50"));
+        assert!(params("fuse.max_inodes=7").ends_with(" cgroup_disable=pressure fuse.max_inodes=7"));
     }
 }

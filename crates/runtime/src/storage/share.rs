@@ -237,7 +237,7 @@ async fn serve(
     let args = daemon.arguments(config, shared, &listener)?;
     let helper = Helper::spawn("virtiofsd", "virtio_fs_daemon", &daemon.program, &args, &[listener])?;
     run.push(Step::process(helper.pid())).map_err(Error::host("the undo journal"))?;
-    open_files::tell();
+    open_files::tell(config);
     let server = FileServer::VirtioFs { socket: connection.into(), queue_size: config.virtio_fs_queue_size };
     Ok((helper, SharedDir { tag: TAG, server }))
 }
