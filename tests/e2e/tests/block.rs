@@ -14,7 +14,12 @@ use e2e::{
     task_api::{Bundle, Shim},
     with_node,
 };
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 /// containerd 2.x with both snapshotters, the image unpacked in one of them.
 fn with_snapshotter(name: &str, config: Option<String>, test: impl FnOnce(&Node) -> Result<()>) -> Result<()> {
@@ -153,6 +158,43 @@ fn disks_come_and_go_with_containers() -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// Whoever is root in a VM can take away the bridge that its disks are behind, and then nothing of the guest's ever answers
+/// when one of them is to go.
+#[test]
+fn a_disk_that_the_guest_keeps_holds_nobody_up() -> Result<()> {
+    with_snapshotter("blockfile", None, |node| {
+        let kind = |kind: &'static str| ["--annotation", kind, "--annotation", "io.kubernetes.cri.sandbox-id=pod"];
+        let member = kind("io.kubernetes.cri.container-type=container");
+        let sleep = ["sleep", "1000"];
+        node.detached(Runtime::Kata, "pod", &kind("io.kubernetes.cri.container-type=sandbox"), &sleep)?;
+        node.detached(Runtime::Kata, "root", &[&member[..], &["--privileged"]].concat(), &sleep)?;
+        node.detached(Runtime::Kata, "m1", &[&member[..], &["--snapshotter", "blockfile"]].concat(), &sleep)?;
+        let remove = "echo 1 > /sys/bus/pci/devices/0000:00:1e.0/remove; ls /sys/bus/pci/devices; cat /proc/partitions";
+        let left = node.exec("root", "x", &[], &["sh", "-c", remove]).output()?.ok()?.text();
+        ensure!(!left.contains("0000:01:") && !left.contains("vda"), "the disk is still there: {left}");
+
+        node.ctr(["task", "kill", "-s", "KILL", "m1"]).output()?.ok()?;
+        let begin = Instant::now();
+        node.remove("m1")?;
+        ensure!(begin.elapsed() < Duration::from_secs(20), "the container's end took {:?}", begin.elapsed());
+        let said = |line: &str| line.contains("the guest keeps a disk") && line.contains("blockfile");
+        node.log.wait_from(0, Duration::from_secs(5), said).context("nothing in the log")?;
+        ensure!(qemu_files(node, "blockfile")? > 0, "its file is closed while the guest has it");
+        // the pod goes on, and with its end the file is nobody's
+        ensure!(node.exec("root", "y", &[], &["echo", "alive"]).output()?.ok()?.text() == "alive", "the pod");
+        for id in ["root", "pod"] {
+            node.ctr(["task", "kill", "-s", "KILL", id]).output()?.ok()?;
+            node.remove(id)?;
+        }
+        let begin = Instant::now();
+        while processes::of_node(node.tag()).iter().any(|one| one.name.starts_with("qemu")) {
+            ensure!(begin.elapsed() < Duration::from_secs(5), "QEMU is still there");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    })
 }
 
 /// How many files with `part` in their names QEMU has open.

@@ -13,7 +13,7 @@ use super::{DiskDriver, QemuVm, device};
 use crate::{Device, Disk, Error, NetDevice};
 
 /// How long a guest may take to let go of a device; a healthy one takes milliseconds.
-const LETTING_GO: Duration = Duration::from_secs(10);
+const LETTING_GO: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 10_000 });
 
 impl QemuVm {
     pub(super) fn lock_bridge(&self) -> MutexGuard<'_, Bridge> {
@@ -169,5 +169,95 @@ async fn close_disk(qmp: &Qmp, disks: &Mutex<Disks>, id: &str) {
         if let Err(error) = qmp.execute(command, arguments).await {
             tracing::debug!(%error, id, "closing a disk's file");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+    use tokio::sync::mpsc;
+
+    use super::super::qmp::tests::monitor;
+    use super::super::{Accelerator, Terminal, pair};
+    use super::*;
+    use crate::Vm;
+    use crate::helper::Helper;
+
+    /// A VM whose monitor takes every command and tells of it, and which has room for devices.
+    async fn vm(guest: impl Fn(&Value) -> Vec<Value> + Send + 'static) -> (QemuVm, mpsc::UnboundedReceiver<Value>) {
+        let (tell, told) = mpsc::unbounded_channel();
+        let stream = monitor(move |command| {
+            let _ = tell.send(command.clone());
+            [vec![json!({"return": {}, "id": command["id"]})], guest(command)].concat()
+        });
+        let args = ["1000".to_owned()];
+        let process = Helper::spawn("sleep", "path", std::path::Path::new("/bin/sleep"), &args, &[]).expect("spawned");
+        let (console, terminal) = Terminal::follow(pair().expect("a pair").0, false).expect("followed");
+        let vm = QemuVm {
+            process: Arc::new(process),
+            qmp: Arc::new(Qmp::start(stream, Duration::from_secs(5)).await.expect("started")),
+            console,
+            terminal,
+            channel: None,
+            accelerator: Accelerator::Tcg,
+            boot_files: Vec::new(),
+            bridge: Arc::new(Mutex::new(Bridge::new())),
+            disks: Arc::default(),
+            disk_settings: disk::DiskSettings::default(),
+            plugging: tokio::sync::Mutex::default(),
+        };
+        (vm, told)
+    }
+
+    fn disk(id: &str) -> Device {
+        let file = tempfile::tempfile().expect("a file").into();
+        Device::Disk(Disk { id: id.into(), file, read_only: false, shared: false })
+    }
+
+    /// Whether a command of this name came, of all so far.
+    fn came(told: &mut mpsc::UnboundedReceiver<Value>, name: &str) -> bool {
+        std::iter::from_fn(|| told.try_recv().ok()).any(|command| command["execute"] == name)
+    }
+
+    #[tokio::test]
+    async fn what_the_guest_keeps_is_taken_until_it_lets_go() {
+        // an answer to an unplugging comes with the next command only
+        let late = |command: &Value| match command["execute"].as_str() {
+            Some("stop") => vec![json!({"event": "DEVICE_DELETED", "data": {"device": "disk1"}})],
+            _ => Vec::new(),
+        };
+        let (vm, mut told) = vm(late).await;
+        vm.plug(disk("disk1")).await.expect("plugged");
+        let place = vm.guest_path("disk1").expect("a place");
+        let error = vm.unplug("disk1").await.expect_err("nobody answers").to_string();
+        assert!(error.contains("device_del of disk1"), "{error}");
+        assert!(came(&mut told, "device_del") && !came(&mut told, "blockdev-del"));
+        assert_eq!(vm.guest_path("disk1").as_ref(), Some(&place), "its place is its own");
+        assert!(vm.guest_disk("disk1").is_some());
+        vm.plug(disk("disk2")).await.expect("plugged");
+        assert_ne!(vm.guest_path("disk2").as_ref(), Some(&place));
+
+        vm.pause().await.expect("stopped");
+        while let Some(command) = told.recv().await {
+            if command["execute"] == "remove-fd" {
+                break;
+            }
+        }
+        assert_eq!((vm.guest_path("disk1"), vm.guest_disk("disk1")), (None, None));
+        vm.plug(disk("disk3")).await.expect("plugged");
+        assert_eq!(vm.guest_path("disk3"), Some(place), "and free afterwards");
+    }
+
+    #[tokio::test]
+    async fn what_the_guest_refuses_to_give_is_kept() {
+        let refuses = |command: &Value| match command["execute"].as_str() {
+            Some("device_del") => vec![json!({"event": "DEVICE_UNPLUG_GUEST_ERROR", "data": {"device": "disk1"}})],
+            _ => Vec::new(),
+        };
+        let (vm, mut told) = vm(refuses).await;
+        vm.plug(disk("disk1")).await.expect("plugged");
+        let error = vm.unplug("disk1").await.expect_err("refused").to_string();
+        assert!(error.contains("refuses to let go"), "{error}");
+        assert!(!came(&mut told, "blockdev-del") && vm.guest_path("disk1").is_some());
     }
 }

@@ -221,11 +221,11 @@ fn migration(data: &Value) -> Option<Result<(), String>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// A scripted monitor: greets, then answers each command by `reply`.
-    fn monitor(reply: impl Fn(&Value) -> Vec<Value> + Send + 'static) -> UnixStream {
+    pub(in super::super) fn monitor(reply: impl Fn(&Value) -> Vec<Value> + Send + 'static) -> UnixStream {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
         tokio::spawn(async move {
             let (reader, mut writer) = theirs.into_split();

@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use super::Sandbox;
 use crate::pod::Role;
 use crate::storage::block::{Blocks, Plan};
+use crate::storage::disks::Known;
 use crate::{ContainerSpec, Error};
 
 /// What a container needs; a pod's sandbox has no files.
@@ -21,13 +22,14 @@ pub(super) fn wanted(from: &ContainerSpec, oci: &Spec, config: &config::Hypervis
 
 impl Sandbox {
     /// Plugs what the VM has not yet, and says what the guest is to do with it.
-    pub(super) async fn plug(&self, from: &ContainerSpec, mut blocks: Blocks) -> Result<Plan, Error> {
+    pub(super) async fn plug(&self, from: &ContainerSpec, blocks: Blocks) -> Result<Plan, Error> {
         if blocks.sources.is_empty() {
             return Ok(Plan::default());
         }
         let vm = self.vm().await?;
         let mut disks = self.0.disks.lock().await;
-        let (ids, devices) = disks.assign(&mut blocks.sources).map_err(Error::host("opening a disk again"))?;
+        disks.let_go(|id| vm.guest_disk(id).is_some());
+        let (ids, devices) = disks.assign(&blocks.sources)?;
         let placed = blocks.placed(ids.clone());
         let plugged = async {
             for device in devices {
@@ -39,7 +41,7 @@ impl Sandbox {
         .await;
         if plugged.is_err() {
             let gone = disks.release(&ids);
-            unplug(&vm, &gone).await;
+            disks.keep(unplug(&vm, gone).await);
         }
         plugged
     }
@@ -52,7 +54,7 @@ impl Sandbox {
         let Ok(vm) = self.vm().await else { return };
         let mut disks = self.0.disks.lock().await;
         let gone = disks.release(ids);
-        unplug(&vm, &gone).await;
+        disks.keep(unplug(&vm, gone).await);
     }
 
     pub(super) async fn vm(&self) -> Result<Arc<dyn Vm>, Error> {
@@ -62,16 +64,22 @@ impl Sandbox {
     }
 }
 
-/// All at once: a guest that does not let go of one is waited for, and no longer for several.
-async fn unplug(vm: &Arc<dyn Vm>, ids: &[String]) {
+/// All at once: a guest that does not let go of one is waited for, and no longer for several. Returns what it keeps; of that
+/// the place stays taken and the file open in the VMM, which ends with the pod at the latest.
+async fn unplug(vm: &Arc<dyn Vm>, gone: Vec<Known>) -> Vec<Known> {
     let mut leaving = JoinSet::new();
-    for id in ids.iter().filter(|id| vm.guest_disk(id).is_some()) {
-        let (vm, id) = (Arc::clone(vm), id.clone());
+    for disk in gone.into_iter().filter(|disk| vm.guest_disk(&disk.id).is_some()) {
+        let vm = Arc::clone(vm);
         leaving.spawn(async move {
-            if let Err(error) = vm.unplug(&id).await {
-                tracing::warn!(disk = id, %error, "taking a disk from the virtual machine");
-            }
+            let error = vm.unplug(&disk.id).await.err()?;
+            tracing::warn!(
+                disk = disk.id,
+                file = %disk.path.display(),
+                %error,
+                "the guest keeps a disk that no container has any more: its file stays open until the pod ends"
+            );
+            Some(disk)
         });
     }
-    leaving.join_all().await;
+    leaving.join_all().await.into_iter().flatten().collect()
 }

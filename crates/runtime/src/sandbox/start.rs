@@ -108,9 +108,9 @@ async fn boot(
     if !network.is_empty() {
         trace.step("network-connected");
     }
-    let mut blocks = disks::wanted(first, oci, config)?;
+    let blocks = disks::wanted(first, oci, config)?;
     let mut disks = Disks::default();
-    let (ids, plugged) = disks.assign(&mut blocks.sources).map_err(Error::host("opening a disk again"))?;
+    let (ids, plugged) = disks.assign(&blocks.sources)?;
     let blocks = blocks.placed(ids);
     let cgroup = host_cgroup(&env.config, id, oci, run)?.map(Arc::new);
     let size = sizing::plan(config, Limits::of(oci, &role));

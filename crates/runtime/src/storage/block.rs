@@ -37,6 +37,13 @@ pub(crate) struct Key {
     pub(crate) read_only: bool,
 }
 
+impl Key {
+    /// However it is opened.
+    pub(crate) fn is_same_file(self, other: Self) -> bool {
+        self.identity == other.identity
+    }
+}
+
 impl Source {
     pub(crate) fn open(path: &Path, read_only: bool, shared: bool) -> Result<Self, Error> {
         let named = |error| Error::host(format!("block device {}", path.display()))(error);

@@ -2,7 +2,10 @@
 
 use hypervisor::{Device, Disk};
 
+use std::path::PathBuf;
+
 use super::block::{Key, Source};
+use crate::Error;
 
 /// Those of a pod.
 #[derive(Debug, Default)]
@@ -10,21 +13,26 @@ pub(crate) struct Disks {
     /// Names are never used twice in a VM.
     named: u64,
     all: Vec<Known>,
+    /// Which no container has any more, and the guest has not let go of.
+    kept: Vec<Known>,
 }
 
 #[derive(Debug)]
-struct Known {
+pub(crate) struct Known {
     key: Key,
-    id: String,
+    pub(crate) id: String,
+    pub(crate) path: PathBuf,
     users: usize,
 }
 
 impl Disks {
     /// Their names in the VM, and those that have to be plugged.
-    pub(crate) fn assign(&mut self, sources: &mut [Source]) -> std::io::Result<(Vec<String>, Vec<Device>)> {
+    pub(crate) fn assign(&mut self, sources: &[Source]) -> Result<(Vec<String>, Vec<Device>), Error> {
         let (mut ids, mut devices) = (Vec::new(), Vec::new());
         // what can fail comes first: nothing is counted then
-        let files = sources.iter().map(|source| source.file.try_clone()).collect::<std::io::Result<Vec<_>>>()?;
+        sources.iter().try_for_each(|source| self.is_free(source))?;
+        let files = sources.iter().map(|source| source.file.try_clone()).collect::<std::io::Result<Vec<_>>>();
+        let files = files.map_err(Error::host("opening a disk again"))?;
         for (source, file) in sources.iter().zip(files) {
             if let Some(known) = self.all.iter_mut().find(|known| known.key == source.key) {
                 known.users += 1;
@@ -33,7 +41,7 @@ impl Disks {
             }
             self.named += 1;
             let id = format!("disk{}", self.named);
-            self.all.push(Known { key: source.key, id: id.clone(), users: 1 });
+            self.all.push(Known { key: source.key, id: id.clone(), path: source.path.clone(), users: 1 });
             ids.push(id.clone());
             let (read_only, shared) = (source.key.read_only, source.shared);
             devices.push(Device::Disk(Disk { id, file, read_only, shared }));
@@ -41,14 +49,37 @@ impl Disks {
         Ok((ids, devices))
     }
 
-    /// A container has gone; tells which disks nobody uses any more.
-    pub(crate) fn release(&mut self, ids: &[String]) -> Vec<String> {
+    /// QEMU would refuse a second one with a word of locks; who else may have it at the same time may have it here too.
+    fn is_free(&self, source: &Source) -> Result<(), Error> {
+        let kept = self.kept.iter().any(|kept| kept.key.is_same_file(source.key));
+        if kept && !source.shared {
+            return Err(Error::WrongState(format!(
+                "the guest has not let go of block device {}, which another container of the pod had: it is free when the \
+                 pod ends",
+                source.path.display()
+            )));
+        }
+        Ok(())
+    }
+
+    /// A container has gone; hands out the disks that nobody uses any more.
+    pub(crate) fn release(&mut self, ids: &[String]) -> Vec<Known> {
         for known in self.all.iter_mut().filter(|known| ids.contains(&known.id)) {
             known.users = known.users.saturating_sub(1);
         }
-        let gone = self.all.iter().filter(|known| known.users == 0).map(|known| known.id.clone()).collect();
-        self.all.retain(|known| known.users > 0);
+        let (used, gone) = std::mem::take(&mut self.all).into_iter().partition(|known| known.users > 0);
+        self.all = used;
         gone
+    }
+
+    /// The guest did not let go of these.
+    pub(crate) fn keep(&mut self, kept: impl IntoIterator<Item = Known>) {
+        self.kept.extend(kept);
+    }
+
+    /// The guest may have let go of some later; `has` says which it still has.
+    pub(crate) fn let_go(&mut self, has: impl Fn(&str) -> bool) {
+        self.kept.retain(|kept| has(&kept.id));
     }
 }
 
@@ -62,13 +93,36 @@ mod tests {
         std::fs::write(file.path(), "x").expect("written");
         let source = |read_only| Source::open(file.path(), read_only, false).expect("opened");
         let mut disks = Disks::default();
-        let (ids, devices) = disks.assign(&mut [source(true), source(false)]).expect("assigned");
+        let (ids, devices) = disks.assign(&[source(true), source(false)]).expect("assigned");
         assert_eq!((ids.as_slice(), devices.len()), (["disk1".to_owned(), "disk2".to_owned()].as_slice(), 2));
-        let (again, devices) = disks.assign(&mut [source(false)]).expect("assigned");
+        let (again, devices) = disks.assign(&[source(false)]).expect("assigned");
         assert_eq!((again.as_slice(), devices.len()), (["disk2".to_owned()].as_slice(), 0));
-        assert_eq!(disks.release(&ids), ["disk1"]);
-        assert_eq!(disks.release(&again), ["disk2"]);
-        assert_eq!(disks.assign(&mut [source(true)]).expect("assigned").0, ["disk3"]);
+        let names = |gone: Vec<Known>| gone.into_iter().map(|known| known.id).collect::<Vec<_>>();
+        assert_eq!(names(disks.release(&ids)), ["disk1"]);
+        assert_eq!(names(disks.release(&again)), ["disk2"]);
+        assert_eq!(disks.assign(&[source(true)]).expect("assigned").0, ["disk3"]);
+    }
+
+    #[test]
+    fn what_the_guest_keeps_is_not_given_again() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), "x").expect("written");
+        let source = |read_only, shared| Source::open(file.path(), read_only, shared).expect("opened");
+        let mut disks = Disks::default();
+        let (ids, _) = disks.assign(&[source(false, false)]).expect("assigned");
+        let gone = disks.release(&ids);
+        disks.keep(gone);
+        for read_only in [false, true] {
+            let error = disks.assign(&[source(read_only, false)]).expect_err("kept").to_string();
+            assert!(error.contains(&file.path().display().to_string()) && error.contains("the pod ends"), "{error}");
+        }
+        let (raw, _) = disks.assign(&[source(false, true)]).expect("others may have it too");
+        assert_eq!(raw, ["disk2"]);
+        disks.let_go(|id| id == "disk1");
+        disks.assign(&[source(false, false)]).expect_err("still kept");
+        assert_eq!(disks.release(&raw).len(), 1);
+        disks.let_go(|_| false);
+        assert_eq!(disks.assign(&[source(false, false)]).expect("free").0, ["disk3"]);
     }
 
     #[test]
