@@ -15,8 +15,8 @@ packages=(
     qemu-system-x86 qemu-system-common qemu-system-data
     # the image `make run` builds, and looking at the result
     busybox-static iproute2 procps
-    # root file systems and volumes on disks: the tests' images of them
-    e2fsprogs erofs-utils
+    # root file systems and volumes on disks, and a quota: the tests' images of them
+    e2fsprogs erofs-utils btrfs-progs
     # the pod networks of the tests with a CRI client
     containernetworking-plugins
 )
