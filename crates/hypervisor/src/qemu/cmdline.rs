@@ -188,12 +188,19 @@ pub(super) fn arguments(
     for (index, dir) in spec.shared_dirs.iter().enumerate() {
         share(&mut args, index, dir, inherited.boot.is_some(), bridge.find(&device::folder_name(index)));
     }
-    devices(&mut args, settings, spec, bridge, disks);
+    devices(&mut args, settings, accelerator, spec, bridge, disks);
     args.0
 }
 
 /// What the pod brings.
-fn devices(args: &mut Args, settings: &QemuSettings, spec: &VmSpec, bridge: &Bridge, disks: &Disks) {
+fn devices(
+    args: &mut Args,
+    settings: &QemuSettings,
+    accelerator: Accelerator,
+    spec: &VmSpec,
+    bridge: &Bridge,
+    disks: &Disks,
+) {
     if disks.controller {
         args.pair("-device", disk::controller(bridge.find(disk::CONTROLLER)).line());
     }
@@ -210,7 +217,7 @@ fn devices(args: &mut Args, settings: &QemuSettings, spec: &VmSpec, bridge: &Bri
                 let Some((set, unit)) = disks.find(&one.id) else { continue };
                 args.pair("-add-fd", disk::set_line(one.file.as_raw_fd(), set));
                 args.pair("-blockdev", disk::node(one, set, &settings.disks).to_string());
-                args.pair("-device", disk::device(one, unit, place, &settings.disks).line());
+                args.pair("-device", disk::device(one, unit, place, &settings.disks, accelerator).line());
             }
         }
     }
@@ -391,7 +398,7 @@ mod tests {
         for part in [
             &format!("-add-fd fd={number},set=1 -blockdev {{"),
             "\"filename\":\"/dev/fdset/2\"",
-            "-device virtio-blk-pci,id=disk2,drive=disk2-host,bus=plug,addr=0x2",
+            "-device virtio-blk-pci,id=disk2,drive=disk2-host,ioeventfd=off,bus=plug,addr=0x2",
         ] {
             assert!(blk.contains(part), "{part} is missing in {blk}");
         }

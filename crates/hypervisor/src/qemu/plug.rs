@@ -108,7 +108,8 @@ impl QemuVm {
         let plugged = async {
             self.qmp.execute_with("add-fd", json!({"fdset-id": set}), Some(disk.file.as_fd())).await?;
             self.qmp.execute("blockdev-add", disk::node(&disk, set, settings)).await?;
-            self.qmp.execute("device_add", disk::device(&disk, unit, place, settings).object()).await
+            let device = disk::device(&disk, unit, place, settings, self.accelerator);
+            self.qmp.execute("device_add", device.object()).await
         };
         let plugged = plugged.await.map(drop);
         if plugged.is_err() {

@@ -1,6 +1,7 @@
 //! `make bench`: what a container in a VM costs here, beside runc and beside the bare boot of the same kernel, all
 //! measured in one run on one machine. Prints a table, writes target/bench.json, and says of each bar whether it holds.
 
+mod by_hand;
 mod cgroup;
 mod cost;
 mod crowd;

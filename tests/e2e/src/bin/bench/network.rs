@@ -3,7 +3,7 @@
 //! at the bridge itself. All of them are in a cgroup of the host's, as a pod is: between two processes that share the
 //! processors that alone is worth up to a fifth.
 
-use crate::{cgroup::Cgroup, floor, initrd::Archive, report::Report, sample::Sample};
+use crate::{by_hand, cgroup::Cgroup, initrd::Archive, report::Report, sample::Sample};
 use anyhow::{Context as _, Result, bail};
 use e2e::{
     Node, Runtime,
@@ -246,9 +246,6 @@ impl Peer {
     }
 }
 
-/// Of the product's size and kind, which virtio-fs needs; to copy from and to it takes longer than without a name.
-const MEMORY: &str = "memory-backend-memfd,id=mem,size=512M,share=on";
-
 /// The tap of a bare QEMU.
 const TAP: &str = "keraw0";
 
@@ -282,36 +279,16 @@ impl RawVm {
             join(&pod.namespace, "eth0", TAP)?;
             join(&pod.namespace, TAP, "eth0")?;
             let mut command = Command::new("ip");
-            command.args(["netns", "exec", &pod.namespace, "qemu-system-x86_64"]);
+            command.args(["netns", "exec", &pod.namespace, by_hand::QEMU]);
             command
         } else {
             ip(&format!("link set {TAP} master {}", pod.bridge))?;
-            Command::new("qemu-system-x86_64")
+            Command::new(by_hand::QEMU)
         };
         command
-            .args([
-                "-machine",
-                &format!("{},memory-backend=mem", floor::MACHINE),
-                "-accel",
-                floor::accelerator(),
-                "-cpu",
-                floor::PROCESSOR,
-            ])
-            .args([
-                "-smp",
-                "1",
-                "-m",
-                "512M",
-                "-object",
-                MEMORY,
-                "-nodefaults",
-                "-no-user-config",
-                "-display",
-                "none",
-                "-no-reboot",
-            ])
+            .args(by_hand::arguments(&by_hand::shared_memory()))
             .args(["-netdev", &network, "-device", &format!("virtio-net-pci,netdev=net0,romfile=,mac={mac}")])
-            .args(["-append", &format!("{} -- {words}", floor::PARAMETERS)])
+            .args(["-append", &format!("{} -- {words}", by_hand::parameters())])
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
             .arg("-kernel")
@@ -321,7 +298,7 @@ impl RawVm {
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         let cgroup = Cgroup::create(if is_joined { "raw" } else { "bare" })?;
-        let process = command.spawn().context("qemu-system-x86_64")?;
+        let process = command.spawn().context(by_hand::QEMU)?;
         let vm = Self { process, console, cgroup };
         vm.cgroup.add(vm.process.id())?;
         Ok(vm)

@@ -1,7 +1,12 @@
 //! The floor of a clone: a guest of the product's size and devices, saved by hand and restored by hand in a bare QEMU,
 //! until it goes on; and with a folder by virtio-fs, plugged then, until the guest has it mounted.
 
-use crate::{floor, initrd::Archive, report::Report, sample::Sample};
+use crate::{
+    by_hand::{self, Daemon},
+    initrd::Archive,
+    report::Report,
+    sample::Sample,
+};
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::{compile::compile, install::Install, journal::Journal};
 use nix::{
@@ -49,9 +54,6 @@ int main(void) {
 }
 "#;
 
-/// Of the product's size.
-const MEMORY: &str = "512M";
-
 /// Where QEMU's package and others put it.
 const DAEMONS: [&str; 3] = ["/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd", "/usr/lib/virtiofsd"];
 
@@ -95,7 +97,12 @@ fn save(install: &Install, dir: &Path) -> Result<()> {
     fs::write(&initrd, archive.finish())?;
     let memory = memory(&dir.join("memory"), true);
     let mut vm = Vm::start(dir, &memory, |command| {
-        command.args(["-append", floor::PARAMETERS]).arg("-kernel").arg(install.kernel()).arg("-initrd").arg(&initrd);
+        command
+            .args(["-append", &by_hand::parameters()])
+            .arg("-kernel")
+            .arg(install.kernel())
+            .arg("-initrd")
+            .arg(&initrd);
     })?;
     vm.hears(WORDS[0])?;
     vm.greet()?;
@@ -162,26 +169,17 @@ fn copy_used(mut from: fs::File, mut to: fs::File) -> Result<()> {
     Ok(())
 }
 
-/// virtiofsd as the product has it, once it listens.
-fn serve(daemon: &Path, dir: &Path, socket: &Path) -> Result<Helper> {
-    let _ = fs::remove_file(socket);
-    let mut command = Command::new(daemon);
-    command.arg(format!("--socket-path={}", socket.display()));
-    command.args(["--thread-pool-size=1", "-o", "cache=auto", "-o"]).arg(format!("source={}", dir.display()));
-    let daemon = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-    let daemon = Helper(daemon.context("virtiofsd")?);
-    let end = Instant::now() + PATIENCE;
-    while !socket.exists() {
-        ensure!(Instant::now() < end, "virtiofsd does not listen");
-        // a floor knows of no events
-        std::thread::sleep(Duration::from_micros(200));
-    }
-    Ok(daemon)
+/// virtiofsd as the product has it.
+fn serve(daemon: &Path, dir: &Path, socket: &Path) -> Result<Daemon> {
+    Daemon::start(daemon, socket, |fd| {
+        let source = format!("source={}", dir.display());
+        [&format!("--fd={fd}"), "--thread-pool-size=1", "-o", "cache=auto", "-o", &source].map(str::to_owned).into()
+    })
 }
 
 fn memory(path: &Path, is_shared: bool) -> String {
     let share = if is_shared { "on" } else { "off" };
-    format!("memory-backend-file,id=mem,size={MEMORY},mem-path={},share={share}", path.display())
+    format!("memory-backend-file,id=mem,size={},mem-path={},share={share}", by_hand::SIZE, path.display())
 }
 
 /// A process that goes when dropped.
@@ -208,10 +206,8 @@ impl Vm {
         let path: PathBuf = dir.join("serial.sock");
         let _ = fs::remove_file(&path);
         let listener = UnixListener::bind(&path).context("the serial port")?;
-        let mut command = Command::new("qemu-system-x86_64");
-        command.args(["-machine", &format!("{},memory-backend=mem", floor::MACHINE), "-accel", floor::accelerator()]);
-        command.args(["-cpu", floor::PROCESSOR, "-smp", "1", "-m", MEMORY, "-object", memory]);
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-qmp", "stdio"]);
+        let mut command = Command::new(by_hand::QEMU);
+        command.args(by_hand::arguments(memory)).args(["-qmp", "stdio"]);
         command
             .arg("-chardev")
             .arg(format!("socket,id=serial,path={}", path.display()))
@@ -225,7 +221,7 @@ impl Vm {
             command.arg("-bios").arg(firmware);
         }
         more(&mut command);
-        let process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("qemu-system-x86_64")?;
+        let process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context(by_hand::QEMU)?;
         let mut process = Helper(process);
         let (to, from) = process.0.stdin.take().zip(process.0.stdout.take()).context("QEMU's monitor")?;
         let (serial, _) = listener.accept()?;
