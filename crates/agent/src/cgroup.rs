@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use agent_api::agent as api;
 use agent_api::oci::{LinuxDeviceCgroup, LinuxResources};
@@ -55,6 +55,11 @@ fn controller_of(file: &str) -> Option<&'static str> {
 fn has(controller: &str) -> bool {
     let there = fs::read_to_string(format!("{ROOT}/cgroup.controllers")).unwrap_or_default();
     !present(controller, &there).is_empty()
+}
+
+/// As the kernel would say it (cgroup-v2.rst).
+fn is_weight(value: &str) -> bool {
+    value.trim().parse::<u32>().is_ok_and(|weight| (1..=10_000).contains(&weight))
 }
 
 /// Whether a ready one fits.
@@ -113,10 +118,17 @@ impl Cgroup {
                 && !path.exists()
             {
                 if file == WEIGHT && has(controller) {
-                    *self.weight.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+                    if !is_weight(&value) {
+                        return Err(Error::Invalid(format!("cgroup {WEIGHT} {value:.20?} must be 1 to 10000")));
+                    }
+                    *self.weight() = Some(value);
                     continue;
                 }
                 hand_down(Some(controller)).map_err(Error::failed(format!("cgroup controller {controller}")))?;
+            }
+            if file == WEIGHT {
+                // the older one
+                self.weight().take();
             }
             match write_existing(&path, &value) {
                 // no swap in this kernel or guest: nothing to limit
@@ -127,6 +139,10 @@ impl Cgroup {
         Ok(())
     }
 
+    fn weight(&self) -> MutexGuard<'_, Option<String>> {
+        self.weight.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether weights count already.
     pub(crate) fn is_weighed(&self) -> bool {
         self.path.join(WEIGHT).exists()
@@ -134,7 +150,7 @@ impl Cgroup {
 
     /// Lets the weight that it was given count.
     pub(crate) fn weigh(&self) -> Result<(), Error> {
-        let Some(weight) = self.weight.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        let Some(weight) = self.weight().take() else { return Ok(()) };
         let failed = || Error::failed(format!("cgroup {WEIGHT} = {weight}"));
         hand_down(Some("cpu")).map_err(failed())?;
         write_existing(&self.path.join(WEIGHT), &weight).map_err(failed())
@@ -403,6 +419,12 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("kata-cgroup-{}", std::process::id()));
         let missing = write_existing(&folder, "1").expect_err("nothing is made");
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_weight_is_checked_before_it_counts() {
+        assert!(is_weight("1") && is_weight("10000") && is_weight("100\n"));
+        assert!(!is_weight("0") && !is_weight("10001") && !is_weight("-1") && !is_weight("idle"));
     }
 
     #[test]

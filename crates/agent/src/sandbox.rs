@@ -156,6 +156,8 @@ impl Sandbox {
             }
             Err(error) => {
                 containers.remove(&id);
+                // its limits may have made the scheduler mind cgroups
+                weigh(&containers);
                 return Err(error);
             }
         }
@@ -164,9 +166,9 @@ impl Sandbox {
     }
 
     pub(crate) fn limit(&self, id: &str, resources: &LinuxResources) -> Result<(), Error> {
-        self.container(id)?.cgroup.limit(resources)?;
+        let limited = self.container(id)?.cgroup.limit(resources);
         weigh(&self.containers());
-        Ok(())
+        limited
     }
 
     /// Whose processes a container sees beside its own.

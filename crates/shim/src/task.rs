@@ -275,7 +275,7 @@ impl Task for TaskService {
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Rpc<DeleteResponse> {
         let name = convert::process(&request.id, &request.exec_id)?;
-        let sandbox = self.settled(&name).await?;
+        let sandbox = self.sandbox()?;
         let exit = sandbox.delete(&name).await.map_err(plain)?;
         let pid = sandbox.pid();
         let (status, at) = exit.map_or((0, std::time::SystemTime::now()), |exit| (exit.status, exit.at));
@@ -381,12 +381,13 @@ impl Task for TaskService {
         Ok(StatsResponse { stats: MessageField::some(stats), ..Default::default() })
     }
 
-    /// containerd asks this after its restart, for every bundle that it finds. A container whose create it did not see
-    /// ending is none: the answer makes it clean up with `delete`, and a second try begins on a clean host.
+    /// containerd asks this after its restart, for every bundle that it finds, and waits 5 s. A pod whose create it did not
+    /// see ending is none: the answer makes it clean up with `delete`, and a second try begins on a clean host. A container
+    /// that joins a pod is there as soon as it is being made; what is asked next waits for that.
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Rpc<ConnectResponse> {
         let name = convert::process(&request.id, "")?;
-        let sandbox = self.settled(&name).await?;
-        sandbox.view(&name).map_err(plain)?;
+        let sandbox = self.sandbox()?;
+        sandbox.knows(&name.container).map_err(plain)?;
         let task_pid = sandbox.pid();
         Ok(ConnectResponse {
             shim_pid: std::process::id(),

@@ -7,11 +7,16 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::{
-    Runtime,
+    NodeSetup, Runtime,
     cri::{Cri, Network, Pod, with_cri},
     ctr::Running,
     every_containerd,
     inventory::Inventory,
+    processes,
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
 };
 use serde_json::json;
 
@@ -55,7 +60,7 @@ fn cut_off_at(cri: &Cri<'_>, pod: &Pod, moment: u64, cut: impl Fn(&Cri<'_>, Runn
 }
 
 fn nothing_stays(cri: &Cri<'_>, one: &str, before: &mut Option<Inventory>) -> Result<()> {
-    let running = processes(cri, one)?;
+    let running = programs(cri, one)?;
     ensure!(running == "pause sleep", "in the guest: {running}");
     match before {
         None => *before = Some(Inventory::take_at_rest(cri.node)?),
@@ -68,7 +73,7 @@ fn nothing_stays(cri: &Cri<'_>, one: &str, before: &mut Option<Inventory>) -> Re
 }
 
 /// The programs that a container of the pod sees, but for the shell that looks.
-fn processes(cri: &Cri<'_>, container: &str) -> Result<String> {
+fn programs(cri: &Cri<'_>, container: &str) -> Result<String> {
     let look = "for p in /proc/[0-9]*; do [ ${p#/proc/} = $$ ] || { read name < $p/comm && echo $name; }; done";
     let seen = cri.sh(container, look)?;
     let mut names: Vec<_> = seen.lines().collect();
@@ -79,7 +84,7 @@ fn processes(cri: &Cri<'_>, container: &str) -> Result<String> {
 #[test]
 fn a_client_that_goes_away_leaves_no_container() -> Result<()> {
     is_cut_off(|_, start| {
-        let _ = nix::sys::signal::kill(start.pid(), nix::sys::signal::Signal::SIGKILL);
+        let _ = kill(start.pid(), Signal::SIGKILL);
         start.finish().map(drop)
     })
 }
@@ -90,5 +95,34 @@ fn a_containerd_that_dies_leaves_no_container() -> Result<()> {
         cri.node.kill_containerd()?;
         start.finish()?;
         cri.node.restart_containerd()
+    })
+}
+
+/// containerd asks for the deletion at once, and gives up after 5 s: what it has asked for is done all the same.
+#[test]
+fn a_creation_that_outlasts_its_deletion_leaves_no_container() -> Result<()> {
+    with_cri(NodeSetup::default(), Network::default(), |cri| {
+        let shared = json!({"linux": {"security_context": {"namespace_options": {"pid": 0}}}});
+        let pod = cri.run_pod(Runtime::Kata, "slow", &shared)?;
+        let one = cri.run(&pod, "one", &["sleep", "100000"], &shared)?;
+        let two = cri.create(&pod, "two", &["sleep", "200000"], &shared)?;
+        let vm = processes::wait_for(cri.node.tag(), "qemu-system", Duration::from_secs(5))?;
+        let tell = |signal| kill(Pid::from_raw(vm.pid), signal);
+        tell(Signal::SIGSTOP)?;
+        let start = cri.crictl(["start", &two]).spawn()?;
+        thread::sleep(Duration::from_secs(1));
+        let _ = kill(start.pid(), Signal::SIGKILL);
+        start.finish()?;
+        thread::sleep(Duration::from_secs(7));
+        tell(Signal::SIGCONT)?;
+        Cri::until(|| {
+            let removed = cri.crictl(["rm", "--force", &two]).output()?;
+            Ok((removed.code == 0, removed.stderr))
+        })?;
+        Cri::until(|| {
+            let running = programs(cri, &one)?;
+            Ok((running == "pause sleep", running))
+        })?;
+        cri.remove(&pod)
     })
 }

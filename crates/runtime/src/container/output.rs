@@ -136,6 +136,13 @@ mod tests {
         })
     }
 
+    /// How long it takes beside others.
+    async fn since(work: impl Future<Output = ()>) -> Duration {
+        let from = Instant::now();
+        work.await;
+        from.elapsed()
+    }
+
     /// A stream that delivers a byte each 100 ms.
     async fn flow(output: &Output, count: usize) {
         for _ in 0..count {
@@ -163,7 +170,8 @@ mod tests {
                 flow(&output, 7).await;
                 output.is_done();
             };
-            tokio::join!(writer, output.before_the_exit(async || ()));
+            let ((), told) = tokio::join!(writer, since(output.before_the_exit(async || ())));
+            assert_eq!(told, Duration::from_millis(700));
         });
         assert_eq!(took, Duration::from_millis(700));
     }
@@ -208,7 +216,8 @@ mod tests {
                 sleep(Duration::from_millis(600)).await;
                 output.is_done();
             };
-            tokio::join!(writer, output.before_the_exit(slow));
+            let ((), told) = tokio::join!(writer, since(output.before_the_exit(slow)));
+            assert_eq!(told, Duration::from_millis(1500));
         });
         assert_eq!(took, Duration::from_millis(1500));
     }

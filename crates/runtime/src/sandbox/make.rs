@@ -42,6 +42,14 @@ impl Sandbox {
         let _ = making.changed().await;
     }
 
+    /// Whether there is such a container, or soon will be.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub fn knows(&self, id: &ContainerId) -> Result<(), Error> {
+        if self.0.has(id) { Ok(()) } else { Err(Error::NotFound(format!("container {id}"))) }
+    }
+
     fn reserve(&self, id: &ContainerId) -> Result<Place, Error> {
         match self.containers().entry(id.clone()) {
             Entry::Occupied(_) => Err(Error::Exists(format!("container {id}"))),

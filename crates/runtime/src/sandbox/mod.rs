@@ -107,6 +107,10 @@ impl Inner {
         })
     }
 
+    fn has(&self, id: &ContainerId) -> bool {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner).contains_key(id)
+    }
+
     /// Whether the guest has file systems of its own, whose data may not be on the host yet.
     fn has_disks(&self) -> bool {
         let containers = self.containers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -246,20 +250,28 @@ impl Sandbox {
         })
     }
 
-    /// Takes an ended (or never started) process away. With the last container the whole sandbox goes. Goes on to its end
-    /// also when nobody waits for it any more.
+    /// Takes an ended (or never started) process away, when it is made. With the last container the whole sandbox goes. Goes
+    /// on to its end also when nobody waits for it any more: the making may take longer than containerd waits.
     ///
     /// # Errors
     /// [`Error::WrongState`] while it runs.
     pub async fn delete(&self, name: &ProcessRef) -> Result<Option<Exit>, Error> {
         let (sandbox, name) = (self.clone(), name.clone());
-        to_the_end("deleting", async move { sandbox.delete_now(&name).await }).await
+        to_the_end("deleting", async move {
+            sandbox.settled(&name.container).await;
+            sandbox.delete_now(&name).await
+        })
+        .await
     }
 
     async fn delete_now(&self, name: &ProcessRef) -> Result<Option<Exit>, Error> {
         let container = self.container(&name.container)?;
         let process = container.process(name)?;
         let _changing = process.changing.lock().await;
+        // another deletion may have gone before
+        if !Arc::ptr_eq(&self.container(&name.container)?, &container) {
+            return Err(Error::NotFound(format!("container {}", name.container)));
+        }
         if matches!(process.status(), Status::Running | Status::Paused) {
             return Err(Error::WrongState(format!("cannot delete a {} process", process.status().name())));
         }

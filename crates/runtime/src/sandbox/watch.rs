@@ -93,7 +93,7 @@ pub(super) async fn virtiofsd(inner: &Arc<Inner>) {
 
 /// Asks the agent again and again for containers that were hit by the guest's out-of-memory killer (a long poll).
 pub(super) fn memory(inner: &Arc<Inner>) {
-    let (agent, events) = (inner.agent.clone(), inner.events.clone());
+    let (agent, events, containers) = (inner.agent.clone(), inner.events.clone(), Arc::downgrade(inner));
     tokio::spawn(async move {
         loop {
             let request = api::GetOOMEventRequest::new();
@@ -105,6 +105,10 @@ pub(super) fn memory(inner: &Arc<Inner>) {
             match answer {
                 Ok(hit) => {
                     let Ok(id) = ContainerId::try_from(hit.container_id.as_str()) else { continue };
+                    // the guest tells of its own containers only
+                    if !containers.upgrade().is_some_and(|inner| inner.has(&id)) {
+                        continue;
+                    }
                     if events.send(Event::Oom(id)).is_err() {
                         return;
                     }

@@ -49,9 +49,12 @@ impl Disks {
         Ok((ids, devices))
     }
 
-    /// QEMU would refuse a second one with a word of locks; who else may have it at the same time may have it here too.
+    /// QEMU would refuse a second one with a word of locks, unless both only read; who else may have it at the same time may
+    /// have it here too.
     fn is_free(&self, source: &Source) -> Result<(), Error> {
-        let kept = self.kept.iter().any(|kept| kept.key.is_same_file(source.key));
+        let in_the_way =
+            |kept: &Known| kept.key.is_same_file(source.key) && !(kept.key.read_only && source.key.read_only);
+        let kept = self.kept.iter().any(in_the_way);
         if kept && !source.shared {
             return Err(Error::WrongState(format!(
                 "the guest has not let go of block device {}, which another container of the pod had: it is free when the \
@@ -122,7 +125,14 @@ mod tests {
         disks.assign(&[source(false, false)]).expect_err("still kept");
         assert_eq!(disks.release(&raw).len(), 1);
         disks.let_go(|_| false);
-        assert_eq!(disks.assign(&[source(false, false)]).expect("free").0, ["disk3"]);
+        let (free, _) = disks.assign(&[source(false, false)]).expect("free");
+        assert_eq!(free, ["disk3"]);
+        assert_eq!(disks.release(&free).len(), 1);
+        let (read, _) = disks.assign(&[source(true, false)]).expect("assigned");
+        let gone = disks.release(&read);
+        disks.keep(gone);
+        disks.assign(&[source(true, false)]).expect("a layer that is only read may be there twice");
+        disks.assign(&[source(false, false)]).expect_err("kept by a reader");
     }
 
     #[test]
