@@ -12,6 +12,8 @@ use std::{
 /// How long things may take to go.
 const SETTLE: Duration = Duration::from_secs(10);
 
+const CONTAINERDS_FILES: &str = "open file of containerd";
+
 /// What was there at one moment.
 #[derive(Debug)]
 pub struct Inventory {
@@ -25,7 +27,7 @@ impl Inventory {
     /// Counts.
     pub fn take(node: &Node) -> Result<Self> {
         let mut things = Leaks::look(node.tag()).counts();
-        things.insert("open file of containerd".into(), node.open_files()?);
+        things.insert(CONTAINERDS_FILES.into(), node.open_files()?);
         let processes = processes::of_node(node.tag());
         let children = processes.iter().filter(|process| process.name != "containerd");
         let children = children.map(processes::Process::pss_kib).sum::<Result<u64>>()?;
@@ -60,6 +62,15 @@ impl Inventory {
     /// Whether no kind of thing differs.
     pub fn same_things(&self, other: &Self) -> bool {
         self.things == other.things
+    }
+
+    /// The same but for the files of containerd, which has others open each time it is started.
+    pub fn same_of_ours(&self, other: &Self) -> bool {
+        let ours = |inventory: &Self| {
+            let things = inventory.things.iter().filter(|(kind, _)| *kind != CONTAINERDS_FILES);
+            things.map(|(kind, count)| (kind.clone(), *count)).collect::<Vec<_>>()
+        };
+        ours(self) == ours(other)
     }
 
     /// Both, a line a kind.
