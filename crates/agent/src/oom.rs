@@ -48,9 +48,13 @@ impl Hits {
         self.ids.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// One of each waits to be told: a container may be hit as often as it likes.
     fn push(&self, id: String) {
-        self.ids().push_back(id);
-        self.more.notify_one();
+        let mut ids = self.ids();
+        if !ids.contains(&id) {
+            ids.push_back(id);
+            self.more.notify_one();
+        }
     }
 
     async fn pop(&self) -> String {
@@ -188,5 +192,17 @@ mod tests {
         std::fs::write(&file, "oom_kill 2\n").expect("written");
         watch.told("one").await;
         std::fs::remove_file(&file).expect("removed");
+    }
+
+    #[tokio::test]
+    async fn of_one_container_one_hit_waits() {
+        let hits = Hits::default();
+        for id in ["a", "b", "a"] {
+            hits.push(id.into());
+        }
+        assert_eq!(hits.ids().iter().collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(hits.pop().await, "a");
+        hits.push("a".into());
+        assert_eq!(hits.ids().iter().collect::<Vec<_>>(), ["b", "a"]);
     }
 }

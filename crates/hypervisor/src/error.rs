@@ -28,6 +28,14 @@ pub enum Error {
         /// What it said.
         answer: String,
     },
+    /// A command named a device that the VM does not have.
+    #[error("{call} refused by the VMM: {answer}")]
+    NoDevice {
+        /// The command.
+        call: String,
+        /// What the VMM said.
+        answer: String,
+    },
     /// No answer came.
     #[error("no answer to {call} within {after:?}")]
     Timeout {

@@ -4,9 +4,11 @@
 //! containerd is away for a while, and it can be waited for, so that the last event is not lost with the process.
 #![allow(unsafe_code, reason = "registering a descriptor with the runtime")]
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use containerd_shim_protos::events::task;
@@ -29,6 +31,8 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 enum Item {
     Event(Box<Envelope>),
+    /// Want of memory of this container.
+    Oom(String, Box<Envelope>),
     Flush(oneshot::Sender<()>),
 }
 
@@ -37,27 +41,47 @@ enum Item {
 pub(crate) struct Publisher {
     namespace: String,
     queue: mpsc::UnboundedSender<Item>,
+    wanting: Wanting,
 }
+
+/// Containers whose want of memory is queued. A guest can tell of it as often as it likes: one of each waits.
+type Wanting = Arc<Mutex<HashSet<String>>>;
 
 impl Publisher {
     pub(crate) fn start(address: String, namespace: String) -> Self {
         let (queue, items) = mpsc::unbounded_channel();
-        tokio::spawn(deliver(address, items));
-        Self { namespace, queue }
+        let wanting = Wanting::default();
+        tokio::spawn(deliver(address, items, Arc::clone(&wanting)));
+        Self { namespace, queue, wanting }
     }
 
     /// Queues an event. `topic` is from containerd's `runtime` package.
     pub(crate) fn publish(&self, topic: &str, event: &dyn MessageDyn) {
-        let Ok(value) = event.write_to_bytes_dyn() else { return };
+        if let Some(envelope) = self.envelope(topic, event) {
+            let _ = self.queue.send(Item::Event(envelope));
+        }
+    }
+
+    fn publish_oom(&self, container: String) {
+        if !lock(&self.wanting).insert(container.clone()) {
+            return;
+        }
+        let event = task::TaskOOM { container_id: container.clone(), ..Default::default() };
+        if let Some(envelope) = self.envelope("/tasks/oom", &event) {
+            let _ = self.queue.send(Item::Oom(container, envelope));
+        }
+    }
+
+    fn envelope(&self, topic: &str, event: &dyn MessageDyn) -> Option<Box<Envelope>> {
+        let value = event.write_to_bytes_dyn().ok()?;
         let any = Any { type_url: event.descriptor_dyn().full_name().to_owned(), value, ..Default::default() };
-        let envelope = Envelope {
+        Some(Box::new(Envelope {
             timestamp: MessageField::some(convert::timestamp(std::time::SystemTime::now())),
             namespace: self.namespace.clone(),
             topic: topic.to_owned(),
             event: MessageField::some(any),
             ..Default::default()
-        };
-        let _ = self.queue.send(Item::Event(Box::new(envelope)));
+        }))
     }
 
     /// Publishes what a sandbox tells, for as long as it lives.
@@ -76,10 +100,7 @@ impl Publisher {
                     };
                     self.publish("/tasks/exit", &event);
                 }
-                Event::Oom(container) => {
-                    let event = task::TaskOOM { container_id: container.to_string(), ..Default::default() };
-                    self.publish("/tasks/oom", &event);
-                }
+                Event::Oom(container) => self.publish_oom(container.to_string()),
             }
         }
     }
@@ -93,12 +114,20 @@ impl Publisher {
     }
 }
 
-async fn deliver(address: String, mut items: mpsc::UnboundedReceiver<Item>) {
+fn lock(wanting: &Wanting) -> MutexGuard<'_, HashSet<String>> {
+    wanting.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn deliver(address: String, mut items: mpsc::UnboundedReceiver<Item>, wanting: Wanting) {
     let path = PathBuf::from(address.strip_prefix("unix://").unwrap_or(&address));
     let mut client = None;
     while let Some(item) = items.recv().await {
         let envelope = match item {
             Item::Event(envelope) => envelope,
+            Item::Oom(container, envelope) => {
+                lock(&wanting).remove(&container);
+                envelope
+            }
             Item::Flush(done) => {
                 let _ = done.send(());
                 continue;
@@ -148,5 +177,25 @@ async fn connect(path: &Path) -> io::Result<EventsClient> {
             Ok(_) | Err(nix::errno::Errno::EAGAIN) => ready.clear_ready(),
             Err(errno) => return Err(errno.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_one_containers_want_of_memory_one_event_waits() {
+        let (queue, mut items) = mpsc::unbounded_channel();
+        let publisher = Publisher { namespace: "test".into(), queue, wanting: Wanting::default() };
+        for id in ["a", "b", "a", "a"] {
+            publisher.publish_oom(id.into());
+        }
+        assert_eq!(items.len(), 2);
+        while let Ok(Item::Oom(id, _)) = items.try_recv() {
+            lock(&publisher.wanting).remove(&id);
+        }
+        publisher.publish_oom("a".into());
+        assert_eq!(items.len(), 1);
     }
 }

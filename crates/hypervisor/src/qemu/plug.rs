@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::disk::{self, Disks};
 use super::pci::{Bridge, Place};
-use super::qmp::Qmp;
+use super::qmp::{Departure, Qmp};
 use super::{DiskDriver, QemuVm, device};
 use crate::{Device, Disk, Error, NetDevice};
 
@@ -130,30 +130,41 @@ impl QemuVm {
     }
 
     pub(super) async fn unplug_device(&self, id: &str) -> Result<(), Error> {
-        let departure = self.qmp.departure(id)?;
+        let mut departure = self.qmp.departure(id)?;
         let asked = self.qmp.execute("device_del", json!({"id": id})).await;
         if self.lock_disks().find(id).is_none() {
             // whatever the guest does, nothing of the host is in its hands any longer
             self.close_backend(id).await;
         }
-        asked?;
-        // the place is free, and a disk's file closed, when the guest says so, even if nobody waits for it then
         let (bridge, name) = (Arc::clone(&self.bridge), id.to_owned());
         let (qmp, disks) = (Arc::clone(&self.qmp), Arc::clone(&self.disks));
-        let gone = tokio::spawn(async move {
-            let outcome = departure.await;
-            if matches!(outcome, Ok(Ok(()))) {
-                bridge.lock().unwrap_or_else(PoisonError::into_inner).free(&name);
-                close_disk(&qmp, &disks, &name).await;
+        let tidy = async move {
+            bridge.lock().unwrap_or_else(PoisonError::into_inner).free(&name);
+            close_disk(&qmp, &disks, &name).await;
+        };
+        match asked {
+            // the guest has let go of it before it was asked
+            Err(Error::NoDevice { .. }) => {
+                tidy.await;
+                return Ok(());
             }
-            outcome
+            asked => asked?,
+        };
+        // the place is free, and a disk's file closed, when the guest says so, even if nobody waits for it then
+        let mut later = departure.clone();
+        let gone = tokio::spawn(async move {
+            later.wait_for(|seen| *seen == Departure::Gone).await.map_err(|_| Error::Gone)?;
+            tidy.await;
+            Ok(())
         });
         let call = || format!("device_del of {id}");
-        match tokio::time::timeout(LETTING_GO, gone).await {
-            Err(_) => Err(Error::Timeout { call: call(), after: LETTING_GO }),
-            Ok(Ok(Ok(Ok(())))) => Ok(()),
-            Ok(Ok(Ok(Err(answer)))) => Err(Error::Refused { call: call(), answer }),
-            Ok(_) => Err(Error::Gone),
+        let refused = departure.wait_for(|seen| *seen == Departure::Refused);
+        tokio::select! {
+            gone = gone => gone.unwrap_or(Err(Error::Gone)),
+            Ok(_) = refused => {
+                Err(Error::Refused { call: call(), answer: "the guest refuses to let go of it".into() })
+            }
+            () = tokio::time::sleep(LETTING_GO) => Err(Error::Timeout { call: call(), after: LETTING_GO }),
         }
     }
 }
@@ -184,12 +195,16 @@ mod tests {
     use crate::Vm;
     use crate::helper::Helper;
 
-    /// A VM whose monitor takes every command and tells of it, and which has room for devices.
+    /// A VM whose monitor tells of every command and takes those that `guest` does not answer, and which has room for
+    /// devices.
     async fn vm(guest: impl Fn(&Value) -> Vec<Value> + Send + 'static) -> (QemuVm, mpsc::UnboundedReceiver<Value>) {
         let (tell, told) = mpsc::unbounded_channel();
         let stream = monitor(move |command| {
             let _ = tell.send(command.clone());
-            [vec![json!({"return": {}, "id": command["id"]})], guest(command)].concat()
+            let answers = guest(command);
+            let is_answered = answers.iter().any(|answer| answer.get("id").is_some());
+            let done = json!({"return": {}, "id": command["id"]});
+            [if is_answered { vec![] } else { vec![done] }, answers].concat()
         });
         let args = ["1000".to_owned()];
         let process = Helper::spawn("sleep", "path", std::path::Path::new("/bin/sleep"), &args, &[]).expect("spawned");
@@ -249,10 +264,16 @@ mod tests {
         assert_eq!(vm.guest_path("disk3"), Some(place), "and free afterwards");
     }
 
+    /// Waits for a command.
+    async fn comes(told: &mut mpsc::UnboundedReceiver<Value>, name: &str) {
+        while told.recv().await.expect("the monitor lives")["execute"] != name {}
+    }
+
     #[tokio::test]
-    async fn what_the_guest_refuses_to_give_is_kept() {
+    async fn what_the_guest_refuses_to_give_is_kept_until_it_gives_it() {
         let refuses = |command: &Value| match command["execute"].as_str() {
             Some("device_del") => vec![json!({"event": "DEVICE_UNPLUG_GUEST_ERROR", "data": {"device": "disk1"}})],
+            Some("stop") => vec![json!({"event": "DEVICE_DELETED", "data": {"device": "disk1"}})],
             _ => Vec::new(),
         };
         let (vm, mut told) = vm(refuses).await;
@@ -260,5 +281,23 @@ mod tests {
         let error = vm.unplug("disk1").await.expect_err("refused").to_string();
         assert!(error.contains("refuses to let go"), "{error}");
         assert!(!came(&mut told, "blockdev-del") && vm.guest_path("disk1").is_some());
+        vm.pause().await.expect("stopped");
+        comes(&mut told, "remove-fd").await;
+        assert_eq!(vm.guest_path("disk1"), None);
+    }
+
+    #[tokio::test]
+    async fn what_the_guest_gave_unasked_is_no_mistake() {
+        let (vm, mut told) = vm(|command| match command["execute"].as_str() {
+            Some("device_del") => {
+                vec![json!({"error": {"class": "DeviceNotFound", "desc": "none"}, "id": command["id"]})]
+            }
+            _ => Vec::new(),
+        })
+        .await;
+        vm.plug(disk("disk1")).await.expect("plugged");
+        vm.unplug("disk1").await.expect("gone");
+        comes(&mut told, "remove-fd").await;
+        assert_eq!(vm.guest_path("disk1"), None);
     }
 }

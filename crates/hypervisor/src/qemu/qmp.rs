@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{Mutex as AsyncMutex, oneshot};
+use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
 use tokio::task::AbortHandle;
 
 use crate::Error;
@@ -28,10 +28,21 @@ type Waiting = Arc<Mutex<Option<Waiters>>>;
 #[derive(Debug, Default)]
 struct Waiters {
     answers: HashMap<u64, oneshot::Sender<Value>>,
-    /// By a device's id: the guest has let go of it, or will not, and why.
-    departures: HashMap<String, oneshot::Sender<Result<(), String>>>,
+    /// By a device's id.
+    departures: HashMap<String, watch::Sender<Departure>>,
     /// The state of the guest is written or read, or could not be.
     migration: Option<oneshot::Sender<Result<(), String>>>,
+}
+
+/// What became of a device that was asked to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Departure {
+    /// Nothing yet.
+    Asked,
+    /// The guest will not let go of it now. It may do so later.
+    Refused,
+    /// The guest has let go of it.
+    Gone,
 }
 
 /// A connection to a QEMU's monitor.
@@ -74,9 +85,10 @@ impl Qmp {
         self.execute_with("getfd", json!({"fdname": name}), Some(fd)).await.map(drop)
     }
 
-    /// Resolves when the guest has let go of a device. Ask before `device_del`, so that nothing is missed.
-    pub(super) fn departure(&self, device: &str) -> Result<oneshot::Receiver<Result<(), String>>, Error> {
-        let (to, from) = oneshot::channel();
+    /// Tells when the guest has let go of a device. Ask before `device_del`, so that nothing is missed; who asked earlier
+    /// hears no more.
+    pub(super) fn departure(&self, device: &str) -> Result<watch::Receiver<Departure>, Error> {
+        let (to, from) = watch::channel(Departure::Asked);
         match self.waiting.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             Some(waiting) => waiting.departures.insert(device.to_owned(), to),
             None => return Err(Error::Gone),
@@ -112,8 +124,12 @@ impl Qmp {
             .map_err(|_| Error::Timeout { call: command.to_owned(), after: self.deadline })?
             .map_err(|_| Error::Gone)?;
         if let Some(error) = answer.get("error") {
-            let text = error.get("desc").and_then(Value::as_str).unwrap_or("no description").to_owned();
-            return Err(Error::Refused { call: command.to_owned(), answer: text });
+            let answer = error.get("desc").and_then(Value::as_str).unwrap_or("no description").to_owned();
+            let call = command.to_owned();
+            return Err(match error.get("class").and_then(Value::as_str) {
+                Some("DeviceNotFound") => Error::NoDevice { call, answer },
+                _ => Error::Refused { call, answer },
+            });
         }
         Ok(answer.get("return").cloned().unwrap_or_default())
     }
@@ -177,16 +193,18 @@ async fn read_answers(reader: OwnedReadHalf, waiting: Waiting) {
                     let _ = waiter.send(outcome);
                 }
             }
-            if let Some(outcome) = departure(event)
+            if let Some(departure) = departure(event)
                 && let Some(device) = data.get("device").and_then(Value::as_str)
+                && let Some(waiters) = waiting.lock().unwrap_or_else(PoisonError::into_inner).as_mut()
             {
-                let waiter = waiting
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .as_mut()
-                    .and_then(|map| map.departures.remove(device));
-                if let Some(waiter) = waiter {
-                    let _ = waiter.send(outcome);
+                match departure {
+                    // the last that is heard of it
+                    Departure::Gone => {
+                        waiters.departures.remove(device).map(|waiter| waiter.send_replace(departure));
+                    }
+                    _ => {
+                        waiters.departures.get(device).map(|waiter| waiter.send_replace(departure));
+                    }
                 }
             }
         } else if let Some(id) = message.get("id").and_then(Value::as_u64) {
@@ -203,10 +221,10 @@ async fn read_answers(reader: OwnedReadHalf, waiting: Waiting) {
     waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
 }
 
-fn departure(event: &str) -> Option<Result<(), String>> {
+fn departure(event: &str) -> Option<Departure> {
     match event {
-        "DEVICE_DELETED" => Some(Ok(())),
-        "DEVICE_UNPLUG_GUEST_ERROR" => Some(Err("the guest refuses to let go of it".into())),
+        "DEVICE_DELETED" => Some(Departure::Gone),
+        "DEVICE_UNPLUG_GUEST_ERROR" => Some(Departure::Refused),
         _ => None,
     }
 }
@@ -275,10 +293,12 @@ pub(super) mod tests {
             ]
         });
         let qmp = Qmp::start(stream, Duration::from_secs(5)).await.expect("started");
-        let (a, b) = (qmp.departure("a").expect("open"), qmp.departure("b").expect("open"));
+        let (mut a, mut b) = (qmp.departure("a").expect("open"), qmp.departure("b").expect("open"));
         qmp.execute("device_del", json!({"id": "a"})).await.expect("answered");
-        assert_eq!(a.await.expect("told"), Ok(()));
-        b.await.expect("told").expect_err("refused");
+        a.wait_for(|seen| *seen == Departure::Gone).await.expect("told");
+        b.wait_for(|seen| *seen == Departure::Refused).await.expect("told");
+        qmp.execute("device_del", json!({"id": "b"})).await.expect("answered");
+        b.wait_for(|seen| *seen == Departure::Gone).await.expect("told of what follows a refusal");
     }
 
     #[tokio::test]
