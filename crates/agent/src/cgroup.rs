@@ -156,9 +156,9 @@ impl Cgroup {
         write_existing(&self.path.join(WEIGHT), &weight).map_err(failed())
     }
 
-    /// Open for adding processes.
-    pub(crate) fn procs(&self) -> Result<File, Error> {
-        File::options().write(true).open(self.path.join("cgroup.procs")).map_err(Error::failed("cgroup.procs"))
+    /// Open for processes that begin in it.
+    pub(crate) fn folder(&self) -> Result<File, Error> {
+        File::open(&self.path).map_err(Error::failed("cgroup"))
     }
 
     pub(crate) fn pids(&self) -> Vec<u32> {

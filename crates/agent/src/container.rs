@@ -76,7 +76,7 @@ impl Container {
         }
         let ready = if cgroup::are_plain(resources) { ready() } else { None };
         let cgroup = ready.map_or_else(|| Cgroup::create(id, resources), |cgroup| cgroup.fill(resources))?;
-        let procs = cgroup.procs()?;
+        let folder = cgroup.folder()?;
         let (go_child, go) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("start pipe"))?;
         let (stdio, streams) = streams(&spec.Process)?;
         let joins = pids_of.is_some();
@@ -88,7 +88,7 @@ impl Container {
             let pids = pids_of.map(|process| launcher::pid_namespace(process.pid)).transpose()?;
             Launch::Container { id, spec: &spec, go: go_child, own_hostname, pids, submounts: &submounts }
         };
-        let launched = launcher::launch(what, streams, &procs, reaper).await?;
+        let launched = launcher::launch(what, streams, &folder, reaper).await?;
         if joins {
             // a namespace of its own would end with its first process, and everything in it
             tokio::spawn(kill_after(launched.exit.clone(), cgroup.killer()?));
@@ -146,9 +146,9 @@ impl Container {
     async fn launch_exec(&self, process: &oci::Process, reaper: &Reaper) -> Result<Process, Error> {
         let (stdio, streams) = streams(process)?;
         let namespaces = Namespaces::of(self.init.pid)?;
-        let procs = self.cgroup.procs()?;
+        let folder = self.cgroup.folder()?;
         let what = Launch::Exec { spec: &self.spec, process, namespaces };
-        let launched = launcher::launch(what, streams, &procs, reaper).await?;
+        let launched = launcher::launch(what, streams, &folder, reaper).await?;
         Ok(Process::new(launched.pid, with_terminal(stdio, launched.terminal)?, launched.exit))
     }
 

@@ -18,10 +18,14 @@ pub(crate) fn set_clock(seconds: i64, microseconds: i64) -> io::Result<()> {
     Ok(())
 }
 
-/// Mixes `data` in, counts it as entropy, and makes the kernel draw a new key from it.
-pub(crate) fn reseed(data: &[u8]) -> io::Result<()> {
+/// For [`reseed`].
+pub(crate) fn random_device() -> io::Result<File> {
+    File::options().write(true).open("/dev/random")
+}
+
+/// Mixes `data` in by /dev/random, counts it as entropy, and makes the kernel draw a new key from it.
+pub(crate) fn reseed(device: &mut File, data: &[u8]) -> io::Result<()> {
     use std::io::Write;
-    let mut device = File::options().write(true).open("/dev/random")?;
     device.write_all(data)?;
     let bits = libc::c_int::try_from(data.len() * 8).unwrap_or(4096);
     // SAFETY: an open random device and a pointer to an int that lives through the call.

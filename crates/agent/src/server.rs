@@ -57,7 +57,7 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
         .register_service(create_agent_service(service))
         .register_service(create_health(Arc::new(Liveness)))
         .register_service(create_port(Arc::new(Ports::default())))
-        .register_service(create_wake(Arc::new(Waking)));
+        .register_service(create_wake(Arc::new(Waking::default())));
     server.start().await.map_err(Error::failed("serving"))?;
     transport::tell_ready(params);
     crate::log::debug("serving");
@@ -279,7 +279,9 @@ impl AgentService for Service {
     }
 
     async fn reseed_random_dev(&self, _: &TtrpcContext, request: api::ReseedRandomDevRequest) -> Rpc<Empty> {
-        guest::reseed(&request.data).map_err(Error::failed("random device"))?;
+        guest::random_device()
+            .and_then(|mut device| guest::reseed(&mut device, &request.data))
+            .map_err(Error::failed("random device"))?;
         Ok(Empty::new())
     }
 

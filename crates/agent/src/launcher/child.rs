@@ -28,8 +28,8 @@ fn in_init(words: &str) -> String {
     format!("error during container init: {words}")
 }
 
-pub(super) fn run(what: &Launch<'_>, streams: Option<Streams>, cgroup: &File, report: OwnedFd) -> ! {
-    let words = match set_up(what, streams, cgroup, report) {
+pub(super) fn run(what: &Launch<'_>, streams: Option<Streams>, report: OwnedFd) -> ! {
+    let words = match set_up(what, streams, report) {
         Ok(never) => match never {},
         Err(words) => words,
     };
@@ -44,11 +44,10 @@ pub(super) fn run(what: &Launch<'_>, streams: Option<Streams>, cgroup: &File, re
 const REPORT_FD: RawFd = 3;
 const FIRST_OTHER_FD: RawFd = 4;
 
-fn set_up(what: &Launch<'_>, streams: Option<Streams>, cgroup: &File, report: OwnedFd) -> Outcome<Infallible> {
+fn set_up(what: &Launch<'_>, streams: Option<Streams>, report: OwnedFd) -> Outcome<Infallible> {
     // everything of the agent that is open must not reach the container, nor keep others' streams open
     let mut keep: Vec<OwnedFd> = Vec::new();
     let duplicate = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(named("descriptor"));
-    keep.push(duplicate(cgroup.as_fd())?);
     match what {
         Launch::Container { go, .. } | Launch::Holder { go } => keep.push(duplicate(go.as_fd())?),
         Launch::Exec { namespaces, .. } => {
@@ -60,9 +59,6 @@ fn set_up(what: &Launch<'_>, streams: Option<Streams>, cgroup: &File, report: Ow
     let mut kept = arrange(report, streams, keep)?;
     // it is never dropped: the report must stay open until the end
     let report = std::mem::ManuallyDrop::new(kept.remove(0));
-    let mut procs = File::from(kept.remove(0));
-    procs.write_all(b"0").map_err(named("entering the cgroup"))?;
-    drop(procs);
     restore_signals();
     nix::unistd::setsid().map_err(named("setsid"))?;
 

@@ -29,6 +29,27 @@ pub(crate) use child::set_size;
 use crate::error::Error;
 use crate::reaper::Reaper;
 
+/// Of clone3(2), in the version of Linux 5.7: the child begins in a cgroup. To move it there afterwards would lock all of the
+/// machine's processes out of moving, and wait until each has been seen to be.
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// linux/sched.h.
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
 /// Longest report, bytes.
 const REPORT: usize = 4096;
 
@@ -91,7 +112,7 @@ pub(crate) struct Launched {
     pub(crate) terminal: Option<OwnedFd>,
 }
 
-/// Launches and waits for the report: for a container that it is ready to execute, for an exec that it has executed.
+/// Launches in `cgroup`, a folder, and waits for the report: for a container that it is ready to execute, for an exec that it has executed.
 pub(crate) async fn launch(
     what: Launch<'_>,
     streams: Option<Streams>,
@@ -113,10 +134,17 @@ pub(crate) async fn launch(
         // affects children only (setns(2)); taken back below
         set_pid_namespace(namespace)?;
     }
-    // SAFETY: one thread (main.rs), so the child's copy of the process is whole; it never returns from `child::run`.
-    let pid = unsafe { libc::syscall(libc::SYS_clone, clone_flags | libc::SIGCHLD, 0, 0, 0, 0) };
+    let begin = CloneArgs {
+        flags: CLONE_INTO_CGROUP | clone_flags as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup: cgroup.as_raw_fd() as u64,
+        ..CloneArgs::default()
+    };
+    // SAFETY: one thread (main.rs), so the child's copy of the process is whole; it never returns from `child::run`. The
+    // argument is what clone3(2) asks for, with its size.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const begin, size_of::<CloneArgs>()) };
     if pid == 0 {
-        child::run(&what, streams, cgroup, report_child);
+        child::run(&what, streams, report_child);
     }
     let failed = io::Error::last_os_error();
     if joins {
@@ -171,7 +199,7 @@ fn clone_flags(what: &Launch<'_>) -> Result<libc::c_int, Error> {
             other => return Err(Error::Unsupported(format!("namespace {other:?}"))),
         }
     }
-    // the child enters its cgroup first and its cgroup namespace after, so that the cgroup is its root
+    // made by the child in its cgroup, so that the cgroup is its root
     Ok(flags & !libc::CLONE_NEWCGROUP)
 }
 

@@ -1,5 +1,5 @@
-//! Many pods: at the same moment, side by side, one after the other. How many a second beside runc's, and what each takes
-//! of the host's memory. Takes minutes, so only when asked for (`BENCH_ONLY=crowd`).
+//! Many pods: side by side, at the same moment, one after the other. How many a second beside runc's, and what each takes
+//! of the host's memory. All but the first takes minutes, so only when asked for (`BENCH_ONLY=crowd`).
 
 use crate::{report::Report, sample::Sample, warm};
 use anyhow::{Result, ensure};
@@ -28,8 +28,26 @@ struct Way {
     config: Option<String>,
 }
 
-/// Measures all of them.
-pub(crate) fn measure(install: &Install, report: &mut Report) -> Result<()> {
+/// What each takes of the host's memory.
+pub(crate) fn measure_memory(install: &Install, report: &mut Report) -> Result<()> {
+    with_ways(install, |node, ways| ways.iter().try_for_each(|way| way.side_by_side(node, report)))
+}
+
+/// How many there are a second.
+pub(crate) fn measure_rates(install: &Install, report: &mut Report) -> Result<()> {
+    with_ways(install, |node, ways| {
+        for way in ways {
+            way.storm(node, report)?;
+            // the two kinds of memory start alike
+            if way.key != "private" {
+                way.row(node, report)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn with_ways(install: &Install, measure: impl FnOnce(&Node, &[Way]) -> Result<()>) -> Result<()> {
     let templates = tempfile::Builder::new().prefix("kebench").tempdir_in("/dev/shm")?;
     with_node(|node| {
         let config = |name: &str, template: bool, shared_fs: &str| {
@@ -50,15 +68,7 @@ pub(crate) fn measure(install: &Install, report: &mut Report) -> Result<()> {
             kata("copied", "kata, clones with copied memory", copied),
             kata("private", "kata, clones with private memory", config("crowd-private", true, "virtio-9p")?),
         ];
-        for way in &ways {
-            way.storm(node, report)?;
-            way.side_by_side(node, report)?;
-            // the two kinds of memory start alike
-            if way.key != "private" {
-                way.row(node, report)?;
-            }
-        }
-        Ok(())
+        measure(node, &ways)
     })
 }
 

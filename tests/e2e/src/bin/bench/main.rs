@@ -61,8 +61,11 @@ fn main() -> Result<()> {
     if parts.include("timeline") {
         timeline::measure(&install, &target.join("timeline.svg"))?;
     }
+    if parts.include("side") {
+        crowd::measure_memory(&install, &mut report)?;
+    }
     if parts.include("crowd") {
-        crowd::measure(&install, &mut report)?;
+        crowd::measure_rates(&install, &mut report)?;
     }
     if parts.include("pod") {
         pod::measure(rounds, &mut report)?;
@@ -86,8 +89,9 @@ fn main() -> Result<()> {
 struct Parts(Option<Vec<String>>);
 
 impl Parts {
-    const ALL: [&str; 12] = [
-        "floor", "start", "image", "exec", "memory", "agent", "warm", "timeline", "pod", "network", "storage", "crowd",
+    const ALL: [&str; 13] = [
+        "floor", "start", "image", "exec", "memory", "agent", "warm", "timeline", "side", "pod", "network", "storage",
+        "crowd",
     ];
     /// Those that take longer than all others together.
     const ONLY_IF_NAMED: [&str; 1] = ["crowd"];

@@ -13,9 +13,6 @@ use std::{os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 const POOL: &str = "warm.pool";
 
-/// Clones that have a template's pages in common.
-const BESIDE: usize = 10;
-
 /// One of those that take turns.
 struct Way {
     key: &'static str,
@@ -83,10 +80,8 @@ pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> 
         for Way { key, title, sample, .. } in ways {
             report.add(key, title, sample, "ms");
         }
-        let title = "PSS of all host processes of an idle clone with copied memory";
-        report.add("pss.copied", title, memory(node, &config, rounds, 1)?, "MiB");
-        let title = format!("PSS of all host processes of each of {BESIDE} clones with private memory");
-        report.add("pss.private", &title, memory(node, &private, 1, BESIDE)?, "MiB");
+        let title = "PSS of all host processes of an idle clone, alone, with copied memory";
+        report.add("pss.copied", title, memory(node, &config, rounds)?, "MiB");
         Ok(())
     })
 }
@@ -135,24 +130,17 @@ pub(crate) fn configuration(
     path.to_str().map(str::to_owned).context("a path of the bench")
 }
 
-/// PSS of all processes of a clone that idles beside `count - 1` others: what they have in common counts in parts.
-fn memory(node: &Node, config: &str, rounds: usize, count: usize) -> Result<Sample> {
+/// PSS of all processes of a clone that idles.
+fn memory(node: &Node, config: &str, rounds: usize) -> Result<Sample> {
     let mut sums = Sample::new();
     for _ in 0..rounds {
-        let ids: Vec<_> = (0..count).map(|n| format!("idle{n}")).collect();
-        for id in &ids {
-            node.detached(Runtime::Kata, id, &["--runtime-config-path", config], &["sleep", "10000"])?;
-        }
-        for id in &ids {
-            // it has nothing more to do by then
-            node.exec(id, "settle", &[], &["sleep", "1"]).output()?.ok()?;
-        }
-        let mut sum = 0;
-        for process in processes::of_node(node.tag()) {
-            sum += process.pss_kib()?;
-        }
-        sums.add(sum as f64 / 1024.0 / count as f64);
-        ids.iter().try_for_each(|id| node.remove(id))?;
+        node.detached(Runtime::Kata, "idle", &["--runtime-config-path", config], &["sleep", "10000"])?;
+        // it has nothing more to do by then
+        node.exec("idle", "settle", &[], &["sleep", "1"]).output()?.ok()?;
+        let kib: Vec<_> =
+            processes::of_node(node.tag()).iter().map(processes::Process::pss_kib).collect::<Result<_>>()?;
+        sums.add(kib.iter().sum::<u64>() as f64 / 1024.0);
+        node.remove("idle")?;
     }
     Ok(sums)
 }
