@@ -106,7 +106,7 @@ struct Peer {
 /// Starts for each round that was asked for. Nine would leave the median of what luck does with 8 % of doubt.
 const STARTS: usize = 3;
 
-/// Measures all of them in turns, started anew for each value: each start of a VM has luck of its own, for as long as it
+/// Measures all of them in turns, three values for each start: each start of a VM has luck of its own, for as long as it
 /// runs, with where the translator and the kernel put things, a third of its throughput either way.
 pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> Result<()> {
     with_model(Model::TcFilter, |node| {
@@ -115,7 +115,7 @@ pub(crate) fn measure(install: &Install, rounds: usize, report: &mut Report) -> 
         for first in 0..rounds * STARTS {
             let (mut peers, _held) = start(install, node, &program)?;
             let count = peers.len();
-            for counts in [false, true] {
+            for counts in [false, true, true, true] {
                 for turn in first..first + count {
                     // the first finds its way
                     peers[turn % count].measure(counts)?;
