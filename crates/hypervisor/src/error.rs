@@ -50,6 +50,12 @@ pub enum Error {
         /// The device's id.
         device: String,
     },
+    /// Another VM has what this one wants for itself.
+    #[error("the file of {device} is in use: another virtual machine has locked it")]
+    InUse {
+        /// The device's id.
+        device: String,
+    },
     /// The VM would have more devices than places for them.
     #[error("{count} devices are more than the {most} that a virtual machine can have")]
     TooManyDevices {
