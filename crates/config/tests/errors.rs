@@ -113,6 +113,24 @@ fn what_a_pool_cannot_have() {
 }
 
 #[test]
+fn disks_as_memory_have_no_cache_of_their_own() {
+    let qemu = "hypervisor.qemu";
+    let ways = "is not supported: must be \"virtio-blk\" or \"virtio-scsi\" or \"virtio-pmem\"";
+    value(qemu, "block_device_driver = \"virtio-mmio\"", ways);
+    let other = "is not supported: persistent memory is a PCI device here, not an ACPI one: set \"virtio-pmem\", which the \
+                 guest has as /dev/pmem0 too";
+    value(qemu, "block_device_driver = \"nvdimm\"", other);
+    let pmem = "[hypervisor.qemu]\nblock_device_driver = \"virtio-pmem\"\nblock_device_cache_set = true\n";
+    let why = "cannot be with block_device_driver = \"virtio-pmem\"";
+    for setting in ["cache_direct = true", "cache_noflush = true", "logical_sector_size = 512", "physical_sector_size = 4096"]
+    {
+        let error = refused(&format!("{pmem}block_device_{setting}\n"));
+        assert!(error.contains(why), "{error}");
+    }
+    Config::parse(pmem, Path::new("/c.toml")).expect("as it is by default");
+}
+
+#[test]
 fn memory_that_cannot_be_says_what_the_host_has() {
     for setting in ["0", "127", "-1", "\"2G\"", "512.0", "16777217"] {
         let error = refused(&format!("[hypervisor.qemu]\ndefault_memory = {setting}\n"));
