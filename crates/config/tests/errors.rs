@@ -122,7 +122,8 @@ fn disks_as_memory_have_no_cache_of_their_own() {
     value(qemu, "block_device_driver = \"nvdimm\"", other);
     let pmem = "[hypervisor.qemu]\nblock_device_driver = \"virtio-pmem\"\nblock_device_cache_set = true\n";
     let why = "cannot be with block_device_driver = \"virtio-pmem\"";
-    for setting in ["cache_direct = true", "cache_noflush = true", "logical_sector_size = 512", "physical_sector_size = 4096"]
+    for setting in
+        ["cache_direct = true", "cache_noflush = true", "logical_sector_size = 512", "physical_sector_size = 4096"]
     {
         let error = refused(&format!("{pmem}block_device_{setting}\n"));
         assert!(error.contains(why), "{error}");
