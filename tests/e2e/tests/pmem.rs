@@ -6,6 +6,7 @@ use e2e::{
     Containerd, Node, NodeSetup, Outcome, Runtime,
     ctr::Invocation,
     install::Install,
+    journal::Journal,
     processes,
     snapshotter::{self, file_system},
     with_node_setup,
@@ -244,6 +245,70 @@ fn a_file_that_becomes_shorter_ends_its_pod_only() -> Result<()> {
         node.remove("other")?;
         forget(node, &["short"])
     })
+}
+
+/// A VM that was saved, or waits in a pool, has addresses set aside as one that boots.
+#[test]
+fn clones_and_machines_of_a_pool_have_room() -> Result<()> {
+    let own = tempfile::Builder::new().prefix("kepmem").tempdir_in("/dev/shm")?;
+    let at = |name: &str| toml::Value::from(own.path().join(name).display().to_string());
+    let config = Install::locate()?.config_table_with(
+        "factory",
+        &[
+            ("enable_template", true.into()),
+            ("template_path", at("templates")),
+            ("vm_cache_number", 1.into()),
+            ("vm_cache_endpoint", at("pool.sock")),
+        ],
+    )?;
+    let mut config: toml::Table = config.parse()?;
+    let hypervisor = config["hypervisor"]["qemu"].as_table_mut().context("no [hypervisor.qemu]")?;
+    hypervisor.insert("block_device_driver".into(), "virtio-pmem".into());
+    with_node_setup(NodeSetup { config: Some(config.to_string()), ..NodeSetup::default() }, |node| {
+        let factory = |word: &str| {
+            let (program, config) = (node.install().kata_runtime(), node.config().display().to_string());
+            let words = ["--config", &config, "factory", word];
+            Invocation::new(&program.display().to_string(), words).env(processes::MARK, node.tag())
+        };
+        let mut server = factory("init").limit(Duration::from_secs(120)).spawn()?;
+        let said = Journal::default();
+        said.follow(server.stdout.take().context("no output")?);
+        let tested = said
+            .wait_from(0, Duration::from_secs(30), |line| line.starts_with("ready: "))
+            .context("no machine is ready")
+            .and_then(|_| in_saved_machines(node));
+        factory("destroy").output()?.ok()?;
+        server.finish()?.ok()?;
+        tested
+    })
+}
+
+fn in_saved_machines(node: &Node) -> Result<()> {
+    let (_, mount) = volume(node, "saved", 16, &[])?;
+    let told = |words: &'static str, id: &'static str| {
+        let both = move |line: &str| line.contains(words) && line.contains(&format!("sandbox={id}"));
+        node.log.wait_from(0, Duration::from_secs(5), both).with_context(|| format!("{id} is none"))
+    };
+    let script = "grep ' /data ' /proc/mounts; echo here > /data/x; sync; cat /data/x";
+    let right = |said: &str| said.starts_with("/dev/pmem0 /data ext4 rw") && said.ends_with("here");
+    let said = shell(node, "c1", &["--mount", &mount], script)?.ok()?.text();
+    ensure!(right(&said), "{said}");
+    told("a clone of a template", "c1")?;
+
+    let kind = |kind: &'static str| ["--annotation", kind, "--annotation", "io.kubernetes.cri.sandbox-id=pod"];
+    let member = kind("io.kubernetes.cri.container-type=container");
+    let sleep = ["sleep", "1000"];
+    node.detached(Runtime::Kata, "pod", &kind("io.kubernetes.cri.container-type=sandbox"), &sleep)?;
+    told("a machine of the pool", "pod")?;
+    // the second finds what the first has left
+    for id in ["m1", "m2"] {
+        node.detached(Runtime::Kata, id, &[&member[..], &["--mount", &mount]].concat(), &sleep)?;
+        let said = node.exec(id, "x", &[], &["sh", "-c", script]).output()?.ok()?.text();
+        ensure!(right(&said), "{id}: {said}");
+        node.remove(id)?;
+    }
+    node.remove("pod")?;
+    forget(node, &["saved"])
 }
 
 fn qemu_of(node: &Node, id: &str) -> Option<processes::Process> {
