@@ -50,8 +50,8 @@ pub enum Error {
         /// The device's id.
         device: String,
     },
-    /// Another VM has what this one wants for itself.
-    #[error("the file of {device} is in use: another virtual machine has locked it")]
+    /// A VM, maybe this one, has for itself what is wanted.
+    #[error("the file of {device} is in use: a virtual machine has locked it")]
     InUse {
         /// The device's id.
         device: String,

@@ -5,6 +5,7 @@ use anyhow::{Context as _, Result, ensure};
 use e2e::{
     Containerd, Node, NodeSetup, Outcome, Runtime,
     ctr::Invocation,
+    events::Events,
     install::Install,
     journal::Journal,
     processes,
@@ -138,6 +139,14 @@ fn what_was_synced_is_on_the_host() -> Result<()> {
         ensure!(left == 0, "{left} KiB are not on the host's disk after a sync");
         qemu(node)?.kill()?;
         node.remove("c1")?;
+        // whoever dies, the file is free afterwards
+        node.detached(Runtime::Kata, "c2", &["--mount", &mount], &["sleep", "1000"])?;
+        let events = Events::watch(node)?;
+        processes::wait_for(node.tag(), "containerd-shim-kata", Duration::from_secs(5))?.kill()?;
+        events.wait("/tasks/delete", "c2", Duration::from_secs(10))?;
+        node.ctr(["container", "rm", "c2"]).output()?.ok()?;
+        let seen = shell(node, "c3", &["--mount", &mount], "tail -n 1 /data/file")?.ok()?.text();
+        ensure!(seen == "100000", "{seen}");
         let copy = node.dir().join("copy").display().to_string();
         fs::copy(&disk, &copy)?;
         // the journal is played first, as a mount would

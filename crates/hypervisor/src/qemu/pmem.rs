@@ -18,9 +18,12 @@ const TIMES: u64 = 8;
 /// A vhost-user daemon has the guest's memory in eight pieces at least, of which the memory itself is up to three.
 const MOST: usize = 4;
 
+/// And no more than this: processors have 40 bits for addresses under TCG, and not many more elsewhere.
+const MOST_BYTES: u64 = 256 << 30;
+
 /// How much of it a VM of this size can have, bytes.
 pub(super) fn room(memory_mib: u64) -> u64 {
-    memory_mib.saturating_mul(TIMES << 20)
+    memory_mib.saturating_mul(TIMES << 20).min(MOST_BYTES)
 }
 
 /// Why a disk of `bytes` cannot be memory where `used` are already, each of so many bytes.
@@ -33,7 +36,7 @@ pub(super) fn obstacle(bytes: u64, room: u64, used: impl Iterator<Item = u64>) -
         return Some(format!("the virtual machine has {count} of the {MOST} that it can have"));
     }
     let all = sum.saturating_add(bytes);
-    (all > room).then(|| format!("with it, {all} bytes would be more than {TIMES} times the guest's memory"))
+    (all > room).then(|| format!("all together would have {all} bytes, and the virtual machine has room for {room}"))
 }
 
 /// For `-m`: the addresses must be set aside at the start.
@@ -122,9 +125,9 @@ mod tests {
         assert_eq!(of(mib(512), &[mib(512)]), None);
         for (bytes, used, why) in [
             (mib(3), &[][..], "no multiple of 2 MiB"),
-            (mib(1026), &[], "8 times the guest's memory"),
-            (mib(2), &[mib(1024)], "8 times the guest's memory"),
-            (u64::MAX - (mib(2) - 1), &[mib(2)], "8 times the guest's memory"),
+            (mib(1026), &[], "1075838976 bytes, and the virtual machine has room for 1073741824"),
+            (mib(2), &[mib(1024)], "1075838976 bytes"),
+            (u64::MAX - (mib(2) - 1), &[mib(2)], "has room for"),
             (mib(2), &[mib(2); MOST], "of the 4 that it can have"),
         ] {
             let told = of(bytes, used).expect("an obstacle");
@@ -136,6 +139,7 @@ mod tests {
     fn addresses_are_set_aside_for_those_who_need_them() {
         assert_eq!(size(512, 0), "512M");
         assert_eq!(size(512, room(512)), "512M,maxmem=4616M");
+        assert_eq!(room(1 << 20), 256 << 30);
     }
 
     #[test]

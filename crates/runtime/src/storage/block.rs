@@ -243,7 +243,7 @@ impl Placed {
     fn in_use(&self, id: &str) -> Error {
         let place = self.ids.iter().position(|one| one == id).and_then(|place| self.paths.get(place));
         let path = place.map_or(Path::new(id), PathBuf::as_path);
-        Error::WrongState(format!("block device {} is in use: another virtual machine has locked it", path.display()))
+        Error::WrongState(format!("block device {} is in use: a virtual machine has locked it", path.display()))
     }
 
     /// The file of a disk that could not be plugged.
