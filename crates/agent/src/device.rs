@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use agent_api::agent::Device;
 use agent_api::oci;
+use agent_api::storage::READ_ONLY;
 
 use crate::disk::{self, Disk};
 use crate::error::Error;
@@ -13,6 +14,9 @@ pub(crate) async fn translate(devices: &[Device], spec: &mut oci::Spec, patience
     let mut found = Vec::with_capacity(devices.len());
     for device in devices {
         let disk = disk::find(&device.type_, &device.id, patience).await?;
+        if device.options.iter().any(|option| option == READ_ONLY) {
+            disk.forbid_writing()?;
+        }
         found.push((device.container_path.as_str(), disk));
     }
     if found.is_empty() {

@@ -29,6 +29,20 @@ pub(crate) struct Disk {
     pub(crate) minor: u64,
 }
 
+impl Disk {
+    /// For what the host has open for reading only. A disk says so by itself; persistent memory does not, and what is written
+    /// there would be gone without a word.
+    pub(crate) fn forbid_writing(&self) -> Result<(), Error> {
+        match self.path.file_name().and_then(|name| name.to_str()).filter(|name| name.starts_with("pmem")) {
+            Some(name) => {
+                let region = format!("/sys/block/{name}/device/../read_only");
+                fs::write(&region, "1").map_err(Error::failed(region))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 impl Known {
     /// By Kata's names of drivers.
     fn new(driver: &str, address: &str) -> Result<Self, Error> {

@@ -41,8 +41,16 @@ impl Slots {
         }
         let owner =
             if device.join(class).is_dir() { device } else { entry(&device, |name| name.starts_with("virtio"))? };
+        let owner = if owner.join(class).is_dir() { owner } else { memory(&owner)? };
         entry(&owner.join(class), |_| true)?.file_name().map(ToOwned::to_owned)
     }
+}
+
+/// Where persistent memory is a disk, below its device.
+fn memory(device: &Path) -> Option<PathBuf> {
+    ["ndbus", "region", "namespace"].iter().try_fold(device.to_owned(), |at, part| {
+        entry(&at, |name| name.starts_with(part) && name.ends_with(|last: char| last.is_ascii_digit()))
+    })
 }
 
 /// The first entry of a folder that is wanted.
@@ -64,6 +72,8 @@ mod tests {
             "0000:00:03.0/virtio0/net/eth0",
             "0000:00:04.1/net/enp4",
             "0000:00:1e.0/0000:01:05.0/virtio4/block/vda",
+            "0000:00:1e.0/0000:01:06.0/virtio5/ndbus1/region1/namespace_seed",
+            "0000:00:1e.0/0000:01:06.0/virtio5/ndbus1/region1/namespace1.0/block/pmem1",
         ] {
             fs::create_dir_all(root.path().join(path)).expect("made");
         }
@@ -75,6 +85,7 @@ mod tests {
         assert_eq!(at("03", "net").as_deref(), Some("eth0"));
         assert_eq!(at("04.1", "net").as_deref(), Some("enp4"));
         assert_eq!(at("1e/05", "block").as_deref(), Some("vda"));
+        assert_eq!(at("1e/06", "block").as_deref(), Some("pmem1"));
         assert_eq!(at("1e/02", "block"), None);
         assert_eq!(at("04", "net"), None);
         assert_eq!(at("1e/03", "net"), None);

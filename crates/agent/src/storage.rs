@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_api::agent::Storage;
-use agent_api::storage::{CREATE_DIRECTORY, MORE_DEVICE};
+use agent_api::storage::{CREATE_DIRECTORY, MORE_DEVICE, READ_ONLY};
 use agent_api::{oci, paths};
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -31,10 +31,15 @@ pub(crate) async fn connect(storage: &Storage, patience: Duration) -> Result<Str
     }
     let point = below_run(&storage.mount_point)?;
     fs::create_dir_all(point).map_err(Error::failed(point))?;
-    let path = disk::find(driver, &storage.source, patience).await?.path.display().to_string();
+    let found = disk::find(driver, &storage.source, patience).await?;
+    if storage.fstype == "erofs" || storage.options.iter().any(|option| option == READ_ONLY) {
+        found.forbid_writing()?;
+    }
+    let path = found.path.display().to_string();
     let mut options = storage.options.clone();
     for address in driver_options(storage, MORE_DEVICE) {
         let more = disk::find(driver, address, patience).await?;
+        more.forbid_writing()?;
         options.push(format!("device={}", more.path.display()));
     }
     let shown = format!("block device {}", storage.source);

@@ -66,8 +66,18 @@ fn check_image(hypervisor: &Hypervisor, setting: &Entry, image: &Path) -> Result
             return Err(refuse(setting, why));
         }
     }
+    if hypervisor.image_is_memory && !size.is_multiple_of(MEMORY_BLOCK) {
+        let why = format!(
+            "has {size} bytes, no multiple of 2 MiB, which persistent memory must be: enlarge it with `truncate -s %2M`, or \
+             set disable_image_nvdimm to true"
+        );
+        return Err(refuse(setting, why));
+    }
     Ok(())
 }
+
+/// What the guest's kernel makes a disk of persistent memory in.
+const MEMORY_BLOCK: u64 = 2 << 20;
 
 /// `MemTotal` of proc_meminfo(5), MiB; unknown is unbounded.
 pub(crate) fn host_memory_mib() -> u64 {

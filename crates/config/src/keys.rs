@@ -256,9 +256,21 @@ fn block(block: &mut BlockDevices, entry: &Entry) -> Result<(), Error> {
                 ("virtio-blk", BlockDriver::VirtioBlk),
                 ("virtio-blk-pci", BlockDriver::VirtioBlk),
                 ("virtio-scsi", BlockDriver::VirtioScsi),
+                ("virtio-pmem", BlockDriver::VirtioPmem),
             ];
-            if ["nvdimm", "virtio-pmem", "virtio-mmio", "virtio-blk-mmio", "virtio-blk-ccw"].contains(&text(entry)?) {
-                return Err(refuse(entry, "is not supported: must be \"virtio-blk\" or \"virtio-scsi\""));
+            match text(entry)? {
+                "nvdimm" => {
+                    return Err(refuse(
+                        entry,
+                        "is not supported: persistent memory is a PCI device here, not an ACPI one: set \
+                         \"virtio-pmem\", which the guest has as /dev/pmem0 too",
+                    ));
+                }
+                "virtio-mmio" | "virtio-blk-mmio" | "virtio-blk-ccw" => {
+                    let why = "is not supported: must be \"virtio-blk\" or \"virtio-scsi\" or \"virtio-pmem\"";
+                    return Err(refuse(entry, why));
+                }
+                _ => {}
             }
             block.driver = one_of(entry, &drivers)?;
         }
@@ -285,6 +297,21 @@ fn sector(entry: &Entry) -> Result<u32, Error> {
 
 /// What of block devices fits together.
 fn blocks_fit(block: BlockDevices, settings: &Settings) -> Result<(), Error> {
+    if block.driver == BlockDriver::VirtioPmem {
+        let has_sectors = block.logical_sector_size > 0 || block.physical_sector_size > 0;
+        for (name, is_set) in [
+            ("cache_direct", block.cache_set && block.cache_direct),
+            ("cache_noflush", block.cache_set && block.cache_noflush),
+            ("logical_sector_size", has_sectors),
+            ("physical_sector_size", has_sectors),
+        ] {
+            if let Some(entry) = settings.get(&format!("hypervisor.qemu.block_device_{name}")).filter(|_| is_set) {
+                let why = "cannot be with block_device_driver = \"virtio-pmem\", where the guest has the host's page cache \
+                           for a disk, in pages: remove it, or set \"virtio-blk\"";
+                return Err(refuse(entry, why));
+            }
+        }
+    }
     if block.aio == BlockAio::Native
         && !(block.cache_set && block.cache_direct)
         && let Some(entry) = settings.get("hypervisor.qemu.block_device_aio")

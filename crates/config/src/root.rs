@@ -2,7 +2,7 @@
 
 use crate::Error;
 use crate::file::{Entry, Value};
-use crate::keys::{Settings, line, refuse};
+use crate::keys::{Settings, line, one_of, refuse};
 use crate::types::{Hypervisor, Verity};
 
 /// More blocks than any disk has; keeps products of it in 64 bits.
@@ -22,7 +22,7 @@ pub(crate) fn choose(hypervisor: &mut Hypervisor, settings: &Settings) -> Result
             ));
         }
         (Some(_), ..) => {
-            disk_only(settings)?;
+            hypervisor.image_is_memory = is_memory(settings)?;
             hypervisor.initrd = None;
         }
         (None, _, Some(initrd)) if hypervisor.initrd.is_none() => {
@@ -38,22 +38,20 @@ pub(crate) fn choose(hypervisor: &mut Hypervisor, settings: &Settings) -> Result
     }
 }
 
-/// An image can be persistent memory with Kata, which is its default. Our guest's kernel finds such a memory and makes no
-/// disk of it; nobody who boots an initrd needs to know.
-fn disk_only(settings: &Settings) -> Result<(), Error> {
+/// A disk or persistent memory, by the Go runtime's key or by the Rust runtime's; nobody who boots an initrd needs to know.
+fn is_memory(settings: &Settings) -> Result<bool, Error> {
     let set = |name: &str| settings.get(&format!("hypervisor.qemu.{name}"));
-    if let Some(entry) = set("disable_image_nvdimm").filter(|entry| entry.value == Value::Bool(false)) {
-        return Err(refuse(
-            entry,
-            "an image is a virtio-blk disk here, not an nvdimm: remove the key or set it to true",
-        ));
-    }
-    let disk = Value::Text("virtio-blk-pci".into());
-    match set("vm_rootfs_driver").filter(|entry| entry.value != disk) {
-        Some(entry) => {
-            Err(refuse(entry, "an image is a virtio-blk disk here: remove the key or set \"virtio-blk-pci\""))
+    let by_go = match set("disable_image_nvdimm").map(|entry| &entry.value) {
+        Some(Value::Bool(is_disk)) => Some(!is_disk),
+        _ => None,
+    };
+    let Some(entry) = set("vm_rootfs_driver") else { return Ok(by_go.unwrap_or(false)) };
+    let by_rust = one_of(entry, &[("virtio-blk-pci", false), ("virtio-pmem", true)])?;
+    match by_go.filter(|by_go| *by_go != by_rust) {
+        Some(by_go) => {
+            Err(refuse(entry, format!("disable_image_nvdimm = {} says the opposite: remove one of them", !by_go)))
         }
-        None => Ok(()),
+        None => Ok(by_rust),
     }
 }
 

@@ -119,6 +119,8 @@ pub enum BlockDriver {
     VirtioBlk,
     /// Units of one controller.
     VirtioScsi,
+    /// Persistent memory: the file itself, mapped. What cannot be that is as [`Self::VirtioBlk`].
+    VirtioPmem,
 }
 
 /// How the VMM reads and writes them.
@@ -179,6 +181,8 @@ pub struct Hypervisor {
     pub rootfs_type: String,
     /// What the guest's kernel holds the image against.
     pub kernel_verity_params: Option<Verity>,
+    /// The image is persistent memory instead of a disk (`disable_image_nvdimm`, `vm_rootfs_driver`).
+    pub image_is_memory: bool,
     /// `-machine`.
     pub machine_type: String,
     /// Own key.
@@ -305,6 +309,7 @@ impl Default for Hypervisor {
             image: None,
             rootfs_type: "ext4".into(),
             kernel_verity_params: None,
+            image_is_memory: false,
             machine_type: "q35".into(),
             accelerator: Accelerator::Auto,
             kernel_params: String::new(),

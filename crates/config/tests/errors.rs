@@ -62,11 +62,24 @@ fn a_guest_boots_one_thing() {
     assert_eq!(root("[hypervisor.qemu]\nimage = \"\"\n"), (true, None));
     assert_eq!(root("[hypervisor.qemu]\nimage = \"/b\"\n"), (false, Some("/b".into())));
     assert_eq!(root("[hypervisor.qemu]\ninitrd = \"\"\nimage = \"/b\"\n"), (false, Some("/b".into())));
-    for (setting, why) in [
-        ("disable_image_nvdimm = false", "not an nvdimm: remove the key or set it to true"),
-        ("vm_rootfs_driver = \"virtio-pmem\"", "remove the key or set \"virtio-blk-pci\""),
-    ] {
+    let is_memory = |setting: &str| {
+        let text = format!("[hypervisor.qemu]\nimage = \"/b\"\n{setting}\n");
+        Config::parse(&text, Path::new("/c.toml")).expect("right").hypervisor.image_is_memory
+    };
+    for setting in ["disable_image_nvdimm = false", "vm_rootfs_driver = \"virtio-pmem\""] {
         assert_eq!(root(&format!("[hypervisor.qemu]\n{setting}\n")), (true, None));
+        assert!(is_memory(setting), "{setting}");
+    }
+    for setting in ["", "disable_image_nvdimm = true", "vm_rootfs_driver = \"virtio-blk-pci\""] {
+        assert!(!is_memory(setting), "{setting}");
+    }
+    for (setting, why) in [
+        ("vm_rootfs_driver = \"virtio-blk-mmio\"", "must be \"virtio-blk-pci\" or \"virtio-pmem\""),
+        (
+            "vm_rootfs_driver = \"virtio-blk-pci\"\ndisable_image_nvdimm = false",
+            "disable_image_nvdimm = false says the opposite: remove one of them",
+        ),
+    ] {
         let error = refused(&format!("[hypervisor.qemu]\nimage = \"/b\"\n{setting}\n"));
         assert!(error.ends_with(why), "{error}");
     }
@@ -97,6 +110,25 @@ fn what_a_pool_cannot_have() {
         let error = refused(&format!("[factory]\n{setting}\n"));
         assert!(error.contains("must be"), "{error}");
     }
+}
+
+#[test]
+fn disks_as_memory_have_no_cache_of_their_own() {
+    let qemu = "hypervisor.qemu";
+    let ways = "is not supported: must be \"virtio-blk\" or \"virtio-scsi\" or \"virtio-pmem\"";
+    value(qemu, "block_device_driver = \"virtio-mmio\"", ways);
+    let other = "is not supported: persistent memory is a PCI device here, not an ACPI one: set \"virtio-pmem\", which the \
+                 guest has as /dev/pmem0 too";
+    value(qemu, "block_device_driver = \"nvdimm\"", other);
+    let pmem = "[hypervisor.qemu]\nblock_device_driver = \"virtio-pmem\"\nblock_device_cache_set = true\n";
+    let why = "cannot be with block_device_driver = \"virtio-pmem\"";
+    for setting in
+        ["cache_direct = true", "cache_noflush = true", "logical_sector_size = 512", "physical_sector_size = 4096"]
+    {
+        let error = refused(&format!("{pmem}block_device_{setting}\n"));
+        assert!(error.contains(why), "{error}");
+    }
+    Config::parse(pmem, Path::new("/c.toml")).expect("as it is by default");
 }
 
 #[test]

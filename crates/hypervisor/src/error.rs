@@ -50,6 +50,12 @@ pub enum Error {
         /// The device's id.
         device: String,
     },
+    /// A VM, maybe this one, has for itself what is wanted.
+    #[error("the file of {device} is in use: a virtual machine has locked it")]
+    InUse {
+        /// The device's id.
+        device: String,
+    },
     /// The VM would have more devices than places for them.
     #[error("{count} devices are more than the {most} that a virtual machine can have")]
     TooManyDevices {

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -93,6 +94,10 @@ impl Helper {
             let stderr = String::from_utf8_lossy(&stderr.lock().unwrap_or_else(PoisonError::into_inner)).into_owned();
             let is_success = status.as_ref().is_ok_and(std::process::ExitStatus::success);
             let reason = match status {
+                Ok(status) if status.signal() == Some(libc::SIGBUS) => format!(
+                    "{what} ended ({status}): a file that is memory of the virtual machine, as a disk by virtio-pmem is, \
+                     became shorter, or the host had no room for what was written there"
+                ),
                 Ok(status) => format!("{what} ended ({status})"),
                 Err(error) => format!("{what} cannot be waited for ({error})"),
             };

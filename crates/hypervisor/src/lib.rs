@@ -121,6 +121,9 @@ pub trait Vm: Send + Sync {
     /// The guest does not let go in time: its slot stays taken until it does.
     async fn unplug(&self, id: &str) -> Result<(), Error>;
 
+    /// Whether a disk stays as long as the VM does, and as large as it is: it can be neither unplugged nor resized.
+    fn is_fixed(&self, id: &str) -> bool;
+
     /// Where the guest sees a device: slot numbers in hexadecimal from the root bus on, as `1e/01`. `None` when there
     /// is no such device or its place is not known.
     fn guest_path(&self, id: &str) -> Option<String>;

@@ -51,6 +51,8 @@ pub struct Image {
     pub file_system: String,
     /// What the guest's kernel holds every block that it reads against; `None` believes the disk.
     pub verity: Option<Verity>,
+    /// It is persistent memory instead of a disk; its size is a multiple of 2 MiB then.
+    pub is_memory: bool,
 }
 
 /// dm-verity over the first partition, with SHA-256; the hashes are the second partition, without a superblock.
@@ -140,6 +142,7 @@ impl Device {
             Self::Disk(disk) => Self::Disk(Disk {
                 id: disk.id.clone(),
                 file: disk.file.try_clone()?,
+                bytes: disk.bytes,
                 read_only: disk.read_only,
                 shared: disk.shared,
             }),
@@ -231,6 +234,8 @@ pub struct Disk {
     pub id: String,
     /// Open for what the guest may do with it.
     pub file: OwnedFd,
+    /// Its size.
+    pub bytes: u64,
     /// The guest may only read it, and `file` is open for no more.
     pub read_only: bool,
     /// Others on this host may write it at the same time: it is a raw device, which has no file system that would break.

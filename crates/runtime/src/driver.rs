@@ -28,6 +28,7 @@ fn disks(from: config::BlockDevices) -> DiskSettings {
         driver: match from.driver {
             config::BlockDriver::VirtioBlk => DiskDriver::Block,
             config::BlockDriver::VirtioScsi => DiskDriver::Scsi,
+            config::BlockDriver::VirtioPmem => DiskDriver::Pmem,
         },
         aio: from.aio.as_str(),
         direct: from.cache_set && from.cache_direct,

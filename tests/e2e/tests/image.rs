@@ -48,6 +48,39 @@ fn boots_from_a_disk_that_nobody_writes() -> Result<()> {
     Ok(())
 }
 
+/// As persistent memory, which the guest's kernel holds against the same hashes.
+#[test]
+fn boots_from_memory_that_nobody_writes() -> Result<()> {
+    let image = Install::locate()?.image();
+    let before = fs::read(&image)?;
+    let memory = ("disable_image_nvdimm", toml::Value::from(false));
+    on_image(&[memory.clone()], |node| {
+        let root = node.run(Runtime::Kata, "root", &["--privileged"], &["sh", "-c", MEMORY]).output()?.ok()?.text();
+        for words in
+            [" root=/dev/dm-0 rootfstype=erofs ro ", " verity 1 /dev/pmem0p1 /dev/pmem0p2 ", "\ndm-0 1 pmem0p1 pmem0p2"]
+        {
+            ensure!(root.contains(words), "{words:?} is missing in {root}");
+        }
+        Ok(())
+    })?;
+    on_image(&[memory, ("kernel_verity_params", "".into())], |node| {
+        let line = node.run(Runtime::Kata, "plain", &[], &["cat", "/proc/cmdline"]).output()?.ok()?.text();
+        ensure!(line.contains("root=/dev/pmem0p1 rootfstype=erofs ro "), "{line}");
+        Ok(())
+    })?;
+    ensure!(fs::read(&image)? == before, "the guest wrote into the image");
+    Ok(())
+}
+
+/// What is under the verified disk, and a try to write it.
+const MEMORY: &str = r"
+    cat /proc/cmdline
+    echo dm-0 $(cat /sys/block/dm-0/ro) $(ls /sys/block/dm-0/slaves)
+    mknod /tmp/disk b $(tr : ' ' < /sys/block/pmem0/dev)
+    dd if=/dev/zero of=/tmp/disk bs=4096 seek=300 count=8 conv=fsync 2> /dev/null
+    sync
+";
+
 /// A pod tells its guest more: names to resolve by, which are written where nothing can be.
 #[test]
 fn a_pod_boots_from_a_disk() -> Result<()> {
@@ -102,7 +135,8 @@ fn a_changed_byte_ends_the_boot() -> Result<()> {
         let path = flipped(&image, at, dir.path())?.display().to_string();
         dies(name, &[("image", path.into())])?;
     }
-    Ok(())
+    let path = flipped(&image, entry, dir.path())?.display().to_string();
+    dies("memory", &[("image", path.into()), ("vm_rootfs_driver", "virtio-pmem".into())])
 }
 
 /// Where in the image the agent's first instruction is: it is the only program there (elf(5)).
@@ -143,11 +177,7 @@ fn what_cannot_be_booted_is_refused() -> Result<()> {
             ("initrd", install.initrd().display().to_string().into()),
             "a guest boots an image or an initrd, and `initrd` is set too",
         ),
-        (
-            "nvdimm",
-            ("disable_image_nvdimm", toml::Value::from(false)),
-            "not an nvdimm: remove the key or set it to true",
-        ),
+        ("driver", ("vm_rootfs_driver", "virtio-blk-mmio".into()), "must be \"virtio-blk-pci\" or \"virtio-pmem\""),
         ("missing", ("image", "/no/such/image".into()), "no such file: run `make install`"),
     ];
     for (name, change, why) in cases {

@@ -5,8 +5,9 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use super::QemuSettings;
 use super::accelerator::Accelerator;
 use super::device::{self, escape};
-use super::disk::{self, Disks};
+use super::disk::{self, Disks, Way};
 use super::pci::{self, Bridge, Place};
+use super::pmem;
 use super::root::RootArguments;
 use crate::{Channel, Device, FileServer, SharedDir, VmSpec};
 
@@ -119,7 +120,8 @@ pub(super) fn arguments(
         features => args.pair("-cpu", format!("{model},{features}")),
     }
     args.pair("-smp", size.vcpus.to_string());
-    args.pair("-m", format!("{}M", size.memory_mib));
+    let of_image = inherited.boot.as_ref().map_or(0, |(_, root)| root.memory);
+    args.pair("-m", pmem::size(size.memory_mib, disks.room.saturating_add(of_image)));
     args.pair("-object", inherited.memory.argument(size.memory_mib, spec.merge));
     for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
         args.0.push(flag.to_owned());
@@ -214,10 +216,14 @@ fn devices(
             }
             Device::Host(host) => args.pair("-device", device::host(&host.id, &host.address, place).line()),
             Device::Disk(one) => {
-                let Some((set, unit)) = disks.find(&one.id) else { continue };
-                args.pair("-add-fd", disk::set_line(one.file.as_raw_fd(), set));
-                args.pair("-blockdev", disk::node(one, set, &settings.disks).to_string());
-                args.pair("-device", disk::device(one, unit, place, &settings.disks, accelerator).line());
+                let Some((set, way)) = disks.find(&one.id) else { continue };
+                if matches!(way, Way::Memory(_)) {
+                    args.pair("-object", pmem::backend(one, one.file.as_raw_fd().into()).line());
+                } else {
+                    args.pair("-add-fd", disk::set_line(one.file.as_raw_fd(), set));
+                    args.pair("-blockdev", disk::node(one, set, &settings.disks).to_string());
+                }
+                args.pair("-device", disk::device(one, way, place, &settings.disks, accelerator).line());
             }
         }
     }
@@ -288,7 +294,7 @@ mod tests {
 
     fn line(settings: &QemuSettings, spec: &VmSpec) -> String {
         let (bridge, disks) = super::super::places(settings, spec).expect("room");
-        let root = RootArguments::new(&spec.boot.root, "/proc/self/fd/7");
+        let root = RootArguments::new(&spec.boot.root, "/proc/self/fd/7", 1);
         let inherited = Inherited { boot: Some(("/proc/self/fd/6".into(), root)), ..INHERITED };
         arguments(settings, Accelerator::Tcg, spec, &bridge, &disks, &inherited).join(" ")
     }
@@ -386,7 +392,7 @@ mod tests {
         let spec_with = |ids: &[&str]| {
             let disk = |id: &&str| {
                 let file = tempfile::tempfile().expect("a file").into();
-                Device::Disk(crate::Disk { id: (*id).to_owned(), file, read_only: true, shared: false })
+                Device::Disk(crate::Disk { id: (*id).to_owned(), file, bytes: 4 << 20, read_only: true, shared: false })
             };
             VmSpec { devices: ids.iter().map(disk).collect(), pluggable: true, ..spec(512) }
         };
@@ -402,9 +408,21 @@ mod tests {
         ] {
             assert!(blk.contains(part), "{part} is missing in {blk}");
         }
-        let driver = crate::qemu::DiskDriver::Scsi;
-        let disks = crate::qemu::DiskSettings { driver, ..crate::qemu::DiskSettings::default() };
-        let scsi = line(&QemuSettings { disks, ..settings }, &blocks);
+        let with = |driver| {
+            let disks = crate::qemu::DiskSettings { driver, ..crate::qemu::DiskSettings::default() };
+            line(&QemuSettings { disks, ..settings.clone() }, &blocks)
+        };
+        let pmem = with(crate::qemu::DiskDriver::Pmem);
+        for part in [
+            "-m 512M,maxmem=",
+            &format!(
+                "-object memory-backend-file,id=disk1-host,mem-path=/proc/self/fd/{number},size=4194304,share=on,"
+            ),
+            "-device virtio-pmem-pci,id=disk2,memdev=disk2-host,bus=plug,addr=0x2",
+        ] {
+            assert!(pmem.contains(part), "{part} is missing in {pmem}");
+        }
+        let scsi = with(crate::qemu::DiskDriver::Scsi);
         for part in [
             "-device virtio-scsi-pci,id=scsi,romfile=,bus=plug,addr=0x1",
             "-device scsi-hd,id=disk2,drive=disk2-host,bus=scsi.0,scsi-id=0,lun=1",

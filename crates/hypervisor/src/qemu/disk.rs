@@ -1,13 +1,15 @@
 //! Disks in QEMU's words, and where each of them is. Pure.
 //!
 //! A disk is a node of QEMU's (the file), a descriptor set through which that opens it, and a device: a PCI device of its
-//! own, or a unit of one SCSI controller, which takes one place for all of them.
+//! own, or a unit of one SCSI controller, which takes one place for all of them. One that is memory of the guest (`pmem`) has
+//! no node.
 
 use serde_json::{Value, json};
 
 use super::accelerator::Accelerator;
 use super::device::{Options, at};
 use super::pci::Place;
+use super::pmem;
 use crate::{Disk, DiskAddress, Error};
 
 /// How the guest has its disks.
@@ -18,6 +20,8 @@ pub enum DiskDriver {
     Block,
     /// virtio-scsi: units of one controller.
     Scsi,
+    /// virtio-pmem: memory, a PCI device each; as [`Self::Block`] what cannot be that.
+    Pmem,
 }
 
 /// How QEMU works with the files.
@@ -60,6 +64,8 @@ const MOST_UNITS: u16 = 256;
 pub(super) struct Disks {
     sets: u32,
     all: Vec<Known>,
+    /// How much can be memory, bytes.
+    pub(super) room: u64,
     /// The controller is there.
     pub(super) controller: bool,
 }
@@ -68,27 +74,59 @@ pub(super) struct Disks {
 struct Known {
     id: String,
     set: u32,
-    unit: Option<u16>,
+    way: Way,
+}
+
+/// How the guest has one disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// A PCI device.
+    Pci,
+    /// A unit of the controller.
+    Unit(u16),
+    /// Memory of so many bytes, a PCI device too.
+    Memory(u64),
 }
 
 impl Disks {
-    /// A set's number, never given twice, and for SCSI a unit's.
-    pub(super) fn add(&mut self, id: &str, driver: DiskDriver) -> Result<(u32, Option<u16>), Error> {
-        let unit = match driver {
-            DiskDriver::Block => None,
-            DiskDriver::Scsi => {
-                let is_free = |unit: &u16| self.all.iter().all(|disk| disk.unit != Some(*unit));
-                Some((0..MOST_UNITS).find(is_free).ok_or_else(|| Error::NoSlot { device: id.to_owned() })?)
-            }
-        };
-        self.sets += 1;
-        self.all.push(Known { id: id.to_owned(), set: self.sets, unit });
-        Ok((self.sets, unit))
+    /// None yet; so much can be memory.
+    pub(super) fn with_room(room: u64) -> Self {
+        Self { room, ..Self::default() }
     }
 
-    /// A disk's set and unit.
-    pub(super) fn find(&self, id: &str) -> Option<(u32, Option<u16>)> {
-        self.all.iter().find(|disk| disk.id == id).map(|disk| (disk.set, disk.unit))
+    /// A set's number, never given twice, and how the guest is to have the disk.
+    pub(super) fn add(&mut self, disk: &Disk, driver: DiskDriver) -> Result<(u32, Way), Error> {
+        let way = match driver {
+            DiskDriver::Block => Way::Pci,
+            DiskDriver::Scsi => {
+                let is_free = |unit: &u16| self.all.iter().all(|disk| disk.way != Way::Unit(*unit));
+                let unit = (0..MOST_UNITS).find(is_free).ok_or_else(|| Error::NoSlot { device: disk.id.clone() })?;
+                Way::Unit(unit)
+            }
+            DiskDriver::Pmem => self.memory(disk),
+        };
+        self.sets += 1;
+        self.all.push(Known { id: disk.id.clone(), set: self.sets, way });
+        Ok((self.sets, way))
+    }
+
+    fn memory(&self, disk: &Disk) -> Way {
+        let used = self.all.iter().filter_map(|known| match known.way {
+            Way::Memory(bytes) => Some(bytes),
+            _ => None,
+        });
+        match pmem::obstacle(disk.bytes, self.room, used) {
+            None => Way::Memory(disk.bytes),
+            Some(why) => {
+                tracing::warn!(disk = disk.id, why, "a disk cannot be persistent memory and is a virtio-blk one");
+                Way::Pci
+            }
+        }
+    }
+
+    /// A disk's set and way.
+    pub(super) fn find(&self, id: &str) -> Option<(u32, Way)> {
+        self.all.iter().find(|disk| disk.id == id).map(|disk| (disk.set, disk.way))
     }
 
     pub(super) fn remove(&mut self, id: &str) {
@@ -97,9 +135,9 @@ impl Disks {
 
     /// Where it is, on the controller or at `place`.
     pub(super) fn address(&self, id: &str, place: Option<Place>) -> Option<DiskAddress> {
-        match self.all.iter().find(|disk| disk.id == id)?.unit {
-            Some(lun) => Some(DiskAddress::Scsi { id: 0, lun }),
-            None => place.map(|place| DiskAddress::Pci(place.guest_path())),
+        match self.find(id)?.1 {
+            Way::Unit(lun) => Some(DiskAddress::Scsi { id: 0, lun }),
+            Way::Pci | Way::Memory(_) => place.map(|place| DiskAddress::Pci(place.guest_path())),
         }
     }
 }
@@ -143,12 +181,16 @@ pub(super) fn controller(place: Option<Place>) -> Options {
 /// the loop by itself, and the processor is in the guest meanwhile.
 pub(super) fn device(
     disk: &Disk,
-    unit: Option<u16>,
+    way: Way,
     place: Option<Place>,
     settings: &DiskSettings,
     accelerator: Accelerator,
 ) -> Options {
-    let driver = if unit.is_some() { "scsi-hd" } else { "virtio-blk-pci" };
+    let driver = match way {
+        Way::Memory(_) => return pmem::device(&disk.id, &node_name(&disk.id), place),
+        Way::Unit(_) => "scsi-hd",
+        Way::Pci => "virtio-blk-pci",
+    };
     let mut options = vec![("driver", json!(driver)), ("id", json!(disk.id)), ("drive", json!(node_name(&disk.id)))];
     for (name, size) in
         [("logical_block_size", settings.logical_sector), ("physical_block_size", settings.physical_sector)]
@@ -160,7 +202,7 @@ pub(super) fn device(
     if disk.shared {
         options.push(("share-rw", json!(true)));
     }
-    if let Some(unit) = unit {
+    if let Way::Unit(unit) = way {
         options.extend([("bus", json!(format!("{CONTROLLER}.0"))), ("scsi-id", json!(0)), ("lun", json!(unit))]);
     } else {
         if accelerator == Accelerator::Tcg {
@@ -177,25 +219,29 @@ mod tests {
     use super::*;
 
     fn disk(read_only: bool, shared: bool) -> Disk {
-        Disk { id: "disk1".into(), file: tempfile::tempfile().expect("a file").into(), read_only, shared }
+        sized("disk1", 1 << 20, read_only, shared)
+    }
+
+    fn sized(id: &str, bytes: u64, read_only: bool, shared: bool) -> Disk {
+        Disk { id: id.into(), file: tempfile::tempfile().expect("a file").into(), bytes, read_only, shared }
     }
 
     #[test]
     fn a_disk_of_its_own() {
         let mut disks = Disks::default();
         let place = Bridge::new().take("disk1");
-        let (set, unit) = disks.add("disk1", DiskDriver::Block).expect("room");
+        let (set, way) = disks.add(&disk(true, false), DiskDriver::Block).expect("room");
         let settings = DiskSettings { aio: "io_uring", logical_sector: 4096, ..DiskSettings::default() };
         let one = disk(true, false);
         let node = node(&one, set, &settings);
         assert_eq!((node["filename"].as_str(), node["driver"].as_str()), (Some("/dev/fdset/1"), Some("file")));
         assert_eq!((node["read-only"].as_bool(), node["aio"].as_str()), (Some(true), Some("io_uring")));
         assert_eq!(
-            device(&one, unit, place, &settings, Accelerator::Kvm).line(),
+            device(&one, way, place, &settings, Accelerator::Kvm).line(),
             "virtio-blk-pci,id=disk1,drive=disk1-host,logical_block_size=4096,bus=plug,addr=0x1"
         );
         assert_eq!(
-            device(&one, unit, place, &settings, Accelerator::Tcg).line(),
+            device(&one, way, place, &settings, Accelerator::Tcg).line(),
             "virtio-blk-pci,id=disk1,drive=disk1-host,logical_block_size=4096,ioeventfd=off,bus=plug,addr=0x1"
         );
         assert_eq!(disks.address("disk1", place), Some(DiskAddress::Pci("1e/01".into())));
@@ -206,19 +252,45 @@ mod tests {
     fn units_of_one_controller() {
         let mut disks = Disks::default();
         for id in ["disk1", "disk2"] {
-            disks.add(id, DiskDriver::Scsi).expect("room");
+            disks.add(&sized(id, 1, false, false), DiskDriver::Scsi).expect("room");
         }
         disks.remove("disk1");
         // a set that QEMU may still hold is not used again, a unit is
-        assert_eq!(disks.add("disk3", DiskDriver::Scsi).expect("room"), (3, Some(0)));
+        let third = disks.add(&sized("disk3", 1, false, false), DiskDriver::Scsi).expect("room");
+        assert_eq!(third, (3, Way::Unit(0)));
         assert_eq!(disks.address("disk2", None), Some(DiskAddress::Scsi { id: 0, lun: 1 }));
         assert_eq!(
-            device(&disk(false, true), Some(7), None, &DiskSettings::default(), Accelerator::Tcg).line(),
+            device(&disk(false, true), Way::Unit(7), None, &DiskSettings::default(), Accelerator::Tcg).line(),
             "scsi-hd,id=disk1,drive=disk1-host,share-rw=on,bus=scsi.0,scsi-id=0,lun=7"
         );
         for number in 0..MOST_UNITS - 2 {
-            disks.add(&format!("more{number}"), DiskDriver::Scsi).expect("room");
+            disks.add(&sized(&format!("more{number}"), 1, false, false), DiskDriver::Scsi).expect("room");
         }
-        disks.add("last", DiskDriver::Scsi).expect_err("no unit is left");
+        disks.add(&sized("last", 1, false, false), DiskDriver::Scsi).expect_err("no unit is left");
+    }
+
+    #[test]
+    fn what_cannot_be_memory_is_a_disk() {
+        let mut disks = Disks::with_room(4 << 20);
+        let mut bridge = Bridge::new();
+        for (id, bytes, way) in [
+            ("disk1", 2 << 20, Way::Memory(2 << 20)),
+            ("disk2", (2 << 20) + 512, Way::Pci),
+            ("disk3", 4 << 20, Way::Pci),
+            ("disk4", 2 << 20, Way::Memory(2 << 20)),
+        ] {
+            let place = bridge.take(id);
+            assert_eq!(disks.add(&sized(id, bytes, false, false), DiskDriver::Pmem).expect("room").1, way, "{id}");
+            assert_eq!(disks.address(id, place), place.map(|place| DiskAddress::Pci(place.guest_path())));
+        }
+        let one = sized("disk1", 2 << 20, true, false);
+        assert_eq!(
+            device(&one, Way::Memory(2 << 20), bridge.find("disk1"), &DiskSettings::default(), Accelerator::Tcg).line(),
+            "virtio-pmem-pci,id=disk1,memdev=disk1-host,bus=plug,addr=0x1"
+        );
+        assert_eq!(
+            pmem::backend(&one, 7).line(),
+            "memory-backend-file,id=disk1-host,mem-path=/proc/self/fd/7,size=2097152,share=on,readonly=on"
+        );
     }
 }

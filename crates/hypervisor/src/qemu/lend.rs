@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 
 use super::accelerator::Accelerator;
+use super::disk::Disks;
 use super::pci::Bridge;
 use super::qmp::Qmp;
 use super::{QemuSettings, QemuVm, Terminal, stream};
@@ -18,6 +19,8 @@ struct About {
     is_kvm: bool,
     is_logged: bool,
     bridge: Bridge,
+    /// How much of its disks can be memory.
+    room: u64,
 }
 
 impl QemuVm {
@@ -27,7 +30,8 @@ impl QemuVm {
         let fds = vec![self.qmp.lend().await.map_err(failed())?, self.terminal.end.try_clone().map_err(failed())?];
         let bridge = std::mem::take(&mut *self.lock_bridge());
         let is_kvm = self.accelerator == Accelerator::Kvm;
-        let about = About { is_kvm, is_logged: self.terminal.is_logged, bridge };
+        let room = self.lock_disks().room;
+        let about = About { is_kvm, is_logged: self.terminal.is_logged, bridge, room };
         let about = serde_json::to_string(&about).map_err(|error| failed()(std::io::Error::other(error)))?;
         Ok(Lent { about, fds })
     }
@@ -42,7 +46,7 @@ pub(super) async fn adopt(
 ) -> Result<QemuVm, Error> {
     let failed = || Error::system("taking a virtual machine over");
     let wrong = |what: &str| failed()(std::io::Error::other(what.to_owned()));
-    let About { is_kvm, is_logged, bridge } =
+    let About { is_kvm, is_logged, bridge, room } =
         serde_json::from_str(&lent.about).map_err(|_| wrong("it is described in other words"))?;
     let [monitor, console] = <[OwnedFd; 2]>::try_from(lent.fds).map_err(|_| wrong("it needs two sockets"))?;
     let (console, terminal) = Terminal::follow(console, is_logged)?;
@@ -57,7 +61,7 @@ pub(super) async fn adopt(
         accelerator: if is_kvm { Accelerator::Kvm } else { Accelerator::Tcg },
         boot_files: Vec::new(),
         // it has got none yet
-        disks: Arc::default(),
+        disks: Arc::new(Mutex::new(Disks::with_room(room))),
         disk_settings: settings.disks.clone(),
         bridge: Arc::new(Mutex::new(bridge)),
         plugging: tokio::sync::Mutex::default(),

@@ -8,6 +8,7 @@ mod disk;
 mod lend;
 mod pci;
 mod plug;
+mod pmem;
 mod probe;
 mod qmp;
 mod root;
@@ -31,7 +32,7 @@ pub use disk::{DiskDriver, DiskSettings};
 use self::accelerator::Memory;
 use self::boot_file::BootFile;
 use self::cmdline::Inherited;
-use self::disk::Disks;
+use self::disk::{Disks, Way};
 use self::pci::Bridge;
 use self::qmp::Qmp;
 use self::root::{RootArguments, RootFile};
@@ -128,6 +129,13 @@ impl Qemu {
 
     async fn start(&self, spec: VmSpec, accelerator: Accelerator) -> Result<QemuVm, Error> {
         let (mut bridge, disks) = places(&self.settings, &spec)?;
+        for device in &spec.devices {
+            if let Device::Disk(disk) = device
+                && matches!(disks.find(&disk.id), Some((_, Way::Memory(_))))
+            {
+                pmem::lock(disk)?;
+            }
+        }
         let later = if matches!(spec.begin, Begin::Clone(_)) { folders(&spec, &mut bridge)? } else { Vec::new() };
         let (qmp, qmp_child) = pair()?;
         let (console_stream, console_child) = pair()?;
@@ -266,6 +274,9 @@ fn places(settings: &QemuSettings, spec: &VmSpec) -> Result<(Bridge, Disks), Err
     let (mut bridge, mut disks) = (Bridge::default(), Disks::default());
     if spec.pluggable && settings.machine.contains("q35") {
         bridge = Bridge::new();
+        if settings.disks.driver == DiskDriver::Pmem {
+            disks.room = pmem::room(spec.size.memory_mib);
+        }
     }
     let count = spec.devices.len();
     for device in &spec.devices {
@@ -273,8 +284,8 @@ fn places(settings: &QemuSettings, spec: &VmSpec) -> Result<(Bridge, Disks), Err
             Device::Net(card) => !bridge.is_missing() && bridge.find(&card.id).is_none(),
             Device::Host(_) => false,
             Device::Disk(disk) => {
-                disks.add(&disk.id, settings.disks.driver)?;
-                settings.disks.driver == DiskDriver::Block
+                disks.add(disk, settings.disks.driver)?;
+                settings.disks.driver != DiskDriver::Scsi
             }
         };
         if of_the_bridge {
@@ -314,8 +325,8 @@ impl Hypervisor for Qemu {
     async fn fingerprint(&self, spec: &VmSpec) -> Result<String, Error> {
         let accelerator = self.accelerator(&spec.boot).await?;
         let plain = snapshot::plain(spec);
-        let (bridge, _) = places(&self.settings, &plain)?;
-        Ok(snapshot::fingerprint(&self.settings, accelerator, &plain, &bridge, self.tsc_khz(accelerator).await))
+        let (bridge, disks) = places(&self.settings, &plain)?;
+        Ok(snapshot::fingerprint(&self.settings, accelerator, &plain, &bridge, &disks, self.tsc_khz(accelerator).await))
     }
 
     async fn adopt(&self, lent: Lent, process: Helper, channel: OwnedFd) -> Result<Box<dyn Vm>, Error> {
@@ -403,6 +414,10 @@ impl Vm for QemuVm {
     fn guest_disk(&self, id: &str) -> Option<DiskAddress> {
         let place = self.lock_bridge().find(id);
         self.lock_disks().address(id, place)
+    }
+
+    fn is_fixed(&self, id: &str) -> bool {
+        matches!(self.lock_disks().find(id), Some((_, Way::Memory(_))))
     }
 
     async fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), Error> {

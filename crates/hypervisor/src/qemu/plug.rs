@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::disk::{self, Disks};
+use super::disk::{self, Disks, Way};
 use super::pci::{Bridge, Place};
+use super::pmem;
 use super::qmp::{Departure, Qmp};
 use super::{DiskDriver, QemuVm, device};
 use crate::{Device, Disk, Error, NetDevice};
@@ -104,11 +105,22 @@ impl QemuVm {
 
     async fn plug_disk(&self, disk: Disk, place: Option<Place>) -> Result<(), Error> {
         let settings = &self.disk_settings;
-        let (set, unit) = self.lock_disks().add(&disk.id, settings.driver)?;
+        let (set, way) = self.lock_disks().add(&disk, settings.driver)?;
         let plugged = async {
-            self.qmp.execute_with("add-fd", json!({"fdset-id": set}), Some(disk.file.as_fd())).await?;
-            self.qmp.execute("blockdev-add", disk::node(&disk, set, settings)).await?;
-            let device = disk::device(&disk, unit, place, settings, self.accelerator);
+            if matches!(way, Way::Memory(_)) {
+                pmem::lock(&disk)?;
+            }
+            let given = self.qmp.execute_with("add-fd", json!({"fdset-id": set}), Some(disk.file.as_fd())).await?;
+            if matches!(way, Way::Memory(_)) {
+                let fd = given["fd"].as_i64().ok_or_else(|| Error::Refused {
+                    call: "add-fd".to_owned(),
+                    answer: "no number of the descriptor".to_owned(),
+                })?;
+                self.qmp.execute("object-add", pmem::backend(&disk, fd).object()).await?;
+            } else {
+                self.qmp.execute("blockdev-add", disk::node(&disk, set, settings)).await?;
+            }
+            let device = disk::device(&disk, way, place, settings, self.accelerator);
             self.qmp.execute("device_add", device.object()).await
         };
         let plugged = plugged.await.map(drop);
@@ -172,11 +184,13 @@ impl QemuVm {
 /// After the guest has let go of it; what is no disk has no such file.
 async fn close_disk(qmp: &Qmp, disks: &Mutex<Disks>, id: &str) {
     let lock = || disks.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some((set, _)) = lock().find(id) else { return };
+    let Some((set, way)) = lock().find(id) else { return };
     lock().remove(id);
-    for (command, arguments) in
-        [("blockdev-del", json!({"node-name": disk::node_name(id)})), ("remove-fd", json!({"fdset-id": set}))]
-    {
+    let of_qemu = match way {
+        Way::Memory(_) => ("object-del", json!({"id": disk::node_name(id)})),
+        Way::Pci | Way::Unit(_) => ("blockdev-del", json!({"node-name": disk::node_name(id)})),
+    };
+    for (command, arguments) in [of_qemu, ("remove-fd", json!({"fdset-id": set}))] {
         // of one that was not plugged to its end
         if let Err(error) = qmp.execute(command, arguments).await {
             tracing::debug!(%error, id, "closing a disk's file");
@@ -227,7 +241,7 @@ mod tests {
 
     fn disk(id: &str) -> Device {
         let file = tempfile::tempfile().expect("a file").into();
-        Device::Disk(Disk { id: id.into(), file, read_only: false, shared: false })
+        Device::Disk(Disk { id: id.into(), file, bytes: 1 << 20, read_only: false, shared: false })
     }
 
     /// Whether a command of this name came, of all so far.

@@ -136,18 +136,19 @@ pub(super) fn fingerprint(
     accelerator: Accelerator,
     spec: &VmSpec,
     bridge: &Bridge,
+    disks: &Disks,
     tsc_khz: Option<u64>,
 ) -> String {
     let inherited = Inherited {
         tsc_khz,
-        boot: Some((String::new(), RootArguments::new(&spec.boot.root, ""))),
+        boot: Some((String::new(), RootArguments::new(&spec.boot.root, "", 0))),
         memory: Memory::Anonymous,
         qmp: 0,
         console: 0,
         channel: Some(0),
     };
     let mut hash = Sha256::new();
-    for argument in cmdline::arguments(settings, accelerator, spec, bridge, &Disks::default(), &inherited) {
+    for argument in cmdline::arguments(settings, accelerator, spec, bridge, disks, &inherited) {
         hash.update(argument.as_bytes());
         hash.update([0]);
     }

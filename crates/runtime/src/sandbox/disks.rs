@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 use super::Sandbox;
 use crate::pod::Role;
 use crate::storage::block::{Blocks, Plan};
-use crate::storage::disks::Known;
+use crate::storage::disks::{Disks, Known};
 use crate::{ContainerSpec, Error};
 
 /// What a container needs; a pod's sandbox has no files.
@@ -40,8 +40,7 @@ impl Sandbox {
         }
         .await;
         if plugged.is_err() {
-            let gone = disks.release(&ids);
-            disks.keep(unplug(&vm, gone).await);
+            give_back(&vm, &mut disks, &ids).await;
         }
         plugged
     }
@@ -53,8 +52,7 @@ impl Sandbox {
         }
         let Ok(vm) = self.vm().await else { return };
         let mut disks = self.0.disks.lock().await;
-        let gone = disks.release(ids);
-        disks.keep(unplug(&vm, gone).await);
+        give_back(&vm, &mut disks, ids).await;
     }
 
     pub(super) async fn vm(&self) -> Result<Arc<dyn Vm>, Error> {
@@ -62,6 +60,13 @@ impl Sandbox {
         let host = host.as_ref().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
         Ok(Arc::clone(&host.vm))
     }
+}
+
+/// What nobody uses any more leaves the VM, if it can.
+async fn give_back(vm: &Arc<dyn Vm>, disks: &mut Disks, ids: &[String]) {
+    let (stay, leave): (Vec<_>, Vec<_>) = disks.release(ids).into_iter().partition(|disk| vm.is_fixed(&disk.id));
+    disks.rest(stay);
+    disks.keep(unplug(vm, leave).await);
 }
 
 /// All at once: a guest that does not let go of one is waited for, and no longer for several. Returns what it keeps; of that

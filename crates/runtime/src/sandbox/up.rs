@@ -240,6 +240,7 @@ fn root(config: &config::Hypervisor) -> Root {
     Root::Image(Image {
         path,
         file_system: config.rootfs_type.clone(),
+        is_memory: config.image_is_memory,
         verity: config.kernel_verity_params.clone().map(|verity| Verity {
             root_hash: verity.root_hash,
             salt: verity.salt,

@@ -62,8 +62,16 @@ impl Sandbox {
     }
 
     async fn enlarge(&self, volume: &MountedVolume, size: u64) -> Result<(), Error> {
+        let vm = self.vm().await?;
+        if vm.is_fixed(&volume.disk) {
+            return Err(Error::Unsupported(format!(
+                "direct volume {} is persistent memory of its pod (block_device_driver = \"virtio-pmem\"), which cannot \
+                 grow while the pod runs",
+                volume.path.display()
+            )));
+        }
         let size = direct_volume::grow(&volume.device, size)?;
-        self.vm().await?.resize_disk(&volume.disk, size).await?;
+        vm.resize_disk(&volume.disk, size).await?;
         let request = api::ResizeVolumeRequest { volume_guest_path: volume.point.clone(), size, ..Default::default() };
         self.0
             .agent

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use agent_api::agent as api;
 use agent_api::paths;
-use agent_api::storage::{CREATE_DIRECTORY, MORE_DEVICE};
+use agent_api::storage::{CREATE_DIRECTORY, MORE_DEVICE, READ_ONLY};
 use hypervisor::{DiskAddress, Vm};
 use oci_spec::runtime::Spec;
 
@@ -24,6 +24,7 @@ use crate::{ContainerSpec, Error};
 pub(crate) struct Source {
     pub(crate) path: PathBuf,
     pub(crate) file: OwnedFd,
+    pub(crate) bytes: u64,
     pub(crate) key: Key,
     /// Others may write it too.
     pub(crate) shared: bool,
@@ -55,10 +56,11 @@ impl Source {
         let mut file = File::options().read(true).write(!read_only).open(path).map_err(named)?;
         let meta = file.metadata().map_err(named)?;
         let identity = if meta.file_type().is_block_device() { (0, meta.rdev()) } else { (meta.dev(), meta.ino()) };
-        if file.seek(SeekFrom::End(0)).map_err(named)? == 0 {
+        let bytes = file.seek(SeekFrom::End(0)).map_err(named)?;
+        if bytes == 0 {
             return Err(Error::Invalid(format!("block device {} has no bytes: nothing is behind it", path.display())));
         }
-        Ok(Self { path: path.to_owned(), file: file.into(), key: Key { identity, read_only }, shared })
+        Ok(Self { path: path.to_owned(), file: file.into(), bytes, key: Key { identity, read_only }, shared })
     }
 }
 
@@ -178,8 +180,9 @@ impl Blocks {
 
     /// With the disks in the VM, by their names there.
     pub(crate) fn placed(self, ids: Vec<String>) -> Placed {
-        let paths = self.sources.into_iter().map(|source| source.path).collect();
-        Placed { ids, paths, uses: self.uses }
+        let disks = self.sources.into_iter().map(|source| (source.path, source.key.read_only)).unzip();
+        let (paths, read_only) = disks;
+        Placed { ids, paths, read_only, uses: self.uses }
     }
 }
 
@@ -188,6 +191,7 @@ impl Blocks {
 pub(crate) struct Placed {
     pub(crate) ids: Vec<String>,
     paths: Vec<PathBuf>,
+    read_only: Vec<bool>,
     uses: Uses,
 }
 
@@ -230,9 +234,16 @@ impl Placed {
         };
         match error {
             Error::VmGone { what, reason, console } => Error::VmGone { what, reason: named(reason), console },
+            Error::Vm(hypervisor::Error::InUse { device }) => self.in_use(&device),
             Error::Vm(error) => full(error),
             other => other,
         }
+    }
+
+    fn in_use(&self, id: &str) -> Error {
+        let place = self.ids.iter().position(|one| one == id).and_then(|place| self.paths.get(place));
+        let path = place.map_or(Path::new(id), PathBuf::as_path);
+        Error::WrongState(format!("block device {} is in use: a virtual machine has locked it", path.display()))
     }
 
     /// The file of a disk that could not be plugged.
@@ -240,6 +251,7 @@ impl Placed {
         let place = self.ids.iter().position(|one| one == id).and_then(|place| self.paths.get(place));
         match (place, error) {
             (_, error @ (hypervisor::Error::Gone | hypervisor::Error::NoSlot { .. })) | (None, error) => full(error),
+            (_, hypervisor::Error::InUse { device }) => self.in_use(&device),
             (Some(path), error) => {
                 let what = format!("block device {}", path.display());
                 Error::Host { what, source: std::io::Error::other(error) }
@@ -278,7 +290,9 @@ impl Placed {
         for (path, disk) in &self.uses.nodes {
             let (kind, id) = at(*disk)?;
             let (type_, container_path) = (kind.to_owned(), path.clone());
-            plan.devices.push(api::Device { id, type_, container_path, ..Default::default() });
+            let options = self.read_only.get(*disk).filter(|read_only| **read_only).map(|_| READ_ONLY.to_owned());
+            let options = options.into_iter().collect();
+            plan.devices.push(api::Device { id, type_, container_path, options, ..Default::default() });
         }
         for volume in &self.uses.volumes {
             let (driver, source) = at(volume.disk)?;

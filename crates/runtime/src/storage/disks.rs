@@ -15,6 +15,8 @@ pub(crate) struct Disks {
     all: Vec<Known>,
     /// Which no container has any more, and the guest has not let go of.
     kept: Vec<Known>,
+    /// Which no container has any more, and the VM cannot give back: another container may have them.
+    idle: Vec<Known>,
 }
 
 #[derive(Debug)]
@@ -34,6 +36,9 @@ impl Disks {
         let files = sources.iter().map(|source| source.file.try_clone()).collect::<std::io::Result<Vec<_>>>();
         let files = files.map_err(Error::host("opening a disk again"))?;
         for (source, file) in sources.iter().zip(files) {
+            if let Some(place) = self.idle.iter().position(|idle| idle.key == source.key) {
+                self.all.push(self.idle.swap_remove(place));
+            }
             if let Some(known) = self.all.iter_mut().find(|known| known.key == source.key) {
                 known.users += 1;
                 ids.push(known.id.clone());
@@ -43,8 +48,8 @@ impl Disks {
             let id = format!("disk{}", self.named);
             self.all.push(Known { key: source.key, id: id.clone(), path: source.path.clone(), users: 1 });
             ids.push(id.clone());
-            let (read_only, shared) = (source.key.read_only, source.shared);
-            devices.push(Device::Disk(Disk { id, file, read_only, shared }));
+            let (bytes, read_only, shared) = (source.bytes, source.key.read_only, source.shared);
+            devices.push(Device::Disk(Disk { id, file, bytes, read_only, shared }));
         }
         Ok((ids, devices))
     }
@@ -54,8 +59,9 @@ impl Disks {
     fn is_free(&self, source: &Source) -> Result<(), Error> {
         let in_the_way =
             |kept: &Known| kept.key.is_same_file(source.key) && !(kept.key.read_only && source.key.read_only);
-        let kept = self.kept.iter().any(in_the_way);
-        if kept && !source.shared {
+        // the same disk once more is another matter
+        let idle = self.idle.iter().filter(|idle| idle.key != source.key).any(in_the_way);
+        if (idle || self.kept.iter().any(in_the_way)) && !source.shared {
             return Err(Error::WrongState(format!(
                 "the guest has not let go of block device {}, which another container of the pod had: it is free when the \
                  pod ends",
@@ -78,6 +84,11 @@ impl Disks {
     /// The guest did not let go of these.
     pub(crate) fn keep(&mut self, kept: impl IntoIterator<Item = Known>) {
         self.kept.extend(kept);
+    }
+
+    /// The VM has these as long as it lives.
+    pub(crate) fn rest(&mut self, idle: impl IntoIterator<Item = Known>) {
+        self.idle.extend(idle);
     }
 
     /// The guest may have let go of some later; `has` says which it still has.
@@ -133,6 +144,24 @@ mod tests {
         disks.keep(gone);
         disks.assign(&[source(true, false)]).expect("a layer that is only read may be there twice");
         disks.assign(&[source(false, false)]).expect_err("kept by a reader");
+    }
+
+    #[test]
+    fn what_stays_is_given_again() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), "x").expect("written");
+        let source = |read_only| Source::open(file.path(), read_only, false).expect("opened");
+        let mut disks = Disks::default();
+        let (ids, _) = disks.assign(&[source(false)]).expect("assigned");
+        let gone = disks.release(&ids);
+        disks.rest(gone);
+        disks.assign(&[source(true)]).expect_err("the guest could write it");
+        for _ in 0..2 {
+            let (again, devices) = disks.assign(&[source(false)]).expect("assigned");
+            assert_eq!((again.as_slice(), devices.len()), (ids.as_slice(), 0));
+        }
+        assert_eq!(disks.release(&ids).len(), 0, "the second still has it");
+        assert_eq!(disks.release(&ids).len(), 1);
     }
 
     #[test]
