@@ -137,11 +137,12 @@ fn what_was_synced_is_on_the_host() -> Result<()> {
         ensure!(said.starts_with("/dev/pmem0 /data ext4 rw") && said.ends_with("synced"), "{said}");
         let left = unwritten(node, &disk)?;
         ensure!(left == 0, "{left} KiB are not on the host's disk after a sync");
+        let events = Events::watch(node)?;
         qemu(node)?.kill()?;
+        events.wait("/tasks/exit", "c1", Duration::from_secs(10))?;
         node.remove("c1")?;
         // whoever dies, the file is free afterwards
         node.detached(Runtime::Kata, "c2", &["--mount", &mount], &["sleep", "1000"])?;
-        let events = Events::watch(node)?;
         processes::wait_for(node.tag(), "containerd-shim-kata", Duration::from_secs(5))?.kill()?;
         events.wait("/tasks/delete", "c2", Duration::from_secs(10))?;
         node.ctr(["container", "rm", "c2"]).output()?.ok()?;
