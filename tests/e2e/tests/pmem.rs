@@ -4,6 +4,7 @@
 use anyhow::{Context as _, Result, ensure};
 use e2e::{
     Containerd, Node, NodeSetup, Outcome, Runtime,
+    cri::{Network, with_cri},
     ctr::Invocation,
     events::Events,
     install::Install,
@@ -226,6 +227,34 @@ fn raw_devices_have_their_size() -> Result<()> {
         }
         let told = |line: &str| line.contains("its 4194816 bytes are no multiple of 2 MiB");
         node.log.wait_from(0, Duration::from_secs(5), told).context("nothing of the odd one in the log")?;
+        Ok(())
+    })
+}
+
+/// A volume that a pod may only read is marked for its kernel, too.
+#[test]
+fn a_raw_device_to_read_is_marked() -> Result<()> {
+    let setup = NodeSetup { config: Some(config()?), ..NodeSetup::default() };
+    with_cri(setup, Network::default(), |cri| {
+        let file = tempfile::NamedTempFile::new_in("/var/tmp")?;
+        fs::write(file.path(), [b"bytes".as_slice(), &vec![0; (2 << 20) - 5]].concat())?;
+        let device = run("losetup", &["--find", "--show", &file.path().display().to_string()])?;
+        let read = || -> Result<String> {
+            let pod = cri.run_pod(Runtime::Kata, "raw", &serde_json::json!({}))?;
+            let devices = serde_json::json!({"devices": [
+                {"container_path": "/dev/disk", "host_path": device, "permissions": "r"}]});
+            let one = cri.run(&pod, "one", &["sleep", "100000"], &devices)?;
+            let said = cri.sh(
+                &one,
+                "head -c 5 /dev/disk; cat /sys/block/pmem0/ro; (echo x > /dev/disk) 2> /dev/null || echo refused",
+            )?;
+            cri.remove(&pod)?;
+            Ok(said)
+        };
+        let said = read();
+        run("losetup", &["--detach", &device])?;
+        let said = said?;
+        ensure!(said == "bytes1\nrefused", "{said}");
         Ok(())
     })
 }
