@@ -54,7 +54,7 @@ fn boots_from_memory_that_nobody_writes() -> Result<()> {
     let image = Install::locate()?.image();
     let before = fs::read(&image)?;
     let memory = ("disable_image_nvdimm", toml::Value::from(false));
-    on_image(&[memory.clone()], |node| {
+    on_image(std::slice::from_ref(&memory), |node| {
         let root = node.run(Runtime::Kata, "root", &["--privileged"], &["sh", "-c", MEMORY]).output()?.ok()?.text();
         for words in
             [" root=/dev/dm-0 rootfstype=erofs ro ", " verity 1 /dev/pmem0p1 /dev/pmem0p2 ", "\ndm-0 1 pmem0p1 pmem0p2"]

@@ -4,6 +4,7 @@
 use anyhow::{Context as _, Result, ensure};
 use e2e::{
     Containerd, Node, NodeSetup, Outcome, Runtime,
+    cri::{Network, with_cri},
     ctr::Invocation,
     events::Events,
     install::Install,
@@ -137,11 +138,12 @@ fn what_was_synced_is_on_the_host() -> Result<()> {
         ensure!(said.starts_with("/dev/pmem0 /data ext4 rw") && said.ends_with("synced"), "{said}");
         let left = unwritten(node, &disk)?;
         ensure!(left == 0, "{left} KiB are not on the host's disk after a sync");
+        let events = Events::watch(node)?;
         qemu(node)?.kill()?;
+        events.wait("/tasks/exit", "c1", Duration::from_secs(10))?;
         node.remove("c1")?;
         // whoever dies, the file is free afterwards
         node.detached(Runtime::Kata, "c2", &["--mount", &mount], &["sleep", "1000"])?;
-        let events = Events::watch(node)?;
         processes::wait_for(node.tag(), "containerd-shim-kata", Duration::from_secs(5))?.kill()?;
         events.wait("/tasks/delete", "c2", Duration::from_secs(10))?;
         node.ctr(["container", "rm", "c2"]).output()?.ok()?;
@@ -225,6 +227,34 @@ fn raw_devices_have_their_size() -> Result<()> {
         }
         let told = |line: &str| line.contains("its 4194816 bytes are no multiple of 2 MiB");
         node.log.wait_from(0, Duration::from_secs(5), told).context("nothing of the odd one in the log")?;
+        Ok(())
+    })
+}
+
+/// A volume that a pod may only read is marked for its kernel, too.
+#[test]
+fn a_raw_device_to_read_is_marked() -> Result<()> {
+    let setup = NodeSetup { config: Some(config()?), ..NodeSetup::default() };
+    with_cri(setup, Network::default(), |cri| {
+        let file = tempfile::NamedTempFile::new_in("/var/tmp")?;
+        fs::write(file.path(), [b"bytes".as_slice(), &vec![0; (2 << 20) - 5]].concat())?;
+        let device = run("losetup", &["--find", "--show", &file.path().display().to_string()])?;
+        let read = || -> Result<String> {
+            let pod = cri.run_pod(Runtime::Kata, "raw", &serde_json::json!({}))?;
+            let devices = serde_json::json!({"devices": [
+                {"container_path": "/dev/disk", "host_path": device, "permissions": "r"}]});
+            let one = cri.run(&pod, "one", &["sleep", "100000"], &devices)?;
+            let said = cri.sh(
+                &one,
+                "head -c 5 /dev/disk; cat /sys/block/pmem0/ro; (echo x > /dev/disk) 2> /dev/null || echo refused",
+            )?;
+            cri.remove(&pod)?;
+            Ok(said)
+        };
+        let said = read();
+        run("losetup", &["--detach", &device])?;
+        let said = said?;
+        ensure!(said == "bytes1\nrefused", "{said}");
         Ok(())
     })
 }
