@@ -5,6 +5,7 @@
 
 mod make;
 mod store;
+mod zeros;
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};

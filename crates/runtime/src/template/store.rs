@@ -14,6 +14,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::zeros;
 use crate::Error;
 
 /// Longest device state that is read, bytes; a real one has some 200 KB.
@@ -216,7 +217,9 @@ impl Draft {
     pub(super) fn publish(self, vcpus: u32, memory_mib: u64, boots: String) -> Result<(), Error> {
         let publish = || -> io::Result<()> {
             let state = read_all(&self.folder.join("state"), LONGEST_STATE)?;
-            let memory = fs::metadata(self.folder.join("memory"))?;
+            let memory = File::options().read(true).write(true).open(self.folder.join("memory"))?;
+            zeros::punch(&memory)?;
+            let memory = memory.metadata()?;
             let about = About { vcpus, memory_mib, boots, state: digest(&state), memory_written: written(&memory) };
             let text = serde_json::to_vec_pretty(&about).map_err(io::Error::other)?;
             fs::write(self.folder.join("about.json"), text)?;

@@ -59,14 +59,17 @@ fn with_ways(install: &Install, measure: impl FnOnce(&Node, &[Way]) -> Result<()
             warm::configuration(install, templates.path(), node, name, &more)
         };
         let copied = config("crowd-copied", true, "auto")?;
+        let private = config("crowd-private", true, "virtio-9p")?;
         let program = install.kata_runtime().display().to_string();
-        Invocation::new(&program, ["--config", &copied, "factory", "init"]).output()?.ok()?;
+        for clones in [&copied, &private] {
+            Invocation::new(&program, ["--config", clones, "factory", "init"]).output()?.ok()?;
+        }
         let kata = |key, title, config| Way { key, title, runtime: Runtime::Kata, config: Some(config) };
         let ways = [
             Way { key: "runc", title: "runc", runtime: Runtime::Runc, config: None },
             kata("cold", "kata, boots", config("crowd-cold", false, "auto")?),
             kata("copied", "kata, clones with copied memory", copied),
-            kata("private", "kata, clones with private memory", config("crowd-private", true, "virtio-9p")?),
+            kata("private", "kata, clones with private memory", private),
         ];
         measure(node, &ways)
     })
