@@ -19,6 +19,9 @@ use tokio::sync::{oneshot, watch};
 
 use crate::{Error, VmExit, pidfd};
 
+/// What a map of a file cannot tell otherwise.
+pub(crate) const SHORTER: &str = "a file that is memory of the virtual machine, as a disk by virtio-pmem is, became \
+    shorter, or the host had no room for what was written there";
 /// Kept of a helper's standard error, bytes.
 const STDERR_KEPT: usize = 8 << 10;
 /// After the end of a process of another parent, that one's word on it is waited for so long.
@@ -94,10 +97,7 @@ impl Helper {
             let stderr = String::from_utf8_lossy(&stderr.lock().unwrap_or_else(PoisonError::into_inner)).into_owned();
             let is_success = status.as_ref().is_ok_and(std::process::ExitStatus::success);
             let reason = match status {
-                Ok(status) if status.signal() == Some(libc::SIGBUS) => format!(
-                    "{what} ended ({status}): a file that is memory of the virtual machine, as a disk by virtio-pmem is, \
-                     became shorter, or the host had no room for what was written there"
-                ),
+                Ok(status) if status.signal() == Some(libc::SIGBUS) => format!("{what} ended ({status}): {SHORTER}"),
                 Ok(status) => format!("{what} ended ({status})"),
                 Err(error) => format!("{what} cannot be waited for ({error})"),
             };

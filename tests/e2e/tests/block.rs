@@ -12,7 +12,7 @@ use e2e::{
     processes,
     snapshotter::{self, file_system},
     task_api::{Bundle, Shim},
-    with_node,
+    with_node, with_node_setup,
 };
 use std::{
     fs,
@@ -311,6 +311,41 @@ fn a_direct_volume_is_mounted_by_the_guest() -> Result<()> {
         ensure!(third.contains(" virtiofs "), "{third}");
         Ok(())
     })
+}
+
+/// A mount that goes with its user.
+struct Small<'a>(&'a Path);
+
+impl Drop for Small<'_> {
+    fn drop(&mut self) {
+        let _ = run("umount", &[&self.0.display().to_string()]);
+    }
+}
+
+#[test]
+fn a_full_disk_of_the_host_is_an_error_in_the_guest() -> Result<()> {
+    for driver in ["virtio-blk", "virtio-scsi"] {
+        let config = Some(configured(&[("block_device_driver", driver.into())])?);
+        with_node_setup(NodeSetup { config, ..NodeSetup::default() }, |node| {
+            let (small, volume) = (node.dir().join("small"), node.dir().join("volume"));
+            fs::create_dir(&small)?;
+            fs::create_dir(&volume)?;
+            run("mount", &["-t", "tmpfs", "-o", "size=9M", "small", &small.display().to_string()])?;
+            let _mounted = Small(&small);
+            let disk = small.join("volume.img");
+            file_system(&disk, 16)?;
+            let path = volume.display().to_string();
+            let info = serde_json::json!({"volume-type": "block", "device": disk, "fstype": "ext4"}).to_string();
+            direct_volume(node, &["add", "--volume-path", &path, "--mount-info", &info])?;
+            let mount = format!("type=bind,src={path},dst=/data,options=rbind:rw");
+            let script = "dd if=/dev/zero of=/data/f bs=1M count=12 conv=fsync 2> /dev/null || echo full";
+            let said = shell(node, "c1", &["--mount", &mount], script)?.text();
+            direct_volume(node, &["remove", "--volume-path", &path])?;
+            ensure!(said == "full", "{driver}: {said:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -136,8 +136,11 @@ fn what_was_synced_is_on_the_host() -> Result<()> {
         let write = "grep ' /data ' /proc/mounts; seq 100000 | dd of=/data/file conv=fsync 2> /dev/null; echo synced";
         let said = node.exec("c1", "x", &[], &["sh", "-c", write]).output()?.ok()?.text();
         ensure!(said.starts_with("/dev/pmem0 /data ext4 rw") && said.ends_with("synced"), "{said}");
-        let left = unwritten(node, &disk)?;
-        ensure!(left == 0, "{left} KiB are not on the host's disk after a sync");
+        // what is in memory is never on a disk
+        if run("stat", &["-f", "-c", "%T", &disk.display().to_string()])? != "tmpfs" {
+            let left = unwritten(node, &disk)?;
+            ensure!(left == 0, "{left} KiB are not on the host's disk after a sync");
+        }
         let events = Events::watch(node)?;
         qemu(node)?.kill()?;
         events.wait("/tasks/exit", "c1", Duration::from_secs(10))?;
@@ -277,7 +280,8 @@ fn a_file_that_becomes_shorter_ends_its_pod_only() -> Result<()> {
         fs::File::options().write(true).open(&disk)?.set_len(1 << 20)?;
         let ended = run.finish()?;
         ensure!(ended.code == 255, "{ended:?}");
-        let told = |line: &str| line.contains("signal: 7") && line.contains("virtio-pmem");
+        // SIGBUS for QEMU under TCG, a stopped guest under KVM
+        let told = |line: &str| line.contains("a file that is memory of the virtual machine");
         node.log.wait_from(0, Duration::from_secs(5), told).context("no reason in the log")?;
         let alive = node.exec("other", "x", &[], &["echo", "alive"]).output()?.ok()?.text();
         ensure!(alive == "alive", "{alive}");

@@ -404,7 +404,7 @@ mod tests {
         for part in [
             &format!("-add-fd fd={number},set=1 -blockdev {{"),
             "\"filename\":\"/dev/fdset/2\"",
-            "-device virtio-blk-pci,id=disk2,drive=disk2-host,ioeventfd=off,bus=plug,addr=0x2",
+            "-device virtio-blk-pci,id=disk2,drive=disk2-host,werror=report,rerror=report,ioeventfd=off,bus=plug,addr=0x2",
         ] {
             assert!(blk.contains(part), "{part} is missing in {blk}");
         }
@@ -425,7 +425,7 @@ mod tests {
         let scsi = with(crate::qemu::DiskDriver::Scsi);
         for part in [
             "-device virtio-scsi-pci,id=scsi,romfile=,bus=plug,addr=0x1",
-            "-device scsi-hd,id=disk2,drive=disk2-host,bus=scsi.0,scsi-id=0,lun=1",
+            "-device scsi-hd,id=disk2,drive=disk2-host,werror=report,rerror=report,bus=scsi.0,scsi-id=0,lun=1",
         ] {
             assert!(scsi.contains(part), "{part} is missing in {scsi}");
         }

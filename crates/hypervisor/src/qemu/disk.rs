@@ -202,6 +202,8 @@ pub(super) fn device(
     if disk.shared {
         options.push(("share-rw", json!(true)));
     }
+    // QEMU's own way is to stop the guest when the host's disk is full, until somebody sees it
+    options.extend([("werror", json!("report")), ("rerror", json!("report"))]);
     if let Way::Unit(unit) = way {
         options.extend([("bus", json!(format!("{CONTROLLER}.0"))), ("scsi-id", json!(0)), ("lun", json!(unit))]);
     } else {
@@ -238,11 +240,11 @@ mod tests {
         assert_eq!((node["read-only"].as_bool(), node["aio"].as_str()), (Some(true), Some("io_uring")));
         assert_eq!(
             device(&one, way, place, &settings, Accelerator::Kvm).line(),
-            "virtio-blk-pci,id=disk1,drive=disk1-host,logical_block_size=4096,bus=plug,addr=0x1"
+            "virtio-blk-pci,id=disk1,drive=disk1-host,logical_block_size=4096,werror=report,rerror=report,bus=plug,addr=0x1"
         );
         assert_eq!(
             device(&one, way, place, &settings, Accelerator::Tcg).line(),
-            "virtio-blk-pci,id=disk1,drive=disk1-host,logical_block_size=4096,ioeventfd=off,bus=plug,addr=0x1"
+            "virtio-blk-pci,id=disk1,drive=disk1-host,logical_block_size=4096,werror=report,rerror=report,ioeventfd=off,bus=plug,addr=0x1"
         );
         assert_eq!(disks.address("disk1", place), Some(DiskAddress::Pci("1e/01".into())));
         assert_eq!(disks.address("disk2", place), None);
@@ -261,7 +263,7 @@ mod tests {
         assert_eq!(disks.address("disk2", None), Some(DiskAddress::Scsi { id: 0, lun: 1 }));
         assert_eq!(
             device(&disk(false, true), Way::Unit(7), None, &DiskSettings::default(), Accelerator::Tcg).line(),
-            "scsi-hd,id=disk1,drive=disk1-host,share-rw=on,bus=scsi.0,scsi-id=0,lun=7"
+            "scsi-hd,id=disk1,drive=disk1-host,share-rw=on,werror=report,rerror=report,bus=scsi.0,scsi-id=0,lun=7"
         );
         for number in 0..MOST_UNITS - 2 {
             disks.add(&sized(&format!("more{number}"), 1, false, false), DiskDriver::Scsi).expect("room");

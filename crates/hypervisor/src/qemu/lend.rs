@@ -9,7 +9,7 @@ use super::accelerator::Accelerator;
 use super::disk::Disks;
 use super::pci::Bridge;
 use super::qmp::Qmp;
-use super::{QemuSettings, QemuVm, Terminal, stream};
+use super::{QemuSettings, QemuVm, Terminal, halt, stream};
 use crate::helper::Helper;
 use crate::{Error, Lent};
 
@@ -52,9 +52,11 @@ pub(super) async fn adopt(
     let (console, terminal) = Terminal::follow(console, is_logged)?;
     // it has been greeted before, and refuses that now, which is as good
     let qmp = Qmp::start(stream(monitor).map_err(failed())?, settings.command_deadline).await?;
+    let (process, qmp) = (Arc::new(process), Arc::new(qmp));
+    halt::watch(&qmp, &process);
     Ok(QemuVm {
-        process: Arc::new(process),
-        qmp: Arc::new(qmp),
+        process,
+        qmp,
         console,
         terminal,
         channel: Some(channel),

@@ -5,6 +5,7 @@ mod boot_file;
 mod cmdline;
 mod device;
 mod disk;
+mod halt;
 mod lend;
 mod pci;
 mod plug;
@@ -190,6 +191,7 @@ impl Qemu {
         let qmp =
             Qmp::start(stream(qmp).map_err(Error::system("monitor socket"))?, self.settings.command_deadline).await?;
         let (process, qmp) = (Arc::new(process), Arc::new(qmp));
+        halt::watch(&qmp, &process);
         if let Some(restore) = restore {
             let (process, qmp) = (Arc::clone(&process), Arc::clone(&qmp));
             // whoever waits for the guest learns from QEMU's end that it will not come

@@ -301,6 +301,36 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_guest_that_qemu_stops_by_itself_is_ended() {
+        let (vm, _told) = vm(|command| match command["execute"].as_str() {
+            Some("stop") => vec![json!({"event": "STOP"})],
+            Some("cont") => vec![json!({"event": "STOP"}), json!({"event": "STOP"})],
+            Some("query-status") => {
+                // the second time it is nobody's wish
+                static ASKED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+                let again = ASKED.swap(true, std::sync::atomic::Ordering::SeqCst);
+                let status = if again { "internal-error" } else { "paused" };
+                vec![json!({"return": {"status": status}, "id": command["id"]})]
+            }
+            _ => Vec::new(),
+        })
+        .await;
+        super::super::halt::watch(&vm.qmp, &vm.process);
+        vm.pause().await.expect("stopped");
+        tokio::task::yield_now().await;
+        let mut exit = vm.exit();
+        assert!(exit.borrow().is_none());
+        tokio::time::timeout(Duration::from_secs(5), async {
+            while exit.borrow_and_update().is_none() {
+                vm.resume().await.expect("stopped again");
+                tokio::time::timeout(Duration::from_millis(100), exit.changed()).await.ok();
+            }
+        })
+        .await
+        .expect("ended");
+    }
+
+    #[tokio::test]
     async fn what_the_guest_gave_unasked_is_no_mistake() {
         let (vm, mut told) = vm(|command| match command["execute"].as_str() {
             Some("device_del") => {

@@ -32,6 +32,8 @@ struct Waiters {
     departures: HashMap<String, watch::Sender<Departure>>,
     /// The state of the guest is written or read, or could not be.
     migration: Option<oneshot::Sender<Result<(), String>>>,
+    /// The guest is stopped, by whomever; the last one's end is the connection's.
+    stops: watch::Sender<()>,
 }
 
 /// What became of a device that was asked to go.
@@ -94,6 +96,14 @@ impl Qmp {
             None => return Err(Error::Gone),
         };
         Ok(from)
+    }
+
+    /// Changes whenever the guest is stopped, and ends with the connection.
+    pub(super) fn stops(&self) -> watch::Receiver<()> {
+        match self.waiting.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            Some(waiting) => waiting.stops.subscribe(),
+            None => watch::channel(()).1,
+        }
     }
 
     /// How long a command may take.
@@ -185,6 +195,11 @@ async fn read_answers(reader: OwnedReadHalf, waiting: Waiting) {
         if let Some(event) = message.get("event").and_then(Value::as_str) {
             let data = message.get("data").unwrap_or(&Value::Null);
             tracing::debug!(event, %data, "qemu event");
+            if event == "STOP"
+                && let Some(waiters) = waiting.lock().unwrap_or_else(PoisonError::into_inner).as_ref()
+            {
+                waiters.stops.send_replace(());
+            }
             if event == "MIGRATION"
                 && let Some(outcome) = migration(data)
             {
