@@ -62,6 +62,14 @@ fn is_weight(value: &str) -> bool {
     value.trim().parse::<u32>().is_ok_and(|weight| (1..=10_000).contains(&weight))
 }
 
+/// Where a process is, open. `None` when it is gone.
+pub(crate) fn of_process(pid: i32) -> Option<File> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    // the second version's line (cgroups(7)); the agent sees all of the hierarchy
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    File::open(format!("{ROOT}{path}")).ok()
+}
+
 /// Whether a ready one fits.
 pub(crate) fn are_plain(resources: Option<&LinuxResources>) -> bool {
     resources.is_none_or(|resources| crate::device_filter::is_plain(&resources.Devices))

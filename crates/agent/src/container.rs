@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use crate::cgroup::{self, Cgroup};
 use crate::error::Error;
 use crate::io::Stdio;
-use crate::launcher::{self, Launch, Namespaces};
+use crate::launcher::{self, Launch, Namespaces, Place};
 use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::sysctl;
@@ -76,7 +76,7 @@ impl Container {
         }
         let ready = if cgroup::are_plain(resources) { ready() } else { None };
         let cgroup = ready.map_or_else(|| Cgroup::create(id, resources), |cgroup| cgroup.fill(resources))?;
-        let folder = cgroup.folder()?;
+        let place = Place { folder: cgroup.folder()?, of_first: None };
         let (go_child, go) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("start pipe"))?;
         let (stdio, streams) = streams(&spec.Process)?;
         let joins = pids_of.is_some();
@@ -88,7 +88,7 @@ impl Container {
             let pids = pids_of.map(|process| launcher::pid_namespace(process.pid)).transpose()?;
             Launch::Container { id, spec: &spec, go: go_child, own_hostname, pids, submounts: &submounts }
         };
-        let launched = launcher::launch(what, streams, &folder, reaper).await?;
+        let launched = launcher::launch(what, streams, place, reaper).await?;
         if joins {
             // a namespace of its own would end with its first process, and everything in it
             tokio::spawn(kill_after(launched.exit.clone(), cgroup.killer()?));
@@ -146,9 +146,9 @@ impl Container {
     async fn launch_exec(&self, process: &oci::Process, reaper: &Reaper) -> Result<Process, Error> {
         let (stdio, streams) = streams(process)?;
         let namespaces = Namespaces::of(self.init.pid)?;
-        let folder = self.cgroup.folder()?;
+        let place = Place { folder: self.cgroup.folder()?, of_first: Some(self.init.pid) };
         let what = Launch::Exec { spec: &self.spec, process, namespaces };
-        let launched = launcher::launch(what, streams, &folder, reaper).await?;
+        let launched = launcher::launch(what, streams, place, reaper).await?;
         Ok(Process::new(launched.pid, with_terminal(stdio, launched.terminal)?, launched.exit))
     }
 

@@ -1,6 +1,6 @@
 //! What a process in a container may and may not: the same words of the kernel about it as with runc.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use e2e::{BOTH, Node, NodeSetup, Runtime, image, install::Install, with_node, with_node_setup};
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
@@ -174,6 +174,31 @@ fn cgroup_limits_hold_in_the_guest() -> Result<()> {
                       echo '20000 100000' > part/cpu.max && cat part/cpu.max";
         let shown = node.run(Runtime::Kata, "c3", &["--mount", own], &["sh", "-c", script]).output()?.ok()?.text();
         ensure!(shown == "20000 100000", "{shown:?}");
+        Ok(())
+    })
+}
+
+/// One that has as many processes as it may, and one that has divided its cgroup and lives in a part of it.
+#[test]
+fn whatever_a_container_does_with_its_cgroup_others_join_it() -> Result<()> {
+    with_node(|node| {
+        let own = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=rw:nosuid:noexec:nodev";
+        let divided = "cd /sys/fs/cgroup && mkdir init && echo $$ > init/cgroup.procs && \
+                       echo '+memory +pids' > cgroup.subtree_control && echo done && exec sleep 1000";
+        let full = "cd /sys/fs/cgroup && echo 1 > pids.max && echo done && exec sleep 1000";
+        for (id, script, place) in [("divided", divided, "0::/init"), ("full", full, "0::/")] {
+            node.detached(Runtime::Kata, id, &["--mount", own], &["sh", "-c", script])?;
+            let look = ["cat", "/proc/self/cgroup"];
+            let shown = e2e::cri::Cri::until(|| {
+                // until the script has come to its end
+                let comm = node.exec(id, "comm", &[], &["cat", "/proc/1/comm"]).output()?.text();
+                Ok((comm == "sleep", comm))
+            })
+            .and_then(|_| Ok(node.exec(id, "look", &[], &look).output()?.ok()?.text()))
+            .context(id)?;
+            ensure!(shown == place, "{id}: {shown:?}");
+            node.remove(id)?;
+        }
         Ok(())
     })
 }

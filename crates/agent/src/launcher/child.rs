@@ -28,8 +28,8 @@ fn in_init(words: &str) -> String {
     format!("error during container init: {words}")
 }
 
-pub(super) fn run(what: &Launch<'_>, streams: Option<Streams>, report: OwnedFd) -> ! {
-    let words = match set_up(what, streams, report) {
+pub(super) fn run(what: &Launch<'_>, streams: Option<Streams>, cgroup: Option<File>, report: OwnedFd) -> ! {
+    let words = match set_up(what, streams, cgroup, report) {
         Ok(never) => match never {},
         Err(words) => words,
     };
@@ -44,7 +44,14 @@ pub(super) fn run(what: &Launch<'_>, streams: Option<Streams>, report: OwnedFd) 
 const REPORT_FD: RawFd = 3;
 const FIRST_OTHER_FD: RawFd = 4;
 
-fn set_up(what: &Launch<'_>, streams: Option<Streams>, report: OwnedFd) -> Outcome<Infallible> {
+fn set_up(what: &Launch<'_>, streams: Option<Streams>, cgroup: Option<File>, report: OwnedFd) -> Outcome<Infallible> {
+    if let Some(mut procs) = cgroup
+        && let Err(error) = procs.write_all(b"0")
+    {
+        // nobody is told before the report is where `run` looks for it
+        std::mem::forget(arrange(report, None, Vec::new())?);
+        return Err(named("entering the cgroup")(error));
+    }
     // everything of the agent that is open must not reach the container, nor keep others' streams open
     let mut keep: Vec<OwnedFd> = Vec::new();
     let duplicate = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(named("descriptor"));

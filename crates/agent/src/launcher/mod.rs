@@ -26,6 +26,7 @@ use tokio::sync::watch;
 
 pub(crate) use child::set_size;
 
+use crate::cgroup;
 use crate::error::Error;
 use crate::reaper::Reaper;
 
@@ -58,6 +59,20 @@ pub(crate) struct Streams {
     pub(crate) stdin: OwnedFd,
     pub(crate) stdout: OwnedFd,
     pub(crate) stderr: OwnedFd,
+}
+
+/// Where processes begin.
+pub(crate) struct Place {
+    /// The container's cgroup.
+    pub(crate) folder: File,
+    /// Its first process, when there is one.
+    pub(crate) of_first: Option<i32>,
+}
+
+impl Place {
+    fn procs(&self) -> io::Result<File> {
+        File::options().write(true).open(format!("/proc/self/fd/{}/cgroup.procs", self.folder.as_raw_fd()))
+    }
 }
 
 /// What to launch.
@@ -112,11 +127,11 @@ pub(crate) struct Launched {
     pub(crate) terminal: Option<OwnedFd>,
 }
 
-/// Launches in `cgroup`, a folder, and waits for the report: for a container that it is ready to execute, for an exec that it has executed.
+/// Launches in `cgroup` and waits for the report: for a container that it is ready to execute, for an exec that it has executed.
 pub(crate) async fn launch(
     what: Launch<'_>,
     streams: Option<Streams>,
-    cgroup: &File,
+    cgroup: Place,
     reaper: &Reaper,
 ) -> Result<Launched, Error> {
     let flags = SockFlag::SOCK_CLOEXEC;
@@ -134,17 +149,9 @@ pub(crate) async fn launch(
         // affects children only (setns(2)); taken back below
         set_pid_namespace(namespace)?;
     }
-    let begin = CloneArgs {
-        flags: CLONE_INTO_CGROUP | clone_flags as u64,
-        exit_signal: libc::SIGCHLD as u64,
-        cgroup: cgroup.as_raw_fd() as u64,
-        ..CloneArgs::default()
-    };
-    // SAFETY: one thread (main.rs), so the child's copy of the process is whole; it never returns from `child::run`. The
-    // argument is what clone3(2) asks for, with its size.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const begin, size_of::<CloneArgs>()) };
+    let (pid, late) = begin(clone_flags, &cgroup);
     if pid == 0 {
-        child::run(&what, streams, report_child);
+        child::run(&what, streams, late, report_child);
     }
     let failed = io::Error::last_os_error();
     if joins {
@@ -180,6 +187,33 @@ pub(crate) async fn launch(
         }
     }
     Ok(Launched { pid, exit, terminal })
+}
+
+/// Clones: returns 0 in the child, less than that with `errno`. What the child is to enter by itself comes with it.
+fn begin(flags: libc::c_int, cgroup: &Place) -> (libc::c_long, Option<File>) {
+    let clone = |flags: u64, cgroup: u64| {
+        let exit_signal = libc::SIGCHLD as u64;
+        let begin = CloneArgs { flags, exit_signal, cgroup, ..CloneArgs::default() };
+        // SAFETY: one thread (main.rs), so the child's copy of the process is whole; it never returns from `child::run`. The
+        // argument is what clone3(2) asks for, with its size.
+        unsafe { libc::syscall(libc::SYS_clone3, &raw const begin, size_of::<CloneArgs>()) }
+    };
+    let into = |folder: &File| clone(CLONE_INTO_CGROUP | flags as u64, folder.as_raw_fd() as u64);
+    let pid = into(&cgroup.folder);
+    let errno = if pid < 0 { io::Error::last_os_error().raw_os_error() } else { None };
+    match errno {
+        // the container has divided its cgroup, and processes are in the parts only: there its first process is
+        Some(libc::EBUSY) => match cgroup.of_first.and_then(cgroup::of_process) {
+            Some(folder) => (into(&folder), None),
+            None => (pid, None),
+        },
+        // as many processes as are allowed; who comes from elsewhere is not refused
+        Some(libc::EAGAIN) => match cgroup.procs() {
+            Ok(procs) => (clone(flags as u64, 0), Some(procs)),
+            Err(_) => (pid, None),
+        },
+        _ => (pid, None),
+    }
 }
 
 fn clone_flags(what: &Launch<'_>) -> Result<libc::c_int, Error> {

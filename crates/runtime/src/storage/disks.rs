@@ -24,6 +24,7 @@ pub(crate) struct Known {
     key: Key,
     pub(crate) id: String,
     pub(crate) path: PathBuf,
+    bytes: u64,
     users: usize,
 }
 
@@ -46,7 +47,8 @@ impl Disks {
             }
             self.named += 1;
             let id = format!("disk{}", self.named);
-            self.all.push(Known { key: source.key, id: id.clone(), path: source.path.clone(), users: 1 });
+            let (path, bytes) = (source.path.clone(), source.bytes);
+            self.all.push(Known { key: source.key, id: id.clone(), path, bytes, users: 1 });
             ids.push(id.clone());
             let (bytes, read_only, shared) = (source.bytes, source.key.read_only, source.shared);
             devices.push(Device::Disk(Disk { id, file, bytes, read_only, shared }));
@@ -59,6 +61,15 @@ impl Disks {
     fn is_free(&self, source: &Source) -> Result<(), Error> {
         let in_the_way =
             |kept: &Known| kept.key.is_same_file(source.key) && !(kept.key.read_only && source.key.read_only);
+        let resized = self.idle.iter().find(|idle| idle.key == source.key && idle.bytes != source.bytes);
+        if let Some(Known { bytes, .. }) = resized {
+            return Err(Error::WrongState(format!(
+                "block device {} had {bytes} bytes when the pod got it as persistent memory, which it keeps, and has {} now: \
+                 it can be had anew when the pod ends",
+                source.path.display(),
+                source.bytes
+            )));
+        }
         // the same disk once more is another matter
         let idle = self.idle.iter().filter(|idle| idle.key != source.key).any(in_the_way);
         if (idle || self.kept.iter().any(in_the_way)) && !source.shared {
@@ -161,7 +172,12 @@ mod tests {
             assert_eq!((again.as_slice(), devices.len()), (ids.as_slice(), 0));
         }
         assert_eq!(disks.release(&ids).len(), 0, "the second still has it");
-        assert_eq!(disks.release(&ids).len(), 1);
+        let gone = disks.release(&ids);
+        assert_eq!(gone.len(), 1);
+        disks.rest(gone);
+        std::fs::write(file.path(), "longer").expect("written");
+        let error = disks.assign(&[source(false)]).expect_err("it has grown").to_string();
+        assert!(error.contains("had 1 bytes") && error.contains("has 6 now"), "{error}");
     }
 
     #[test]
