@@ -19,7 +19,8 @@ pub(crate) enum Command {
     Init(Init),
     /// List what is saved, and what is ready
     Status,
-    /// Take away all that is saved, and end the pool; machines that pods have go on
+    /// Take away all that is saved below the configuration's `template_path`, whoever saved it, and end the pool; machines
+    /// that pods have go on
     Destroy,
     /// The pool's own: the parent of one machine
     #[command(hide = true)]
