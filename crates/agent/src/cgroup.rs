@@ -174,6 +174,12 @@ impl Cgroup {
         text.lines().filter_map(|line| line.parse().ok()).collect()
     }
 
+    /// Whether all in it stand still, by whomever.
+    pub(crate) fn is_frozen(&self) -> bool {
+        let events = fs::read_to_string(self.path.join("cgroup.events")).unwrap_or_default();
+        events.lines().any(|line| line == "frozen 1")
+    }
+
     pub(crate) fn freeze(&self, frozen: bool) -> Result<(), Error> {
         fs::write(self.path.join("cgroup.freeze"), if frozen { "1" } else { "0" })
             .map_err(Error::failed("cgroup.freeze"))

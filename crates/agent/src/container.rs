@@ -122,6 +122,10 @@ impl Container {
         if self.go.lock().unwrap_or_else(PoisonError::into_inner).is_some() || self.init.has_ended() {
             return Err(Error::State("cannot exec in a stopped container".into()));
         }
+        // a process that begins there would stand still before it could tell anything
+        if self.cgroup.is_frozen() {
+            return Err(Error::State("cannot exec in a paused container".into()));
+        }
         {
             let mut execs = self.execs.lock().unwrap_or_else(PoisonError::into_inner);
             if execs.contains_key(exec) {

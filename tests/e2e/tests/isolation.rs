@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::{BOTH, Node, NodeSetup, Runtime, image, install::Install, with_node, with_node_setup};
-use std::{fs, os::unix::fs::PermissionsExt as _};
+use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
 
 /// The output of one script with both runtimes, which must be equal; returns it.
 fn same(node: &Node, name: &str, options: &[&str], script: &str) -> Result<String> {
@@ -199,7 +199,13 @@ fn whatever_a_container_does_with_its_cgroup_others_join_it() -> Result<()> {
             ensure!(shown == place, "{id}: {shown:?}");
             node.remove(id)?;
         }
-        Ok(())
+        let frozen = "echo 1 > /sys/fs/cgroup/cgroup.freeze; exec sleep 1000";
+        node.detached(Runtime::Kata, "frozen", &["--mount", own], &["sh", "-c", frozen])?;
+        // nothing tells of it; a process that comes while it freezes would stand still with it
+        std::thread::sleep(Duration::from_secs(1));
+        let tried = node.exec("frozen", "try", &[], &["true"]).limit(Duration::from_secs(20)).output()?;
+        ensure!(tried.stderr.contains("cannot exec in a paused container"), "{tried:?}");
+        node.remove("frozen")
     })
 }
 
