@@ -10,6 +10,7 @@
 pub mod console;
 mod error;
 pub mod helper;
+mod holes;
 pub mod pidfd;
 pub mod qemu;
 mod spec;
@@ -23,6 +24,7 @@ use tokio::sync::watch;
 use self::helper::Helper;
 pub use console::Console;
 pub use error::Error;
+pub use holes::next_data;
 pub use spec::{
     Begin, Boot, Channel, Device, Disk, DiskAddress, FileServer, HostDevice, Image, MemoryWay, NetDevice, Root,
     SharedDir, Size, Snapshot, Verity, VmSpec,

@@ -63,11 +63,10 @@ impl Publisher {
     }
 
     fn publish_oom(&self, container: String) {
-        if !lock(&self.wanting).insert(container.clone()) {
-            return;
-        }
         let event = task::TaskOOM { container_id: container.clone(), ..Default::default() };
-        if let Some(envelope) = self.envelope("/tasks/oom", &event) {
+        if let Some(envelope) = self.envelope("/tasks/oom", &event)
+            && lock(&self.wanting).insert(container.clone())
+        {
             let _ = self.queue.send(Item::Oom(container, envelope));
         }
     }

@@ -10,7 +10,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::sendfile::sendfile64;
 use nix::unistd::{Whence, lseek64};
@@ -24,7 +23,7 @@ use super::disk::Disks;
 use super::qmp::Qmp;
 use super::root::RootArguments;
 use super::{Accelerator, Bridge, QemuSettings};
-use crate::{Begin, Channel, Error, MemoryWay, Snapshot, VmSpec};
+use crate::{Begin, Channel, Error, MemoryWay, Snapshot, VmSpec, next_data};
 
 /// What must be done before a clone can go on.
 pub(super) struct Restore {
@@ -89,14 +88,7 @@ async fn prepare(qmp: &Qmp) -> Result<(), Error> {
 /// Copies what is not a hole; the rest of a new file is one.
 fn copy_used(from: &File, to: &File) -> io::Result<()> {
     let mut at = 0;
-    loop {
-        let begin = match lseek64(from, at, Whence::SeekData) {
-            Ok(begin) => begin,
-            // nothing but a hole is left
-            Err(Errno::ENXIO) => return Ok(()),
-            Err(errno) => return Err(errno.into()),
-        };
-        let end = lseek64(from, begin, Whence::SeekHole)?;
+    while let Some((begin, end)) = next_data(from, at)? {
         lseek64(to, begin, Whence::SeekSet)?;
         at = begin;
         while at < end {
@@ -106,6 +98,7 @@ fn copy_used(from: &File, to: &File) -> io::Result<()> {
             }
         }
     }
+    Ok(())
 }
 
 /// The spec of a VM that is saved to be cloned for such as `spec`.

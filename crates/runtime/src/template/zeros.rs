@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use hypervisor::next_data;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
-use nix::unistd::{Whence, lseek64};
 
 const PAGE: usize = 4096;
 /// Read at once, bytes.
@@ -17,15 +17,9 @@ const SHORTEST: i64 = 4 * PAGE as i64;
 /// Makes holes of them. On a file system without holes it stays as it was.
 pub(super) fn punch(file: &File) -> io::Result<()> {
     let mut at = 0;
-    loop {
-        let begin = match lseek64(file, at, Whence::SeekData) {
-            Ok(begin) => begin,
-            // nothing but a hole is left
-            Err(Errno::ENXIO) => return Ok(()),
-            Err(errno) => return Err(errno.into()),
-        };
-        at = lseek64(file, begin, Whence::SeekHole)?;
-        for (begin, length) in runs(file, begin, at)? {
+    while let Some((begin, end)) = next_data(file, at)? {
+        at = end;
+        for (begin, length) in runs(file, begin, end)? {
             let how = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
             match fallocate(file, how, begin, length) {
                 Err(Errno::EOPNOTSUPP) => return Ok(()),
@@ -33,6 +27,7 @@ pub(super) fn punch(file: &File) -> io::Result<()> {
             }
         }
     }
+    Ok(())
 }
 
 /// Where there are enough zeros between `begin` and `end`, and how many bytes.
