@@ -184,18 +184,16 @@ fn whatever_a_container_does_with_its_cgroup_others_join_it() -> Result<()> {
     with_node(|node| {
         let own = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=rw:nosuid:noexec:nodev";
         let divided = "cd /sys/fs/cgroup && mkdir init && echo $$ > init/cgroup.procs && \
-                       echo '+memory +pids' > cgroup.subtree_control && echo done && exec sleep 1000";
-        let full = "cd /sys/fs/cgroup && echo 1 > pids.max && echo done && exec sleep 1000";
+                       echo '+memory +pids' > cgroup.subtree_control && : > /mark/done && exec sleep 1000";
+        let full = "cd /sys/fs/cgroup && echo 1 > pids.max && : > /mark/done && exec sleep 1000";
         for (id, script, place) in [("divided", divided, "0::/init"), ("full", full, "0::/")] {
-            node.detached(Runtime::Kata, id, &["--mount", own], &["sh", "-c", script])?;
-            let look = ["cat", "/proc/self/cgroup"];
-            let shown = e2e::cri::Cri::until(|| {
-                // until the script has come to its end
-                let comm = node.exec(id, "comm", &[], &["cat", "/proc/1/comm"]).output()?.text();
-                Ok((comm == "sleep", comm))
-            })
-            .and_then(|_| Ok(node.exec(id, "look", &[], &look).output()?.ok()?.text()))
-            .context(id)?;
+            // a process of ours in there would be in the way while it divides
+            let mark = node.dir().join(id);
+            fs::create_dir(&mark)?;
+            let mount = format!("type=bind,src={},dst=/mark,options=rbind:rw", mark.display());
+            node.detached(Runtime::Kata, id, &["--mount", own, "--mount", &mount], &["sh", "-c", script])?;
+            e2e::cri::Cri::until(|| Ok((mark.join("done").exists(), "no mark".into()))).context(id)?;
+            let shown = node.exec(id, "look", &[], &["cat", "/proc/self/cgroup"]).output()?.ok().context(id)?.text();
             ensure!(shown == place, "{id}: {shown:?}");
             node.remove(id)?;
         }

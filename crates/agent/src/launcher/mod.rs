@@ -149,18 +149,16 @@ pub(crate) async fn launch(
         // affects children only (setns(2)); taken back below
         set_pid_namespace(namespace)?;
     }
-    let (pid, late) = begin(clone_flags, &cgroup);
-    if pid == 0 {
-        child::run(&what, streams, late, report_child);
-    }
-    let failed = io::Error::last_os_error();
+    let begun = match begin(clone_flags, &cgroup) {
+        Ok((0, late)) => child::run(&what, streams, late, report_child),
+        begun => begun,
+    };
     if joins {
         let own = File::open("/proc/self/ns/pid").map_err(Error::failed("own pid namespace"))?;
         set_pid_namespace(&own)?;
     }
-    if pid < 0 {
-        return Err(Error::Failed(format!("unable to start container process: clone: {failed}")));
-    }
+    let (pid, _) =
+        begun.map_err(|failed| Error::Failed(format!("unable to start container process: clone: {failed}")))?;
     let pid = i32::try_from(pid).map_err(Error::failed("process id"))?;
     let exit = reaper.follow(pid);
     drop((report_child, streams, what));
@@ -189,30 +187,30 @@ pub(crate) async fn launch(
     Ok(Launched { pid, exit, terminal })
 }
 
-/// Clones: returns 0 in the child, less than that with `errno`. What the child is to enter by itself comes with it.
-fn begin(flags: libc::c_int, cgroup: &Place) -> (libc::c_long, Option<File>) {
+/// Clones: 0 in the child. What the child is to enter by itself comes with it.
+fn begin(flags: libc::c_int, cgroup: &Place) -> io::Result<(libc::c_long, Option<File>)> {
     let clone = |flags: u64, cgroup: u64| {
         let exit_signal = libc::SIGCHLD as u64;
         let begin = CloneArgs { flags, exit_signal, cgroup, ..CloneArgs::default() };
         // SAFETY: one thread (main.rs), so the child's copy of the process is whole; it never returns from `child::run`. The
         // argument is what clone3(2) asks for, with its size.
-        unsafe { libc::syscall(libc::SYS_clone3, &raw const begin, size_of::<CloneArgs>()) }
+        let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const begin, size_of::<CloneArgs>()) };
+        if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(pid) }
     };
     let into = |folder: &File| clone(CLONE_INTO_CGROUP | flags as u64, folder.as_raw_fd() as u64);
-    let pid = into(&cgroup.folder);
-    let errno = if pid < 0 { io::Error::last_os_error().raw_os_error() } else { None };
-    match errno {
+    match into(&cgroup.folder) {
+        Ok(pid) => Ok((pid, None)),
         // the container has divided its cgroup, and processes are in the parts only: there its first process is
-        Some(libc::EBUSY) => match cgroup.of_first.and_then(cgroup::of_process) {
-            Some(folder) => (into(&folder), None),
-            None => (pid, None),
-        },
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            let folder = cgroup.of_first.and_then(cgroup::of_process).ok_or(error)?;
+            into(&folder).map(|pid| (pid, None))
+        }
         // as many processes as are allowed; who comes from elsewhere is not refused
-        Some(libc::EAGAIN) => match cgroup.procs() {
-            Ok(procs) => (clone(flags as u64, 0), Some(procs)),
-            Err(_) => (pid, None),
-        },
-        _ => (pid, None),
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+            let procs = cgroup.procs().map_err(|_| error)?;
+            clone(flags as u64, 0).map(|pid| (pid, Some(procs)))
+        }
+        Err(error) => Err(error),
     }
 }
 
