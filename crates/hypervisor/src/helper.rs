@@ -27,6 +27,15 @@ const STDERR_KEPT: usize = 8 << 10;
 /// After the end of a process of another parent, that one's word on it is waited for so long.
 const WORD: Duration = Duration::from_millis(250);
 
+/// Of what size a helper's memory may be given to it at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// Huge where it asks for them (`MADV_HUGEPAGE`) or the host gives them unasked.
+    AsHost,
+    /// Never huge ones: only what is touched takes memory.
+    Small,
+}
+
 /// A running helper process. Dropping it kills the process.
 #[derive(Debug)]
 pub struct Helper {
@@ -38,7 +47,8 @@ pub struct Helper {
 impl Helper {
     /// Starts `program` with `args`; `fds` stay open in it under the same numbers.
     ///
-    /// `what` and `key` name it in errors: what it is for and the configuration's key of its path.
+    /// `what` and `key` name it in errors: what it is for and the configuration's key of its path. `pages` holds for what it
+    /// starts itself, too.
     ///
     /// # Errors
     /// [`Error::Spawn`] when it cannot be executed.
@@ -48,6 +58,7 @@ impl Helper {
         program: &Path,
         args: &[String],
         fds: &[OwnedFd],
+        pages: Pages,
     ) -> Result<Self, Error> {
         let passed: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let parent = std::process::id();
@@ -68,6 +79,10 @@ impl Helper {
                     if libc::fcntl(*fd, libc::F_SETFD, 0) != 0 {
                         return Err(io::Error::last_os_error());
                     }
+                }
+                // kept across execve(2): PR_SET_THP_DISABLE(2const)
+                if pages == Pages::Small && libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) != 0 {
+                    return Err(io::Error::last_os_error());
                 }
                 raise_open_files();
                 Ok(())
@@ -195,7 +210,7 @@ mod tests {
     #[tokio::test]
     async fn reports_exit_and_stderr() {
         let args = ["-c".to_owned(), "echo broken >&2; exit 3".to_owned()];
-        let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[]).expect("spawned");
+        let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], Pages::AsHost).expect("spawned");
         let mut exit = helper.exit();
         let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
         assert_eq!(seen.stderr, "broken\n");
@@ -207,7 +222,8 @@ mod tests {
         let file = tempfile::tempfile().expect("a file");
         let fd = OwnedFd::from(file);
         let args = ["-c".to_owned(), format!("test -e /proc/self/fd/{}", fd.as_raw_fd())];
-        let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[fd]).expect("spawned");
+        let helper =
+            Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[fd], Pages::AsHost).expect("spawned");
         let mut exit = helper.exit();
         let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
         assert!(seen.reason.contains("exit status: 0"), "{seen}");
@@ -223,16 +239,28 @@ mod tests {
             assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
         }
         let args = ["-c".to_owned(), format!("test $(ulimit -Sn) = {}", limit.rlim_max)];
-        let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[]).expect("spawned");
+        let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], Pages::AsHost).expect("spawned");
         let mut exit = helper.exit();
         let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
         assert!(seen.is_success, "{seen}");
     }
 
     #[tokio::test]
+    async fn has_huge_pages_or_none() {
+        for (pages, word) in [(Pages::Small, "0"), (Pages::AsHost, "1")] {
+            let args = ["-c".to_owned(), format!("grep -q '^THP_enabled:.*{word}$' /proc/self/status")];
+            let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], pages).expect("spawned");
+            let mut exit = helper.exit();
+            let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
+            assert!(seen.is_success, "{pages:?}: {seen}");
+        }
+    }
+
+    #[tokio::test]
     async fn stop_kills() {
         let args = ["1000".to_owned()];
-        let helper = Helper::spawn("sleep", "path", Path::new("/bin/sleep"), &args, &[]).expect("spawned");
+        let helper =
+            Helper::spawn("sleep", "path", Path::new("/bin/sleep"), &args, &[], Pages::AsHost).expect("spawned");
         helper.stop(Duration::ZERO).await;
         assert!(!Path::new(&format!("/proc/{}", helper.pid())).exists());
     }
@@ -259,7 +287,7 @@ mod tests {
 
     #[tokio::test]
     async fn missing_program_names_the_key() {
-        let error = Helper::spawn("QEMU", "path", Path::new("/no/qemu"), &[], &[]).expect_err("missing");
+        let error = Helper::spawn("QEMU", "path", Path::new("/no/qemu"), &[], &[], Pages::AsHost).expect_err("missing");
         assert!(error.to_string().contains("/no/qemu") && error.to_string().contains("`path`"), "{error}");
     }
 }

@@ -38,7 +38,7 @@ use self::pci::Bridge;
 use self::qmp::Qmp;
 use self::root::{RootArguments, RootFile};
 use self::snapshot::Restore;
-use crate::helper::Helper;
+use crate::helper::{Helper, Pages};
 use crate::{
     Begin, Boot, Channel, Console, Device, DiskAddress, Error, FileServer, Hypervisor, Lent, Vm, VmExit, VmSpec,
 };
@@ -165,6 +165,7 @@ impl Qemu {
             console: console_child.as_raw_fd(),
             channel: channel_child.as_ref().map(AsRawFd::as_raw_fd),
         };
+        let pages = pages(accelerator, &inherited.memory);
         let spec = VmSpec { begin: Begin::Boot, ..spec };
         let args = cmdline::arguments(&self.settings, accelerator, &spec, &bridge, &disks, &inherited);
         tracing::debug!(program = %self.settings.path.display(), ?args, "starting QEMU");
@@ -183,7 +184,7 @@ impl Qemu {
         if let Channel::Vsock { vhost, .. } = spec.channel {
             passed.push(vhost);
         }
-        let process = Helper::spawn("QEMU", "path", &self.settings.path, &args, &passed)?;
+        let process = Helper::spawn("QEMU", "path", &self.settings.path, &args, &passed, pages)?;
         // the child has its own copies; ours would keep its sockets from ever reaching their end
         drop(passed);
 
@@ -268,6 +269,16 @@ fn memory(begin: Begin, passed: &mut Vec<OwnedFd>) -> std::io::Result<(cmdline::
     let path = snapshot::path_of(&file);
     passed.push(file);
     Ok((cmdline::Memory::File { path, is_shared }, restore))
+}
+
+/// QEMU's translator asks for huge pages for its code, and QEMU for a table that is nearly empty: 4 MiB of a pod that nobody
+/// needs, and no program in it was slower without (docs/design/003-memory.md). A clone with copied memory is there for its
+/// speed: small pages cost it 3 %.
+fn pages(accelerator: Accelerator, memory: &cmdline::Memory) -> Pages {
+    match (accelerator, memory) {
+        (Accelerator::Kvm, _) | (Accelerator::Tcg, cmdline::Memory::File { is_shared: true, .. }) => Pages::AsHost,
+        (Accelerator::Tcg, _) => Pages::Small,
+    }
 }
 
 /// The bridge of a VM that can change, with the places of its cards, and its disks. What belongs to the host stays on the

@@ -207,7 +207,7 @@ mod tests {
     use super::super::{Accelerator, Terminal, pair};
     use super::*;
     use crate::Vm;
-    use crate::helper::Helper;
+    use crate::helper::{Helper, Pages};
 
     /// A VM whose monitor tells of every command and takes those that `guest` does not answer, and which has room for
     /// devices.
@@ -221,7 +221,8 @@ mod tests {
             [if is_answered { vec![] } else { vec![done] }, answers].concat()
         });
         let args = ["1000".to_owned()];
-        let process = Helper::spawn("sleep", "path", std::path::Path::new("/bin/sleep"), &args, &[]).expect("spawned");
+        let process = Helper::spawn("sleep", "path", std::path::Path::new("/bin/sleep"), &args, &[], Pages::AsHost)
+            .expect("spawned");
         let (console, terminal) = Terminal::follow(pair().expect("a pair").0, false).expect("followed");
         let vm = QemuVm {
             process: Arc::new(process),

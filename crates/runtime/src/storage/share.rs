@@ -16,7 +16,7 @@ use std::time::Duration;
 use agent_api::agent::Storage;
 use agent_api::paths;
 use config::SharedFs;
-use hypervisor::helper::Helper;
+use hypervisor::helper::{Helper, Pages};
 use hypervisor::{FileServer, SharedDir, VmExit};
 use nix::mount::{MsFlags, mount};
 
@@ -235,7 +235,7 @@ async fn serve(
     let (listener, connection) = socket(run.path()).map_err(Error::host("virtiofsd's socket"))?;
     let listener = OwnedFd::from(listener);
     let args = daemon.arguments(config, shared, &listener)?;
-    let helper = Helper::spawn("virtiofsd", "virtio_fs_daemon", &daemon.program, &args, &[listener])?;
+    let helper = Helper::spawn("virtiofsd", "virtio_fs_daemon", &daemon.program, &args, &[listener], Pages::AsHost)?;
     run.push(Step::process(helper.pid())).map_err(Error::host("the undo journal"))?;
     open_files::tell(config);
     let server = FileServer::VirtioFs { socket: connection.into(), queue_size: config.virtio_fs_queue_size };
