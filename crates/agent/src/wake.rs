@@ -77,7 +77,9 @@ impl Wake for Waking {
         // before all else: every clone has the same numbers until then
         guest::reseed(&mut files.random, &request.random).map_err(Error::failed("new random numbers"))?;
         guest::set_clock(request.sec, request.usec).map_err(Error::failed("setting the clock"))?;
-        files.find_devices().map_err(Error::failed("looking for devices"))?;
+        if !request.same_devices {
+            files.find_devices().map_err(Error::failed("looking for devices"))?;
+        }
         // what it told of has been found
         match files.event("clear") {
             // there was none

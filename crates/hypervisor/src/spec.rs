@@ -96,6 +96,17 @@ pub struct SharedDir {
     pub server: FileServer,
 }
 
+impl SharedDir {
+    /// What the VM that is saved has of it: the device of one that the VMM serves, whose folder is the clone's own affair.
+    /// That of a daemon has a state that cannot be saved.
+    pub fn of_template(&self) -> Option<Self> {
+        match self.server {
+            FileServer::VirtioFs { .. } => None,
+            FileServer::NineP { .. } => Some(Self { tag: self.tag, server: FileServer::NineP { folder: None } }),
+        }
+    }
+}
+
 /// Who serves a folder.
 #[derive(Debug)]
 pub enum FileServer {
@@ -108,8 +119,8 @@ pub enum FileServer {
     },
     /// The VMM itself, by 9p.
     NineP {
-        /// The folder, open.
-        folder: OwnedFd,
+        /// The folder, open; none yet in a VM that is saved for its clones.
+        folder: Option<OwnedFd>,
     },
 }
 

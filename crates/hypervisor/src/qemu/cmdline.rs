@@ -6,9 +6,10 @@ use super::QemuSettings;
 use super::accelerator::Accelerator;
 use super::device::{self, escape};
 use super::disk::{self, Disks, Way};
-use super::pci::{self, Bridge, Place};
+use super::pci::{self, Bridge};
 use super::pmem;
 use super::root::RootArguments;
+use super::snapshot;
 use crate::{Channel, Device, FileServer, SharedDir, VmSpec};
 
 /// What the child inherits: the kernel, the root and its ends of the sockets that the driver made.
@@ -188,7 +189,7 @@ pub(super) fn arguments(
         args.pair("-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on");
     }
     for (index, dir) in spec.shared_dirs.iter().enumerate() {
-        share(&mut args, index, dir, inherited.boot.is_some(), bridge.find(&device::folder_name(index)));
+        share(&mut args, index, dir, inherited.boot.is_some());
     }
     devices(&mut args, settings, accelerator, spec, bridge, disks);
     args.0
@@ -229,7 +230,11 @@ fn devices(
     }
 }
 
-fn share(args: &mut Args, index: usize, dir: &SharedDir, boots: bool, place: Option<Place>) {
+/// What QEMU opens where there is no folder yet: something that is always there, and that the guest of a template, in which
+/// nothing of a pod is, does not mount.
+const NO_FOLDER: &str = "/proc/self/fdinfo";
+
+fn share(args: &mut Args, index: usize, dir: &SharedDir, boots: bool) {
     match &dir.server {
         FileServer::VirtioFs { socket, queue_size } => {
             args.pair("-chardev", format!("socket,id=fs{index},fd={}", socket.as_raw_fd()));
@@ -241,9 +246,9 @@ fn share(args: &mut Args, index: usize, dir: &SharedDir, boots: bool, place: Opt
         // owners and modes are the host's own, as with virtio-fs, and one that the host's file system does not take is no
         // reason to fail (an NFS that makes root nobody); files of several file systems get numbers of their own
         FileServer::NineP { folder } => {
-            let path = format!("/proc/self/fd/{}", folder.as_raw_fd());
+            let path = folder.as_ref().map_or_else(|| NO_FOLDER.into(), snapshot::path_of);
             args.pair("-fsdev", format!("local,id=fs{index},path={path},security_model=none,multidevs=remap"));
-            args.pair("-device", device::packets(index, dir.tag, place).line());
+            args.pair("-device", device::packets(index, dir.tag).line());
         }
     }
 }
@@ -354,7 +359,7 @@ mod tests {
         };
         let virtio_fs = served(FileServer::VirtioFs { socket: fd(), queue_size: 512 });
         assert!(virtio_fs.contains("vhost-user-fs-pci,id=folder0,chardev=fs0,tag=files,queue-size=512"), "{virtio_fs}");
-        let nine_p = served(FileServer::NineP { folder: fd() });
+        let nine_p = served(FileServer::NineP { folder: Some(fd()) });
         assert!(
             nine_p.contains(
                 ",security_model=none,multidevs=remap -device virtio-9p-pci,id=folder0,fsdev=fs0,mount_tag=files"

@@ -88,15 +88,13 @@ pub(super) fn folder(index: usize, tag: &str, queue_size: u32, place: Option<Pla
 }
 
 /// A folder that QEMU serves.
-pub(super) fn packets(index: usize, tag: &str, place: Option<Place>) -> Options {
-    let mut options = vec![
+pub(super) fn packets(index: usize, tag: &str) -> Options {
+    Options(vec![
         ("driver", json!("virtio-9p-pci")),
         ("id", json!(folder_name(index))),
         ("fsdev", json!(format!("fs{index}"))),
         ("mount_tag", json!(tag)),
-    ];
-    at(&mut options, place);
-    Options(options)
+    ])
 }
 
 /// Its id.

@@ -178,8 +178,9 @@ impl Qemu {
                 Device::Host(_) => {}
             }
         }
-        passed.extend(spec.shared_dirs.into_iter().map(|dir| match dir.server {
-            FileServer::VirtioFs { socket: fd, .. } | FileServer::NineP { folder: fd } => fd,
+        passed.extend(spec.shared_dirs.into_iter().filter_map(|dir| match dir.server {
+            FileServer::VirtioFs { socket, .. } => Some(socket),
+            FileServer::NineP { folder } => folder,
         }));
         if let Channel::Vsock { vhost, .. } = spec.channel {
             passed.push(vhost);
@@ -311,13 +312,14 @@ fn places(settings: &QemuSettings, spec: &VmSpec) -> Result<(Bridge, Disks), Err
     Ok((bridge, disks))
 }
 
-/// Places behind the bridge for the folders of a clone; returns those that QEMU gets later than on its command line.
+/// Places behind the bridge for the folders that a clone has and its template has not; returns them: QEMU gets them later
+/// than on its command line.
 fn folders(spec: &VmSpec, bridge: &mut Bridge) -> Result<Vec<device::Options>, Error> {
     let mut later = Vec::new();
     for (index, dir) in spec.shared_dirs.iter().enumerate() {
-        let name = device::folder_name(index);
-        let place = bridge.take(&name).ok_or(Error::NoSlot { device: name })?;
         if let FileServer::VirtioFs { queue_size, .. } = dir.server {
+            let name = device::folder_name(index);
+            let place = bridge.take(&name).ok_or(Error::NoSlot { device: name })?;
             later.push(device::folder(index, dir.tag, queue_size, Some(place)));
         }
     }

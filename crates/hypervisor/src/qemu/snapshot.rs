@@ -2,7 +2,8 @@
 //!
 //! The memory is a file that QEMU does not write out again (`x-ignore-shared`); the rest, the state of the processor and
 //! the devices, is some 200 KB. A clone may have more devices than the saved VM: QEMU leaves those as they are after a
-//! reset, and the guest finds them by looking at its bus anew.
+//! reset, and the guest finds them by looking at its bus anew. That takes long, so the saved VM has what it can: a folder
+//! that QEMU serves has a state that can be saved until it is mounted. A virtio-fs has none.
 
 use std::fs::{File, read};
 use std::io;
@@ -23,7 +24,7 @@ use super::disk::Disks;
 use super::qmp::Qmp;
 use super::root::RootArguments;
 use super::{Accelerator, Bridge, QemuSettings};
-use crate::{Begin, Channel, Error, MemoryWay, Snapshot, VmSpec, next_data};
+use crate::{Begin, Channel, Error, MemoryWay, SharedDir, Snapshot, VmSpec, next_data};
 
 /// What must be done before a clone can go on.
 pub(super) struct Restore {
@@ -113,7 +114,7 @@ pub(super) fn plain(spec: &VmSpec) -> VmSpec {
             // has no state that can be saved
             Channel::Vsock { .. } => Channel::Serial { port: "" },
         },
-        shared_dirs: Vec::new(),
+        shared_dirs: spec.shared_dirs.iter().filter_map(SharedDir::of_template).collect(),
         devices: Vec::new(),
         pluggable: spec.pluggable,
         reclaim: spec.reclaim,
@@ -167,6 +168,15 @@ pub(super) fn path_of(fd: &OwnedFd) -> String {
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn a_template_has_the_device_of_a_folder_that_qemu_serves() {
+        let open = || OwnedFd::from(tempfile::tempfile().expect("a file"));
+        let kept = |server| SharedDir { tag: "files", server }.of_template();
+        let device = kept(crate::FileServer::NineP { folder: Some(open()) }).expect("the device");
+        assert!(matches!(device.server, crate::FileServer::NineP { folder: None }), "and not the folder: {device:?}");
+        assert!(kept(crate::FileServer::VirtioFs { socket: open(), queue_size: 8 }).is_none());
+    }
 
     #[test]
     fn only_what_is_used_is_copied() {

@@ -71,7 +71,7 @@ async fn ready(env: &Env, share: &Share, channel: &OwnedFd, watch: VmWatch, is_c
     let (relay, end) = Relay::start(channel).map_err(Error::host("the agent's channel"))?;
     let agent = if is_clone {
         let agent = AgentChannel::resume(Some(end), watch, config)?;
-        agent.wake(config.dial_timeout, news()?).await?;
+        agent.wake(config.dial_timeout, news(false)?).await?;
         agent
     } else {
         AgentChannel::Serial.connect(Some(end), watch, config).await?

@@ -69,7 +69,7 @@ pub(super) async fn from_pool(
         }
         let agent = AgentChannel::resume(serial, watch.clone(), config)?;
         let limit = config.dial_timeout.min(WAKING);
-        tokio::try_join!(agent.wake(limit, news()?), wanted.count(vm, share, &taken.others))?;
+        tokio::try_join!(agent.wake(limit, news(wanted.devices.is_empty())?), wanted.count(vm, share, &taken.others))?;
         Ok(agent)
     };
     let prepare = async {
@@ -113,6 +113,7 @@ pub(super) async fn bring_up(
         let mut found = template.take();
         let begin = found.as_mut().map(|found| std::mem::take(&mut found.begin));
         let is_clone = begin.is_some();
+        let same_devices = !share.shares_memory() && wanted.devices.is_empty();
         let (channel, spec) = wanted.spec(begin, shared)?;
         let mut vm = wanted.env.hypervisor.launch(spec).await?;
         run.push(Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
@@ -126,7 +127,7 @@ pub(super) async fn bring_up(
             let agent = async {
                 if is_clone {
                     let agent = AgentChannel::resume(serial, watch.clone(), config)?;
-                    agent.wake(config.dial_timeout, news()?).await?;
+                    agent.wake(config.dial_timeout, news(same_devices)?).await?;
                     Ok(agent)
                 } else {
                     channel.connect(serial, watch.clone(), config).await
@@ -204,11 +205,12 @@ impl Wanted<'_> {
 }
 
 /// The VM that a template is made of, of this size or the configured one: without anything of a pod, and with room for it.
+/// What its clones have besides is all new to the guest, but for the folder that QEMU serves.
 pub(crate) fn template_spec(env: &Env, size: Option<Size>) -> VmSpec {
     let size = size.unwrap_or_else(|| sizing::plan(&env.config.hypervisor, crate::pod::Limits::default()));
     let channel = Channel::Serial { port: ports::AGENT_SERIAL };
     let spec = vm_spec(env, size, channel, &AgentChannel::Serial.kernel_params());
-    VmSpec { id: "template".into(), pluggable: true, ..spec }
+    VmSpec { id: "template".into(), shared_dirs: Share::of_template(&env.config.hypervisor), pluggable: true, ..spec }
 }
 
 fn vm_spec(env: &Env, size: Size, channel: Channel, channel_params: &str) -> VmSpec {
@@ -267,8 +269,9 @@ fn kernel_params(channel: &str, log: &str, config: &config::Hypervisor) -> Strin
     format!("{channel} agent.log={log} cgroup_no_v1=all{ours} {configured}").trim_end().into()
 }
 
-/// What makes this clone another than all the others: random numbers of the host, and its time.
-pub(crate) fn news() -> Result<wake::UpRequest, Error> {
+/// What makes this clone another than all the others: random numbers of the host, and its time. `same_devices`: it has none
+/// that the saved VM had not.
+pub(crate) fn news(same_devices: bool) -> Result<wake::UpRequest, Error> {
     let mut random = vec![0; 256];
     std::fs::File::open("/dev/urandom")
         .and_then(|mut file| file.read_exact(&mut random))
@@ -278,6 +281,7 @@ pub(crate) fn news() -> Result<wake::UpRequest, Error> {
         random,
         sec: now.as_secs() as i64,
         usec: i64::from(now.subsec_micros()),
+        same_devices,
         ..Default::default()
     })
 }

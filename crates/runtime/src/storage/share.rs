@@ -71,6 +71,17 @@ impl Share {
         Ok((Self::new(mounts, Server::VirtioFs(helper)), Some(dir)))
     }
 
+    /// What a VM has of it that is saved before there is a pod.
+    pub(crate) fn of_template(config: &config::Hypervisor) -> Vec<SharedDir> {
+        let is_served_by_qemu = match config.shared_fs {
+            SharedFs::VirtioNineP => true,
+            SharedFs::Auto => daemon::find(config).is_none(),
+            SharedFs::VirtioFs | SharedFs::None => false,
+        };
+        let folder = SharedDir { tag: TAG, server: FileServer::NineP { folder: None } };
+        is_served_by_qemu.then_some(folder).into_iter().collect()
+    }
+
     /// One that another process has made in `folder`.
     pub(crate) fn adopt(folder: &Path, daemon: Helper) -> Self {
         Self::new(folder.join("mounts"), Server::VirtioFs(daemon))
@@ -245,7 +256,7 @@ async fn serve(
 /// The folder for QEMU's own server.
 fn packets(shared: &Path) -> Result<SharedDir, Error> {
     let folder = File::open(shared).map_err(Error::host(shared.display().to_string()))?;
-    Ok(SharedDir { tag: TAG, server: FileServer::NineP { folder: folder.into() } })
+    Ok(SharedDir { tag: TAG, server: FileServer::NineP { folder: Some(folder.into()) } })
 }
 
 /// Where the guest finds it.
