@@ -297,7 +297,20 @@ fn a_full_disk_leaves_nothing() -> Result<()> {
                 "left {left:?}: {}",
                 made.stderr
             );
-            Ok(())
+            // nor does one fail without a word that is made beside a pod
+            let section = table.get_mut("factory").and_then(toml::Value::as_table_mut).context("[factory]")?;
+            section.insert("make_template_on_demand".into(), true.into());
+            fs::write(&config, table.to_string())?;
+            let from = factory.node.log.len();
+            let own = ["--runtime-config-path", &config];
+            factory.node.detached(Runtime::Kata, "full", &own, &["sleep", "1000"])?.ok()?;
+            let told = |line: &str| line.contains("no template was made") && line.contains("room");
+            ensure!(
+                factory.node.log.wait_from(from, Duration::from_secs(30), told).is_some(),
+                "not a word:\n{}",
+                factory.node.log.lines_from(from).join("\n")
+            );
+            factory.node.remove("full")
         })();
         Invocation::new("umount", [&at]).output()?.ok()?;
         done

@@ -8,7 +8,7 @@ mod store;
 mod zeros;
 
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use hypervisor::{Begin, MemoryWay, Size, VmSpec};
 
@@ -57,6 +57,19 @@ pub(crate) async fn find(env: &Env, spec: &VmSpec, way: MemoryWay) -> Result<Opt
     Ok(None)
 }
 
+/// Says why a template was not made.
+fn hear(maker: Child) {
+    match maker.wait_with_output() {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => {
+            let words = String::from_utf8_lossy(&output.stderr);
+            let why = words.lines().last().unwrap_or_default();
+            tracing::warn!(status = %output.status, why, "no template was made: the next pod's machine boots, too");
+        }
+        Err(error) => tracing::warn!(%error, "whether a template was made is not known"),
+    }
+}
+
 /// Has one made by a process of its own: this one may end before it is done.
 fn make_beside(env: &Env, size: Size) {
     let beside = std::env::current_exe().ok().and_then(|own| Some(own.parent()?.join(MAKER)));
@@ -68,13 +81,13 @@ fn make_beside(env: &Env, size: Size) {
         .args(["--vcpus", &size.vcpus.to_string(), "--memory", &size.memory_mib.to_string()])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        .stderr(Stdio::piped())
         // a signal to our group is not for it
         .process_group(0)
         .spawn();
     match started {
-        // its end is nobody's business; init takes it over when we end
-        Ok(mut child) => drop(std::thread::spawn(move || child.wait())),
+        // init takes it over when we end, and nobody hears of it then
+        Ok(child) => drop(std::thread::spawn(move || hear(child))),
         Err(error) => tracing::warn!(
             program = %program.display(), %error,
             "no template is made: install kata-runtime beside the shim, or run `kata-runtime factory init`"
