@@ -43,6 +43,11 @@ pub(crate) struct Init {
 
 pub(crate) fn run(command: &Command, config: Option<&Path>) -> Result<()> {
     let config = Config::load(config)?;
+    // a keeper is one of many, and its server has said it
+    let told = if matches!(command, Command::Keep { .. }) { &[] } else { config.warnings.as_slice() };
+    for warning in told {
+        let _ = writeln!(std::io::stderr(), "kata-runtime: {warning}");
+    }
     let store = Store::new(&config.factory.template_path);
     let mut out = std::io::stdout().lock();
     match command {

@@ -5,7 +5,7 @@
 mod direct_volume;
 mod factory;
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -37,10 +37,25 @@ fn main() -> ExitCode {
     match run(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "kata-runtime: {error:#}");
+            let _ = writeln!(std::io::stderr(), "kata-runtime: {}", words(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// Each cause once, since the libraries' errors say theirs themselves; and what to do where we may not.
+fn words(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    let mut systems = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
+    if systems.any(|cause| cause.kind() == ErrorKind::PermissionDenied) {
+        text += ": run it as root";
+    }
+    text
 }
 
 fn run(args: Args) -> Result<()> {
@@ -53,6 +68,15 @@ fn run(args: Args) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_says_its_cause_once() {
+        let denied = || std::io::Error::from(ErrorKind::PermissionDenied);
+        let library = runtime::Error::Host { what: "/run/x".into(), source: denied() };
+        assert_eq!(words(&library.into()), "/run/x: permission denied: run it as root");
+        assert_eq!(words(&anyhow::Error::new(denied()).context("/run/x")), "/run/x: permission denied: run it as root");
+        assert_eq!(words(&anyhow::anyhow!("b").context("a")), "a: b");
+    }
 
     #[test]
     fn the_command_line_is_whole() {
