@@ -168,7 +168,7 @@ fn files_that_are_no_configuration() {
     };
     assert_eq!(
         error(&file),
-        "DIR/c.toml: no such file: correct ConfigPath in the runtime's options, or KATA_CONF_FILE"
+        "DIR/c.toml: no such file: correct what names it: --config, KATA_CONF_FILE, or ConfigPath in the runtime's options"
     );
     assert_eq!(error(host.dir.path()), "DIR: is not a regular file: name a configuration.toml");
     fs::write(&file, b"a = 1\nb = \"\xff\"\n").expect("written");

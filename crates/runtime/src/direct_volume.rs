@@ -16,6 +16,8 @@ use crate::Error;
 
 const ROOT: &str = "/run/kata-containers/shared/direct-volumes";
 const INFO: &str = "mountInfo.json";
+/// For errors.
+const EXAMPLE: &str = r#"{"volume-type": "block", "device": "/dev/sdf", "fstype": "ext4"}"#;
 /// Largest `mountInfo.json` that is read, bytes.
 const LIMIT: u64 = 64 << 10;
 
@@ -44,8 +46,9 @@ impl MountInfo {
     /// # Errors
     /// It is none, or asks for what we do not do.
     pub fn parse(text: &str) -> Result<Self, Error> {
-        let info: Self = serde_json::from_str(text)
-            .map_err(|error| Error::Invalid(format!("the mount info is not what it should be: {error}")))?;
+        let info: Self = serde_json::from_str(text).map_err(|error| {
+            Error::Invalid(format!("the mount info is not what it should be: {error}: {EXAMPLE} is one"))
+        })?;
         if !["block", "directvol"].contains(&info.volume_type.as_str()) {
             let kind = &info.volume_type;
             return Err(Error::Unsupported(format!("volume type {kind:?} of a direct volume: it must be \"block\"")));

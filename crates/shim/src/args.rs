@@ -49,7 +49,9 @@ pub(crate) fn parse(args: impl IntoIterator<Item = String>) -> Result<Args> {
             "address" => &mut out.address,
             // events go over ttRPC; the socket is inherited
             "publish-binary" | "socket" => &mut ignored,
-            _ => bail!("unknown flag -{name}"),
+            _ => bail!(
+                "unknown flag -{name}: containerd runs this program; people run kata-runtime, or this with -v or -info"
+            ),
         };
         match value.or_else(|| args.next()) {
             Some(value) => *slot = value,

@@ -113,7 +113,7 @@ fn after_a_crash(id: &ContainerId, bundle: &Path) {
 pub(crate) fn inherited() -> Result<(UnixListener, fs::File)> {
     // SAFETY: `start` put both there for this process alone, and this is called once, first of all.
     let (listener, ready) = unsafe { (UnixListener::from_raw_fd(SOCKET_FD), fs::File::from_raw_fd(READY_FD)) };
-    listener.local_addr().context("no socket was inherited: this program is started by containerd")?;
+    listener.local_addr().context("this program is started by containerd: no socket was inherited")?;
     listener.set_nonblocking(true)?;
     for fd in [listener.as_fd(), ready.as_fd()] {
         nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
