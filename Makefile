@@ -23,7 +23,7 @@ rust:
 deps: ## install the Debian packages that are missing (sudo when you are not root)
 	@bash scripts/deps.sh
 
-build: rust deps ## compile the shim and the static agent
+build: rust deps ## compile the shim, kata-runtime and the static agent
 	@$(xtask) build
 
 guest: rust deps ## build the guest's kernel (once, then cached), initrd and image into dist/
