@@ -1,7 +1,7 @@
 //! What only the host can tell: do the files exist, does the memory fit.
 
-use std::fs::{self, Metadata};
-use std::io::ErrorKind;
+use std::fs::{self, File, Metadata};
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -25,7 +25,7 @@ pub(crate) fn check(config: &Config, settings: &Settings) -> Result<(), Error> {
         |name: &str, path: &Path| setting(&format!("hypervisor.qemu.{name}"), format!("\"{}\"", path.display()));
 
     program(&of_path("path", &hypervisor.path), &hypervisor.path, "install qemu-system-x86")?;
-    file(&of_path("kernel", &hypervisor.kernel), &hypervisor.kernel, "run `make install`")?;
+    check_kernel(&of_path("kernel", &hypervisor.kernel), &hypervisor.kernel)?;
     if let Some(daemon) = &hypervisor.virtio_fs_daemon
         // Kata's configurations name it whoever serves the files
         && matches!(hypervisor.shared_fs, SharedFs::Auto | SharedFs::VirtioFs)
@@ -55,6 +55,21 @@ pub(crate) fn check(config: &Config, settings: &Settings) -> Result<(), Error> {
         return Err(refuse(&initrd_setting, why));
     }
     Ok(())
+}
+
+/// With another file QEMU ends, and what it says is about something else.
+fn check_kernel(setting: &Entry, path: &Path) -> Result<(), Error> {
+    /// `HdrS` of Linux' boot protocol, by its place.
+    const HEADER: std::ops::Range<usize> = 0x202..0x206;
+    file(setting, path, "run `make install`")?;
+    let mut head = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(HEADER.end as u64).read_to_end(&mut head))
+        .map_err(|error| refuse(setting, format!("{error}: run `make install`, or set another path")))?;
+    if head.starts_with(b"\x7fELF") || head.get(HEADER) == Some(b"HdrS") {
+        return Ok(());
+    }
+    Err(refuse(setting, "is no kernel (ELF or bzImage): run `make install`, or set another path"))
 }
 
 fn check_image(hypervisor: &Hypervisor, setting: &Entry, image: &Path) -> Result<(), Error> {

@@ -15,8 +15,8 @@ struct Host {
 impl Host {
     fn new() -> Self {
         let dir = tempfile::tempdir().expect("a folder");
-        for name in ["qemu", "kernel", "initrd"] {
-            fs::write(dir.path().join(name), "not empty").expect("a file");
+        for (name, text) in [("qemu", "not empty"), ("kernel", "\x7fELF"), ("initrd", "not empty")] {
+            fs::write(dir.path().join(name), text).expect("a file");
         }
         fs::set_permissions(dir.path().join("qemu"), fs::Permissions::from_mode(0o755)).expect("its mode");
         Self { dir }
@@ -98,6 +98,11 @@ fn a_file_that_is_missing_or_of_the_wrong_kind() {
     assert_eq!(with("kernel", "gone"), "no such file: run `make install`, or set another path");
     assert_eq!(with("kernel", "folder"), "is a directory: set the path of a file");
     assert_eq!(with("kernel", "empty"), "is empty: run `make install`, or set another path");
+    assert_eq!(with("kernel", "initrd"), "is no kernel (ELF or bzImage): run `make install`, or set another path");
+    fs::write(host.at("bzImage"), [&[0; 0x202], b"HdrS".as_slice(), &[0; 99]].concat()).expect("a kernel");
+    fs::write(host.at("config.d/1.toml"), format!("hypervisor.qemu.kernel = {:?}\n", host.at("bzImage")))
+        .expect("a drop-in");
+    assert!(host.load("").is_ok());
     assert_eq!(with("initrd", "gone"), "no such file: run `make install`, or set another path");
     assert_eq!(with("initrd", "folder"), "is a directory: set the path of a file");
     assert_eq!(with("path", "gone"), "no such file: install qemu-system-x86, or set another path");

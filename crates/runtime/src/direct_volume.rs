@@ -159,11 +159,13 @@ impl Store {
     /// Which pods have a volume.
     ///
     /// # Errors
-    /// There is no such volume.
+    /// There is no such volume, or it cannot be looked at.
     pub fn users(&self, volume: &Path) -> Result<Vec<String>, Error> {
         let folder = self.folder(volume)?;
-        let entries =
-            fs::read_dir(&folder).map_err(|_| Error::NotFound(format!("direct volume {}", volume.display())))?;
+        let entries = fs::read_dir(&folder).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => Error::NotFound(format!("direct volume {}", volume.display())),
+            _ => Error::host(folder.display().to_string())(error),
+        })?;
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         Ok(names.filter(|name| name != INFO && !name.starts_with('.')).collect())
     }

@@ -62,13 +62,16 @@ pub(crate) fn for_guest(
     let namespace = |wanted| namespaces.iter().find(|namespace| namespace.typ() == wanted);
     if namespace(LinuxNamespaceType::Network).is_none() && !policy.without_network {
         return Err(Error::Unsupported(
-            "host network is not possible in a virtual machine: give the container a network namespace (no --net-host)"
+            "host network is not possible in a virtual machine: give the container a network namespace (no \
+             hostNetwork, no --net-host)"
                 .into(),
         ));
     }
     if namespace(LinuxNamespaceType::Pid).is_none() {
         return Err(Error::Unsupported(
-            "the host's processes cannot be shown in a virtual machine: give the container a PID namespace".into(),
+            "the host's processes cannot be shown in a virtual machine: give the container a PID namespace (no \
+             hostPID, no --pid=host)"
+                .into(),
         ));
     }
     if namespace(LinuxNamespaceType::Ipc).is_none() {
