@@ -139,7 +139,13 @@ fn status(config: &Config, store: &Store, out: &mut impl Write) -> Result<()> {
     }
     let factory = &config.factory;
     let Some(all) = runtime()?.block_on(pool::list(&factory.vm_cache_endpoint))? else {
-        return Ok(writeln!(out, "no pool is at {}", factory.vm_cache_endpoint.display())?);
+        let wanted = factory.vm_cache_number > 0;
+        let todo = if wanted {
+            ", but vm_cache_number is set: `kata-runtime factory init` is to be run, and stays"
+        } else {
+            ""
+        };
+        return Ok(writeln!(out, "no pool is at {}{todo}", factory.vm_cache_endpoint.display())?);
     };
     let ready = all.iter().filter(|info| info.vmm.is_some()).count();
     writeln!(out, "{ready} of {} are ready at {}", factory.vm_cache_number, factory.vm_cache_endpoint.display())?;
