@@ -36,14 +36,14 @@ pub(super) async fn make(env: &Env, run: &mut RunDir) -> Result<Made, Error> {
     }
     let mut template = None;
     if env.config.factory.enable_template {
-        template = template::find(env, &template_spec(env, None), MemoryWay::Copied).await?;
+        template = template::find(env, &template_spec(env, None, share.in_template()), MemoryWay::Copied).await?;
     }
     loop {
         let begin = template.as_mut().map(|found| std::mem::take(&mut found.begin));
         let is_clone = begin.is_some();
         let shared_dirs = served.into_iter().collect();
         let id = format!("pool-{}", std::process::id());
-        let spec = VmSpec { id, begin: begin.unwrap_or_default(), shared_dirs, ..template_spec(env, None) };
+        let spec = VmSpec { id, begin: begin.unwrap_or_default(), ..template_spec(env, None, shared_dirs) };
         let mut vm = env.hypervisor.launch(spec).await?;
         run.push(Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
         let channel = vm.take_channel().ok_or_else(|| Error::Unsupported("the VM has no serial channel".into()))?;

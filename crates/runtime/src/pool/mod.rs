@@ -120,7 +120,7 @@ fn folder(keeper: u32) -> PathBuf {
 
 /// What kind of VM a pod of this size (or the configured one) needs: what shapes the VM, and how its folder is served.
 async fn key(env: &Env, size: Option<Size>) -> Result<String, Error> {
-    let vm = env.hypervisor.fingerprint(&template_spec(env, size)).await?;
+    let vm = env.hypervisor.fingerprint(&template_spec(env, size, Vec::new())).await?;
     let config = &env.config.hypervisor;
     let served = format!(
         "{} {:?} {:?} {:?} {} {:?}",

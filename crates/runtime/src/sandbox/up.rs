@@ -175,7 +175,8 @@ async fn template(wanted: &Wanted<'_>, share: &Share) -> Result<Option<template:
     // what is given back must be the clone's own
     let is_own = share.shares_memory() || wanted.env.config.hypervisor.reclaim_guest_freed_memory;
     let way = if is_own { MemoryWay::Copied } else { MemoryWay::Private };
-    template::find(wanted.env, &template_spec(wanted.env, Some(wanted.size)), way).await
+    let spec = template_spec(wanted.env, Some(wanted.size), share.in_template());
+    template::find(wanted.env, &spec, way).await
 }
 
 impl Wanted<'_> {
@@ -185,8 +186,8 @@ impl Wanted<'_> {
         let shared_dirs = shared.into_iter().collect();
         let id = self.id.as_str().to_owned();
         if let Some(begin) = begin {
-            let spec = VmSpec { id, begin, shared_dirs, devices, ..template_spec(self.env, Some(self.size)) };
-            return Ok((AgentChannel::Serial, spec));
+            let spec = template_spec(self.env, Some(self.size), shared_dirs);
+            return Ok((AgentChannel::Serial, VmSpec { id, begin, devices, ..spec }));
         }
         let (channel, device) = AgentChannel::open(self.env.config.agent.channel)?;
         let spec = vm_spec(self.env, self.size, device, &channel.kernel_params());
@@ -205,12 +206,12 @@ impl Wanted<'_> {
 }
 
 /// The VM that a template is made of, of this size or the configured one: without anything of a pod, and with room for it.
-/// What its clones have besides is all new to the guest, but for the folder that QEMU serves.
-pub(crate) fn template_spec(env: &Env, size: Option<Size>) -> VmSpec {
+/// What its clones have besides is all new to the guest, but for the folder that QEMU serves, in `shared_dirs`.
+pub(crate) fn template_spec(env: &Env, size: Option<Size>, shared_dirs: Vec<SharedDir>) -> VmSpec {
     let size = size.unwrap_or_else(|| sizing::plan(&env.config.hypervisor, crate::pod::Limits::default()));
     let channel = Channel::Serial { port: ports::AGENT_SERIAL };
     let spec = vm_spec(env, size, channel, &AgentChannel::Serial.kernel_params());
-    VmSpec { id: "template".into(), shared_dirs: Share::of_template(&env.config.hypervisor), pluggable: true, ..spec }
+    VmSpec { id: "template".into(), shared_dirs, pluggable: true, ..spec }
 }
 
 fn vm_spec(env: &Env, size: Size, channel: Channel, channel_params: &str) -> VmSpec {

@@ -71,15 +71,18 @@ impl Share {
         Ok((Self::new(mounts, Server::VirtioFs(helper)), Some(dir)))
     }
 
-    /// What a VM has of it that is saved before there is a pod.
+    /// What a VM has of one that is saved before there is a pod.
     pub(crate) fn of_template(config: &config::Hypervisor) -> Vec<SharedDir> {
-        let is_served_by_qemu = match config.shared_fs {
+        kept(match config.shared_fs {
             SharedFs::VirtioNineP => true,
             SharedFs::Auto => daemon::find(config).is_none(),
             SharedFs::VirtioFs | SharedFs::None => false,
-        };
-        let folder = SharedDir { tag: TAG, server: FileServer::NineP { folder: None } };
-        is_served_by_qemu.then_some(folder).into_iter().collect()
+        })
+    }
+
+    /// What the VM has of it that this pod's is a clone of. Not looked up again: virtiofsd may have come or gone since.
+    pub(crate) fn in_template(&self) -> Vec<SharedDir> {
+        kept(matches!(self.server, Server::NineP { .. }))
     }
 
     /// One that another process has made in `folder`.
@@ -253,6 +256,11 @@ async fn serve(
     Ok((helper, SharedDir { tag: TAG, server }))
 }
 
+fn kept(is_served_by_qemu: bool) -> Vec<SharedDir> {
+    let folder = SharedDir { tag: TAG, server: FileServer::NineP { folder: None } };
+    is_served_by_qemu.then_some(folder).into_iter().collect()
+}
+
 /// The folder for QEMU's own server.
 fn packets(shared: &Path) -> Result<SharedDir, Error> {
     let folder = File::open(shared).map_err(Error::host(shared.display().to_string()))?;
@@ -319,7 +327,9 @@ mod tests {
         let error = share.must_serve("the mount on /data").expect_err("refused").to_string();
         assert!(error.contains("shared_fs = \"none\"") && error.contains("the mount on /data"), "{error}");
         assert_eq!((share.storage(), share.pid()), (None, None));
+        assert!(share.in_template().is_empty());
         let share = Share::new("/m".into(), Server::NineP { msize: 8192 });
+        assert!(matches!(share.in_template()[..], [SharedDir { server: FileServer::NineP { folder: None }, .. }]));
         share.must_serve("anything").expect("served");
         let storage = share.storage().expect("some");
         assert_eq!((storage.driver.as_str(), storage.options.last().map(String::as_str)), ("9p", Some("msize=8192")));

@@ -9,6 +9,7 @@ use crate::Error;
 use crate::agent_channel::AgentChannel;
 use crate::agent_client::VmWatch;
 use crate::sandbox::{Env, template_spec};
+use crate::storage::share::Share;
 
 /// Makes the template of this configuration for VMs of this size (or of the configured one). `false` when it is there, or
 /// another process makes it.
@@ -16,7 +17,7 @@ use crate::sandbox::{Env, template_spec};
 /// # Errors
 /// The VM did not come up or could not be saved. Nothing is left.
 pub async fn make(env: &Env, size: Option<Size>) -> Result<bool, Error> {
-    let spec = template_spec(env, size);
+    let spec = template_spec(env, size, Share::of_template(&env.config.hypervisor));
     let store = Store::new(&env.config.factory.template_path);
     let key = env.hypervisor.fingerprint(&spec).await?;
     let Some(draft) = store.draft(&key, spec.size.memory_mib)? else { return Ok(false) };
