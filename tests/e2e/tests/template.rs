@@ -39,6 +39,15 @@ fn with_factory(on_demand: bool, test: impl FnOnce(&Factory<'_>) -> Result<()>) 
 
 /// As `with_factory`, by a way of sharing files.
 fn with_factory_by(shared_fs: &str, on_demand: bool, test: impl FnOnce(&Factory<'_>) -> Result<()>) -> Result<()> {
+    with_factory_of(&[("shared_fs", shared_fs)], on_demand, test)
+}
+
+/// As `with_factory`, with these settings of the hypervisor.
+fn with_factory_of(
+    settings: &[(&str, &str)],
+    on_demand: bool,
+    test: impl FnOnce(&Factory<'_>) -> Result<()>,
+) -> Result<()> {
     let templates = tempfile::Builder::new().prefix("ketpl").tempdir_in("/dev/shm")?;
     let config = Install::locate()?.config_table_with(
         "factory",
@@ -50,7 +59,9 @@ fn with_factory_by(shared_fs: &str, on_demand: bool, test: impl FnOnce(&Factory<
     )?;
     let mut config: toml::Table = config.parse()?;
     let qemu = config["hypervisor"]["qemu"].as_table_mut().context("no [hypervisor.qemu]")?;
-    qemu.insert("shared_fs".into(), shared_fs.into());
+    for (key, value) in settings {
+        qemu.insert((*key).into(), (*value).into());
+    }
     with_node_setup(NodeSetup { config: Some(config.to_string()), ..NodeSetup::default() }, |node| {
         test(&Factory { node, templates: templates.path().to_owned() })
     })
@@ -159,6 +170,28 @@ fn a_clone_by_9p_writes_its_own_copy_of_the_memory() -> Result<()> {
             ensure!(said.text() == "42\n1", "{said:?}");
         }
         ensure!(fs::read(&memory)? == before, "a clone wrote into the template");
+        Ok(())
+    })
+}
+
+/// The kernel would wait for all units of a SCSI controller that it finds, 256 of them, before it gave the clone's own word.
+#[test]
+fn a_clone_does_not_wait_for_units_that_are_missing() -> Result<()> {
+    let settings = [("shared_fs", "virtio-9p"), ("block_device_driver", "virtio-scsi")];
+    with_factory_of(&settings, false, |factory| {
+        factory.init()?;
+        let file = factory.node.dir().join("disk");
+        fs::File::create(&file)?.set_len(1 << 20)?;
+        let device =
+            Invocation::new("losetup", ["--find", "--show", &file.display().to_string()]).output()?.ok()?.text();
+        let script = format!("cat /sys/block/sda/size; head -c 1 {device} | wc -c; cat /proc/uptime");
+        let run = factory.node.run(Runtime::Kata, "disk", &["--device", &device], &["sh", "-c", &script]).output();
+        Invocation::new("losetup", ["--detach", &device]).output()?.ok()?;
+        let said = run?.ok()?.text();
+        let [size, read, uptime] = said.lines().collect::<Vec<_>>()[..] else { bail!("{said}") };
+        ensure!((size, read) == ("2048", "1"), "{said}");
+        let idle: f64 = uptime.split_whitespace().nth(1).context("the time that nothing was done")?.parse()?;
+        ensure!(idle < 3.0, "the guest waited {idle} s of {uptime}");
         Ok(())
     })
 }

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use super::QemuSettings;
 use super::accelerator::Accelerator;
 use super::device::{self, escape};
-use super::disk::{self, Disks, Way};
+use super::disk::{self, DiskDriver, Disks, Way};
 use super::pci::{self, Bridge};
 use super::pmem;
 use super::root::RootArguments;
@@ -77,6 +77,10 @@ fn without_broken(configured: &str) -> String {
     }
 }
 
+/// The kernel asks a new SCSI controller for each of its 256 units, of which all but some are missing and take 20 ms each. The
+/// agent asks for those that it needs.
+const ONE_BY_ONE: &str = " scsi_mod.scan=manual";
+
 /// Memory up to which a guest gets [`SMALL`], MiB.
 const SMALL_MIB: u64 = 1024;
 /// An eighth of the kernel's own tables of names and inodes, which are cleared at boot: half a MiB, for files by the
@@ -147,10 +151,11 @@ pub(super) fn arguments(
         let configured = if accelerator == Accelerator::Tcg { without_broken(configured) } else { configured.clone() };
         let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
         let tables = if size.memory_mib <= SMALL_MIB { SMALL } else { "" };
+        let units = if settings.disks.driver == DiskDriver::Scsi { ONE_BY_ONE } else { "" };
         args.pair(
             "-append",
             format!(
-                "{KERNEL_PARAMS}{tables}{timer}{tsc}{quiet} nr_cpus={}{} {configured}",
+                "{KERNEL_PARAMS}{tables}{units}{timer}{tsc}{quiet} nr_cpus={}{} {configured}",
                 size.vcpus, root.kernel_params
             ),
         );
@@ -431,8 +436,10 @@ mod tests {
         for part in [
             "-device virtio-scsi-pci,id=scsi,romfile=,bus=plug,addr=0x1",
             "-device scsi-hd,id=disk2,drive=disk2-host,werror=report,rerror=report,bus=scsi.0,scsi-id=0,lun=1",
+            " scsi_mod.scan=manual ",
         ] {
             assert!(scsi.contains(part), "{part} is missing in {scsi}");
         }
+        assert!(!pmem.contains("scsi"), "{pmem}");
     }
 }
