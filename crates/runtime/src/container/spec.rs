@@ -32,7 +32,16 @@ pub(crate) fn read(bundle: &Path) -> Result<Spec, Error> {
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(Error::Invalid(format!("{}: process.args must not be empty", path.display())));
     }
+    working_folder(process.cwd()).map_err(|error| Error::Invalid(format!("{}: {error}", path.display())))?;
     Ok(spec)
+}
+
+/// The kernel would take another one as from the root, and runc refuses it.
+pub(crate) fn working_folder(path: &Path) -> Result<(), Error> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("process.cwd {:.200?} must be an absolute path", path.display().to_string())))
 }
 
 /// What the configuration says of every container.
@@ -220,6 +229,14 @@ mod tests {
             ("{", "not an OCI specification"),
             (r#"{"ociVersion":"1.0.2"}"#, "no process"),
             (r#"{"ociVersion":"1.0.2","process":{"user":{"uid":0,"gid":0},"args":[],"cwd":"/"}}"#, "process.args"),
+            (
+                r#"{"ociVersion":"1.0.2","process":{"user":{"uid":0,"gid":0},"args":["x"],"cwd":"a"}}"#,
+                r#"process.cwd "a""#,
+            ),
+            (
+                r#"{"ociVersion":"1.0.2","process":{"user":{"uid":0,"gid":0},"args":["x"],"cwd":""}}"#,
+                r#"process.cwd """#,
+            ),
         ] {
             std::fs::write(&path, text).expect("written");
             let error = read(dir.path()).expect_err(part).to_string();

@@ -191,6 +191,7 @@ impl Sandbox {
         if from.spec.args().as_ref().is_none_or(Vec::is_empty) {
             return Err(Error::Invalid("process.args must not be empty".into()));
         }
+        spec::working_folder(from.spec.cwd())?;
         let mut wire = agent_api::oci_convert::process(&from.spec)?;
         spec::unlabel(&mut wire);
         wire.Terminal = from.stdio.terminal;
