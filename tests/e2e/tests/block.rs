@@ -164,7 +164,9 @@ fn disks_come_and_go_with_containers() -> Result<()> {
 /// when one of them is to go.
 #[test]
 fn a_disk_that_the_guest_keeps_holds_nobody_up() -> Result<()> {
-    with_snapshotter("blockfile", None, |node| {
+    // a clone has its folder behind the same bridge
+    let boots = Install::locate()?.config_table_with("factory", &[("enable_template", false.into())])?;
+    with_snapshotter("blockfile", Some(boots), |node| {
         let kind = |kind: &'static str| ["--annotation", kind, "--annotation", "io.kubernetes.cri.sandbox-id=pod"];
         let member = kind("io.kubernetes.cri.container-type=container");
         let sleep = ["sleep", "1000"];
