@@ -5,6 +5,7 @@ use e2e::{
     BOTH, Node, NodeSetup, Runtime,
     compile::compile,
     cri::{Network, with_cri},
+    ctr::Invocation,
     install::Install,
     processes, with_node_setup,
 };
@@ -239,6 +240,45 @@ fn what_virtiofsd_does_not_take_is_told() -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// Says that it runs, and does until it is ended.
+const READY: &str = r#"
+#include <stdio.h>
+#include <unistd.h>
+int main(void) {
+    puts("ready");
+    fflush(stdout);
+    pause();
+}
+"#;
+
+/// Copies a program and starts it four times, many times, with others between: pages of programs become other programs'.
+const MANY: &str = r#"
+i=0
+while [ $i -lt 100 ]; do
+    i=$((i + 1)); cp /data/ready /bin/r$i
+    for v in a b c d; do { /bin/r$i > /tmp/$v$i; code=$?; [ $code = 143 ] || echo $i: $code; } & done
+    for v in a b c d; do
+        tries=0
+        until grep -q ready /tmp/$v$i; do tries=$((tries + 1)); [ $tries -lt 300 ] || break; done
+    done
+    killall r$i; wait; rm /bin/r$i /tmp/?$i
+done 2>/dev/null
+echo done
+"#;
+
+/// What virtiofsd writes into memory the translator does not see: it ran what had been there before.
+#[test]
+fn programs_are_what_was_read() -> Result<()> {
+    with(&[("shared_fs", "virtio-fs".into())], |node| {
+        let (folder, option) = volume(node, "programs", "ro")?;
+        fs::write(folder.join("ready"), compile(node.dir(), "ready", READY)?)?;
+        Invocation::new("chmod", [Path::new("755"), &folder.join("ready")]).output()?.ok()?;
+        let said = node.run(Runtime::Kata, "programs", &["--mount", &option], &["sh", "-c", MANY]).output()?.ok()?;
+        ensure!(said.text() == "done", "{}", said.text());
+        Ok(())
+    })
 }
 
 /// Debian 12 has no Rust virtiofsd; `cargo install virtiofsd` makes one.
