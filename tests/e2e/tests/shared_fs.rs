@@ -254,7 +254,7 @@ int main(void) {
 "#;
 
 /// Copies a program and starts it four times, many times, with others between: pages of programs become other programs'.
-const MANY: &str = r#"
+const MANY: &str = r"
 i=0
 while [ $i -lt 100 ]; do
     i=$((i + 1)); cp /data/ready /bin/r$i
@@ -266,7 +266,7 @@ while [ $i -lt 100 ]; do
     killall r$i; wait; rm /bin/r$i /tmp/?$i
 done 2>/dev/null
 echo done
-"#;
+";
 
 /// What virtiofsd writes into memory the translator does not see: it ran what had been there before.
 #[test]
