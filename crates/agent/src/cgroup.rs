@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -78,16 +79,24 @@ pub(crate) fn are_plain(resources: Option<&LinuxResources>) -> bool {
 /// Only against the weight of another does it mean anything.
 const WEIGHT: &str = "cpu.weight";
 
+const EVENTS: &str = "cgroup.events";
+
 /// One cgroup. Dropping it kills what is in it and removes it.
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     path: PathBuf,
+    /// Open for processes that begin in it.
+    folder: File,
+    /// `cgroup.events`, open: each exec asks, and to find a file takes more than to read it.
+    events: File,
+    /// Whether this guest can weigh processors' time.
+    can_weigh: bool,
     /// For when there is something to weigh it against.
     weight: Mutex<Option<String>>,
 }
 
 /// The folder of one that is made before a container needs it; no container has such a name.
-const READY: &str = "@ready";
+pub(crate) const READY: &str = "@ready";
 
 impl Cgroup {
     /// Makes it, with its limits and its device rules.
@@ -112,10 +121,20 @@ impl Cgroup {
     fn with_devices(name: &str, rules: &[LinuxDeviceCgroup]) -> Result<Self, Error> {
         let path = PathBuf::from(ROOT).join(name);
         fs::create_dir(&path).map_err(Error::failed(format!("cgroup {}", path.display())))?;
-        let cgroup = Self { path, weight: Mutex::default() };
-        let folder = File::open(&cgroup.path).map_err(Error::failed("cgroup"))?;
-        crate::device_filter::attach(folder.as_fd(), rules).map_err(Error::failed("device rules"))?;
-        Ok(cgroup)
+        let made = (|| {
+            let folder = File::open(&path).map_err(Error::failed("cgroup"))?;
+            crate::device_filter::attach(folder.as_fd(), rules).map_err(Error::failed("device rules"))?;
+            let events = File::open(path.join(EVENTS)).map_err(Error::failed(EVENTS))?;
+            Ok((folder, events))
+        })();
+        match made {
+            Ok((folder, events)) => Ok(Self { path, folder, events, can_weigh: has("cpu"), weight: Mutex::default() }),
+            Err(error) => {
+                // nobody is in it
+                let _ = fs::remove_dir(&path);
+                Err(error)
+            }
+        }
     }
 
     /// Writes limits; zero is "not asked for", as on the wire.
@@ -125,7 +144,7 @@ impl Cgroup {
             if let Some(controller) = controller_of(&file)
                 && !path.exists()
             {
-                if file == WEIGHT && has(controller) {
+                if file == WEIGHT && self.can_weigh {
                     if !is_weight(&value) {
                         return Err(Error::Invalid(format!("cgroup {WEIGHT} {value:.20?} must be 1 to 10000")));
                     }
@@ -165,8 +184,8 @@ impl Cgroup {
     }
 
     /// Open for processes that begin in it.
-    pub(crate) fn folder(&self) -> Result<File, Error> {
-        File::open(&self.path).map_err(Error::failed("cgroup"))
+    pub(crate) fn folder(&self) -> &File {
+        &self.folder
     }
 
     pub(crate) fn pids(&self) -> Vec<u32> {
@@ -176,8 +195,10 @@ impl Cgroup {
 
     /// Whether all in it stand still, by whomever.
     pub(crate) fn is_frozen(&self) -> bool {
-        let events = fs::read_to_string(self.path.join("cgroup.events")).unwrap_or_default();
-        events.lines().any(|line| line == "frozen 1")
+        // two words and two digits (cgroup-v2.rst)
+        let mut text = [0; 256];
+        let count = self.events.read_at(&mut text, 0).unwrap_or_default();
+        text[..count].split(|byte| *byte == b'\n').any(|line| line == b"frozen 1")
     }
 
     pub(crate) fn freeze(&self, frozen: bool) -> Result<(), Error> {
@@ -188,8 +209,9 @@ impl Cgroup {
     /// Kills every process in it and waits until the last is gone.
     pub(crate) async fn end(&self) -> Result<(), Error> {
         use io::{Read, Seek};
-        let failed = || Error::failed("cgroup.events");
-        let events = File::open(self.path.join("cgroup.events")).map_err(failed())?;
+        let failed = || Error::failed(EVENTS);
+        // not the one that is open: what has been read there is no news here
+        let events = File::open(self.path.join(EVENTS)).map_err(failed())?;
         // a change of `populated` is an exceptional condition of this file (cgroup-v2.rst)
         let events = crate::io::watch_changes(events).map_err(failed())?;
         let is_empty = || {

@@ -76,7 +76,7 @@ impl Container {
         }
         let ready = if cgroup::are_plain(resources) { ready() } else { None };
         let cgroup = ready.map_or_else(|| Cgroup::create(id, resources), |cgroup| cgroup.fill(resources))?;
-        let place = Place { folder: cgroup.folder()?, of_first: None };
+        let place = Place { folder: cgroup.folder(), of_first: None };
         let (go_child, go) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("start pipe"))?;
         let (stdio, streams) = streams(&spec.Process)?;
         let joins = pids_of.is_some();
@@ -150,7 +150,7 @@ impl Container {
     async fn launch_exec(&self, process: &oci::Process, reaper: &Reaper) -> Result<Process, Error> {
         let (stdio, streams) = streams(process)?;
         let namespaces = Namespaces::of(self.init.pid)?;
-        let place = Place { folder: self.cgroup.folder()?, of_first: Some(self.init.pid) };
+        let place = Place { folder: self.cgroup.folder(), of_first: Some(self.init.pid) };
         let what = Launch::Exec { spec: &self.spec, process, namespaces };
         let launched = launcher::launch(what, streams, place, reaper).await?;
         Ok(Process::new(launched.pid, with_terminal(stdio, launched.terminal)?, launched.exit))

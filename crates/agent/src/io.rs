@@ -13,8 +13,17 @@ use tokio::sync::Mutex;
 use crate::error::Error;
 use crate::launcher::Streams;
 
-/// Asked for a pipe's buffer, bytes; the kernel's default is 64 KiB.
-const PIPE: i32 = 256 << 10;
+/// Asked for the buffer of a pipe that was full, bytes.
+const WIDE_PIPE: i32 = 256 << 10;
+/// The kernel's default (pipe(7)).
+const PIPE: usize = 64 << 10;
+
+nix::ioctl_read_bad!(
+    /// How much can be read (`FIONREAD` of ioctl_tty(2), which pipes know too).
+    waiting,
+    libc::FIONREAD,
+    libc::c_int
+);
 
 /// Makes a descriptor wait for readiness in the runtime.
 pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
@@ -36,6 +45,28 @@ pub(crate) fn drain(events: &OwnedFd) -> io::Result<()> {
 pub(crate) fn watch_changes(file: std::fs::File) -> io::Result<AsyncFd<std::fs::File>> {
     // SAFETY: as above, of a File.
     unsafe { AsyncFd::register_with_interest(file, tokio::io::Interest::PRIORITY) }.map_err(io::Error::from)
+}
+
+/// What is there, up to `most`; empty is the end. A buffer is made when it is known for how much, not while nothing comes.
+fn read_some(fd: &OwnedFd, most: usize) -> io::Result<Vec<u8>> {
+    let mut count = 0;
+    // SAFETY: an open descriptor and a number that lives through the call.
+    unsafe { waiting(fd.as_raw_fd(), &raw mut count) }?;
+    let count = usize::try_from(count).unwrap_or_default();
+    if count == PIPE {
+        widen(fd);
+    }
+    let mut data = vec![0; count.clamp(1, most)];
+    let count = nix::unistd::read(fd, &mut data)?;
+    data.truncate(count);
+    Ok(data)
+}
+
+/// One who has filled a pipe may have more. A refusal leaves it as it is, which works too, and so does what is no pipe.
+fn widen(fd: &OwnedFd) {
+    if fcntl(fd, FcntlArg::F_GETPIPE_SZ).is_ok_and(|size| size < WIDE_PIPE) {
+        let _ = fcntl(fd, FcntlArg::F_SETPIPE_SZ(WIDE_PIPE));
+    }
 }
 
 /// One open end, read or written by one call at a time.
@@ -69,12 +100,7 @@ pub(crate) enum Output {
 impl Stdio {
     /// Three pipes and the child's ends of them.
     pub(crate) fn pipes() -> Result<(Self, Streams), Error> {
-        let pipe = || {
-            let ends = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("pipe"))?;
-            // a refusal leaves the default, which works too
-            let _ = fcntl(&ends.0, FcntlArg::F_SETPIPE_SZ(PIPE));
-            Ok::<_, Error>(ends)
-        };
+        let pipe = || nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("pipe"));
         let (stdin_child, stdin) = pipe()?;
         let (stdout, stdout_child) = pipe()?;
         let (stderr, stderr_child) = pipe()?;
@@ -101,15 +127,11 @@ impl Stdio {
         };
         let mut slot = end.0.lock().await;
         let Some(fd) = slot.as_ref() else { return Ok(Vec::new()) };
-        let mut data = vec![0; most];
         loop {
             let mut ready = fd.readable().await.map_err(Error::failed("output"))?;
-            match ready.try_io(|fd| nix::unistd::read(fd.get_ref(), &mut data).map_err(io::Error::from)) {
-                Ok(Ok(0)) => break,
-                Ok(Ok(count)) => {
-                    data.truncate(count);
-                    return Ok(data);
-                }
+            match ready.try_io(|fd| read_some(fd.get_ref(), most)) {
+                Ok(Ok(data)) if data.is_empty() => break,
+                Ok(Ok(data)) => return Ok(data),
                 // a terminal's way to say that nobody has it open any more
                 Ok(Err(error)) if error.raw_os_error() == Some(Errno::EIO as i32) => break,
                 Ok(Err(error)) => return Err(Error::Failed(format!("output: {error}"))),
@@ -133,7 +155,7 @@ impl Stdio {
                 Ok(Err(error)) if error.kind() == io::ErrorKind::BrokenPipe => return Err(closed()),
                 Ok(Err(error)) if error.raw_os_error() == Some(Errno::EIO as i32) => return Err(closed()),
                 Ok(Err(error)) => return Err(Error::Failed(format!("stdin: {error}"))),
-                Err(_) => {}
+                Err(_) => widen(fd.get_ref()),
             }
         }
         Ok(written)

@@ -106,12 +106,16 @@ impl OomWatch {
         Ok(watch)
     }
 
-    /// From now on; it ends with the cgroup.
+    /// From now on; it ends with the cgroup. A file that is watched already has this name from now on.
     pub(crate) fn add(&self, id: &str, file: PathBuf) {
+        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = watched.values_mut().find(|one| one.file == file) {
+            id.clone_into(&mut known.id);
+            return;
+        }
         match self.inotify.add_watch(&file, AddWatchFlags::IN_MODIFY) {
             Ok(descriptor) => {
-                let one = Watched { id: id.to_owned(), file, kills: 0 };
-                self.watched.lock().unwrap_or_else(PoisonError::into_inner).insert(descriptor, one);
+                watched.insert(descriptor, Watched { id: id.to_owned(), file, kills: 0 });
             }
             Err(errno) => crate::log::warn(&format!("watching the memory of {id}: {errno}")),
         }
@@ -191,6 +195,15 @@ mod tests {
         assert_eq!(*order.lock().expect("whole"), ["why", "the end"]);
         std::fs::write(&file, "oom_kill 2\n").expect("written");
         watch.told("one").await;
+        std::fs::remove_file(&file).expect("removed");
+    }
+
+    #[tokio::test]
+    async fn what_was_watched_ahead_has_its_containers_name() {
+        let (watch, file) = watched("ahead");
+        watch.add("two", file.clone());
+        std::fs::write(&file, "oom_kill 1\n").expect("written");
+        assert_eq!(watch.next().await, "two");
         std::fs::remove_file(&file).expect("removed");
     }
 

@@ -8,7 +8,7 @@ use agent_api::agent as api;
 use agent_api::oci::LinuxResources;
 use agent_api::{limits, paths};
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::container::{Container, Plan};
 use crate::device;
 use crate::error::Error;
@@ -61,7 +61,10 @@ impl Sandbox {
     /// Makes what the first container will need, whatever it is.
     pub(crate) fn prepare(&self) {
         match Cgroup::ready() {
-            Ok(cgroup) => *self.ready.lock().unwrap_or_else(PoisonError::into_inner) = Some(cgroup),
+            Ok(cgroup) => {
+                self.oom.add(cgroup::READY, cgroup.memory_events());
+                *self.ready.lock().unwrap_or_else(PoisonError::into_inner) = Some(cgroup);
+            }
             // it is tried again for the container, where somebody hears of it
             Err(error) => crate::log::debug(&error.to_string()),
         }

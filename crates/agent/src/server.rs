@@ -168,8 +168,10 @@ impl AgentService for Service {
         let container = self.sandbox.container(&request.container_id)?;
         let process = container.process(&request.container_id, &request.exec_id)?;
         let status = process.tell().await;
-        // why, before that it ended
-        self.sandbox.oom.told(&request.container_id).await;
+        if Arc::ptr_eq(&process, &container.init()) {
+            // why, before that it ended; with another process's end nothing goes that the kernel tells of later
+            self.sandbox.oom.told(&request.container_id).await;
+        }
         container.forget(&request.exec_id, &process);
         Ok(api::WaitProcessResponse { status, ..Default::default() })
     }

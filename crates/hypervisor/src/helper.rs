@@ -45,7 +45,7 @@ pub struct Helper {
 }
 
 impl Helper {
-    /// Starts `program` with `args`; `fds` stay open in it under the same numbers.
+    /// Starts `program` with `args`, and `env` beside our own environment; `fds` stay open in it under the same numbers.
     ///
     /// `what` and `key` name it in errors: what it is for and the configuration's key of its path. `pages` holds for what it
     /// starts itself, too.
@@ -57,13 +57,20 @@ impl Helper {
         key: &'static str,
         program: &Path,
         args: &[String],
+        env: &[(&str, &str)],
         fds: &[OwnedFd],
         pages: Pages,
     ) -> Result<Self, Error> {
         let passed: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let parent = std::process::id();
         let mut command = Command::new(program);
-        command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+        command
+            .args(args)
+            .envs(env.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
         // SAFETY: the closure runs between fork and exec and calls only prctl, getppid, fcntl, getrlimit, setrlimit and
         // signal functions, which are async-signal-safe or plain system calls; it allocates nothing.
         unsafe {
@@ -211,7 +218,8 @@ mod tests {
     #[tokio::test]
     async fn reports_exit_and_stderr() {
         let args = ["-c".to_owned(), "echo broken >&2; exit 3".to_owned()];
-        let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], Pages::AsHost).expect("spawned");
+        let helper =
+            Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], &[], Pages::AsHost).expect("spawned");
         let mut exit = helper.exit();
         let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
         assert_eq!(seen.stderr, "broken\n");
@@ -224,7 +232,7 @@ mod tests {
         let fd = OwnedFd::from(file);
         let args = ["-c".to_owned(), format!("test -e /proc/self/fd/{}", fd.as_raw_fd())];
         let helper =
-            Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[fd], Pages::AsHost).expect("spawned");
+            Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], &[fd], Pages::AsHost).expect("spawned");
         let mut exit = helper.exit();
         let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
         assert!(seen.reason.contains("exit status: 0"), "{seen}");
@@ -240,7 +248,8 @@ mod tests {
             assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
         }
         let args = ["-c".to_owned(), format!("test $(ulimit -Sn) = {}", limit.rlim_max)];
-        let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], Pages::AsHost).expect("spawned");
+        let helper =
+            Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], &[], Pages::AsHost).expect("spawned");
         let mut exit = helper.exit();
         let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
         assert!(seen.is_success, "{seen}");
@@ -250,7 +259,7 @@ mod tests {
     async fn has_huge_pages_or_none() {
         for (pages, word) in [(Pages::Small, "0"), (Pages::AsHost, "1")] {
             let args = ["-c".to_owned(), format!("grep -q '^THP_enabled:.*{word}$' /proc/self/status")];
-            let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], pages).expect("spawned");
+            let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], &[], pages).expect("spawned");
             let mut exit = helper.exit();
             let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
             assert!(seen.is_success, "{pages:?}: {seen}");
@@ -266,7 +275,7 @@ mod tests {
             runtime.block_on(async {
                 refuse_prctl(libc::PR_SET_THP_DISABLE);
                 let args = ["-c".to_owned(), "grep -q '^THP_enabled:.*1$' /proc/self/status".to_owned()];
-                let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], Pages::Small);
+                let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], &[], Pages::Small);
                 let helper = helper.expect("spawned");
                 helper.exit().wait_for(Option::is_some).await.expect("an exit").clone().expect("some")
             })
@@ -302,7 +311,7 @@ mod tests {
     async fn stop_kills() {
         let args = ["1000".to_owned()];
         let helper =
-            Helper::spawn("sleep", "path", Path::new("/bin/sleep"), &args, &[], Pages::AsHost).expect("spawned");
+            Helper::spawn("sleep", "path", Path::new("/bin/sleep"), &args, &[], &[], Pages::AsHost).expect("spawned");
         helper.stop(Duration::ZERO).await;
         assert!(!Path::new(&format!("/proc/{}", helper.pid())).exists());
     }
@@ -329,7 +338,8 @@ mod tests {
 
     #[tokio::test]
     async fn missing_program_names_the_key() {
-        let error = Helper::spawn("QEMU", "path", Path::new("/no/qemu"), &[], &[], Pages::AsHost).expect_err("missing");
+        let error =
+            Helper::spawn("QEMU", "path", Path::new("/no/qemu"), &[], &[], &[], Pages::AsHost).expect_err("missing");
         assert!(error.to_string().contains("/no/qemu") && error.to_string().contains("`path`"), "{error}");
     }
 }

@@ -169,6 +169,10 @@ fn a_clone_by_9p_writes_its_own_copy_of_the_memory() -> Result<()> {
                 factory.run(id, "echo $((6 * 7)) > /file && cat /file; grep -c 'kataShared / 9p' /proc/mounts")?;
             ensure!(said.text() == "42\n1", "{said:?}");
         }
+        // not measured, and not changed for another, in every clone again
+        let clock = "/sys/devices/system/clocksource/clocksource0";
+        let said = factory.run("three", &format!("cat {clock}/current_clocksource; grep -c noatime /proc/mounts"))?;
+        ensure!(!said.text().contains("early") && !said.text().ends_with("\n0"), "{said:?}");
         ensure!(fs::read(&memory)? == before, "a clone wrote into the template");
         Ok(())
     })
@@ -191,7 +195,8 @@ fn a_clone_does_not_wait_for_units_that_are_missing() -> Result<()> {
         let [size, read, uptime] = said.lines().collect::<Vec<_>>()[..] else { bail!("{said}") };
         ensure!((size, read) == ("2048", "1"), "{said}");
         let idle: f64 = uptime.split_whitespace().nth(1).context("the time that nothing was done")?.parse()?;
-        ensure!(idle < 3.0, "the guest waited {idle} s of {uptime}");
+        // up to 3 s are the template's, which waited to be saved
+        ensure!(idle < 6.0, "the guest waited {idle} s of {uptime}");
         Ok(())
     })
 }

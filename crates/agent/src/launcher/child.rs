@@ -13,7 +13,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::error::words;
 
-use super::{Launch, Streams, credentials, holder, hooks, lookup, rootfs, seccomp};
+use super::{FAILED, Launch, READY, Streams, credentials, holder, hooks, lookup, rootfs, seccomp};
 
 /// Words for the one who asked. The prefix is the launcher's.
 pub(super) type Outcome<T> = Result<T, String>;
@@ -28,15 +28,21 @@ fn in_init(words: &str) -> String {
     format!("error during container init: {words}")
 }
 
-pub(super) fn run(what: &Launch<'_>, streams: Option<Streams>, cgroup: Option<File>, report: OwnedFd) -> ! {
-    let words = match set_up(what, streams, cgroup, report) {
+pub(super) fn run(
+    what: &Launch<'_>,
+    streams: Option<Streams>,
+    cgroup: Option<File>,
+    report: OwnedFd,
+    terminal: Option<OwnedFd>,
+) -> ! {
+    let words = match set_up(what, streams, cgroup, report, terminal) {
         Ok(never) => match never {},
         Err(words) => words,
     };
-    // SAFETY: `arrange` put the report socket there, and only an exec closes it; should that have failed, the write
-    // fails too, and the launcher is told by the end of this process.
+    // SAFETY: `arrange` put the report there, and only an exec closes it; should that have failed, the write fails too,
+    // and the launcher is told by the end of this process.
     let report = unsafe { BorrowedFd::borrow_raw(REPORT_FD) };
-    let _ = tell(report, b'E', &words, None);
+    let _ = tell(report, FAILED, &words);
     // SAFETY: ends this copy of the process without running the agent's destructors.
     unsafe { libc::_exit(1) }
 }
@@ -44,7 +50,13 @@ pub(super) fn run(what: &Launch<'_>, streams: Option<Streams>, cgroup: Option<Fi
 const REPORT_FD: RawFd = 3;
 const FIRST_OTHER_FD: RawFd = 4;
 
-fn set_up(what: &Launch<'_>, streams: Option<Streams>, cgroup: Option<File>, report: OwnedFd) -> Outcome<Infallible> {
+fn set_up(
+    what: &Launch<'_>,
+    streams: Option<Streams>,
+    cgroup: Option<File>,
+    report: OwnedFd,
+    terminal: Option<OwnedFd>,
+) -> Outcome<Infallible> {
     if let Some(mut procs) = cgroup
         && let Err(error) = procs.write_all(b"0")
     {
@@ -63,23 +75,27 @@ fn set_up(what: &Launch<'_>, streams: Option<Streams>, cgroup: Option<File>, rep
             }
         }
     }
+    let has_terminal = terminal.is_some();
+    keep.extend(terminal);
     let mut kept = arrange(report, streams, keep)?;
     // it is never dropped: the report must stay open until the end
     let report = std::mem::ManuallyDrop::new(kept.remove(0));
+    let terminal = if has_terminal { kept.pop() } else { None };
     restore_signals();
     nix::unistd::setsid().map_err(named("setsid"))?;
 
     match what {
         Launch::Container { id, spec, own_hostname, submounts, .. } => {
             let go = kept.remove(0);
-            container(id, spec, submounts, *own_hostname, &report, File::from(go))
+            let ends = Ends { report: report.as_fd(), terminal };
+            container(id, spec, submounts, *own_hostname, ends, File::from(go))
         }
         Launch::Holder { .. } => {
             let go = kept.remove(0);
-            tell(report.as_fd(), b'R', "", None).map_err(named("report"))?;
+            tell(report.as_fd(), READY, "").map_err(named("report"))?;
             holder::hold(File::from(go))
         }
-        Launch::Exec { spec, process, .. } => exec(spec, process, &report, kept),
+        Launch::Exec { spec, process, .. } => exec(spec, process, terminal, kept),
     }
 }
 
@@ -135,14 +151,28 @@ fn restore_signals() {
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
 }
 
-fn tell(report: BorrowedFd<'_>, kind: u8, words: &str, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+fn tell(report: BorrowedFd<'_>, kind: u8, words: &str) -> io::Result<()> {
     let mut text = vec![kind];
     text.extend(words.bytes().take(super::REPORT - 1));
-    let fds: Vec<RawFd> = fd.iter().map(AsRawFd::as_raw_fd).collect();
-    let control = [ControlMessage::ScmRights(&fds)];
-    let control = if fds.is_empty() { &control[..0] } else { &control[..] };
-    sendmsg::<()>(report.as_raw_fd(), &[IoSlice::new(&text)], control, MsgFlags::MSG_NOSIGNAL, None)?;
+    nix::unistd::write(report, &text)?;
     Ok(())
+}
+
+/// Gives the agent's end of a terminal away, where there is one.
+fn send(terminal: Option<OwnedFd>, socket: Option<OwnedFd>) -> Outcome<()> {
+    let (Some(terminal), Some(socket)) = (terminal, socket) else { return Ok(()) };
+    let fds = [terminal.as_raw_fd()];
+    let control = [ControlMessage::ScmRights(&fds)];
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(b"t")], &control, MsgFlags::MSG_NOSIGNAL, None)
+        .map(drop)
+        .map_err(named("terminal"))
+}
+
+/// What leads back to the agent.
+struct Ends<'a> {
+    report: BorrowedFd<'a>,
+    /// For a terminal.
+    terminal: Option<OwnedFd>,
 }
 
 fn container(
@@ -150,20 +180,19 @@ fn container(
     spec: &oci::Spec,
     submounts: &[String],
     own_hostname: bool,
-    report: &OwnedFd,
+    ends: Ends<'_>,
     mut go: File,
 ) -> Outcome<Infallible> {
     unshare(CloneFlags::CLONE_NEWCGROUP).map_err(named("cgroup namespace"))?;
     let process = &*spec.Process;
     rootfs::build(id, spec, submounts).map_err(|words| in_init(&words))?;
-    let terminal = terminal(process, true)?;
-    let terminal = terminal.as_ref().map(AsFd::as_fd);
+    send(terminal(process, true)?, ends.terminal)?;
     if own_hostname && !spec.Hostname.is_empty() {
         nix::unistd::sethostname(&spec.Hostname).map_err(named("hostname"))?;
     }
     rootfs::finish(spec).map_err(|words| in_init(&words))?;
     let program = prepare(process, spec.Linux.Seccomp.as_ref())?;
-    tell(report.as_fd(), b'R', "", terminal).map_err(named("report"))?;
+    tell(ends.report, READY, "").map_err(named("report"))?;
     let mut byte = [0];
     // no byte: the container is removed before its start
     if !matches!(go.read(&mut byte), Ok(1)) {
@@ -180,16 +209,17 @@ fn container(
     unsafe { libc::_exit(255) }
 }
 
-fn exec(spec: &oci::Spec, process: &oci::Process, report: &OwnedFd, namespaces: Vec<OwnedFd>) -> Outcome<Infallible> {
+fn exec(
+    spec: &oci::Spec,
+    process: &oci::Process,
+    socket: Option<OwnedFd>,
+    namespaces: Vec<OwnedFd>,
+) -> Outcome<Infallible> {
     for namespace in namespaces {
         setns(namespace, CloneFlags::empty()).map_err(named("joining the container's namespaces"))?;
     }
-    let terminal = terminal(process, false)?;
+    send(terminal(process, false)?, socket)?;
     let program = prepare(process, spec.Linux.Seccomp.as_ref())?;
-    if let Some(terminal) = &terminal {
-        tell(report.as_fd(), b'R', "", Some(terminal.as_fd())).map_err(named("report"))?;
-    }
-    drop(terminal);
     let name = process.Args.first().cloned().unwrap_or_default();
     let failed = execute(program);
     Err(format!("exec {name}: {failed}"))

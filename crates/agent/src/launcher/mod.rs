@@ -1,7 +1,7 @@
 //! From a specification to a running process.
 //!
 //! The agent has one thread, so a plain clone of it is a whole process that may allocate, open and mount; no helper
-//! binary is executed. The child sets itself up and reports over a socket: an error in words, or that it is ready.
+//! binary is executed. The child sets itself up and reports through a pipe: an error in words, or that it is ready.
 #![allow(unsafe_code, reason = "clone, setns and the child's first steps")]
 
 mod caps;
@@ -20,8 +20,9 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use agent_api::oci;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair};
-use tokio::io::unix::AsyncFd;
+use nix::unistd::pipe2;
 use tokio::sync::watch;
 
 pub(crate) use child::set_size;
@@ -51,8 +52,12 @@ struct CloneArgs {
 /// linux/sched.h.
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
 
-/// Longest report, bytes.
-const REPORT: usize = 4096;
+/// Longest report, bytes: what a pipe takes at once (`PIPE_BUF` of pipe(7)).
+const REPORT: usize = libc::PIPE_BUF;
+/// Begins the report of one that waits for its start.
+const READY: u8 = b'R';
+/// Begins that of one that failed, in words.
+const FAILED: u8 = b'E';
 
 /// The child's ends of a process's streams. `None` for a terminal, which the child makes itself.
 pub(crate) struct Streams {
@@ -62,14 +67,14 @@ pub(crate) struct Streams {
 }
 
 /// Where processes begin.
-pub(crate) struct Place {
+pub(crate) struct Place<'a> {
     /// The container's cgroup.
-    pub(crate) folder: File,
+    pub(crate) folder: &'a File,
     /// Its first process, when there is one.
     pub(crate) of_first: Option<i32>,
 }
 
-impl Place {
+impl Place<'_> {
     fn procs(&self) -> io::Result<File> {
         File::options().write(true).open(format!("/proc/self/fd/{}/cgroup.procs", self.folder.as_raw_fd()))
     }
@@ -131,12 +136,11 @@ pub(crate) struct Launched {
 pub(crate) async fn launch(
     what: Launch<'_>,
     streams: Option<Streams>,
-    cgroup: Place,
+    cgroup: Place<'_>,
     reaper: &Reaper,
 ) -> Result<Launched, Error> {
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let (report, report_child) =
-        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(Error::failed("report socket"))?;
+    let (report, report_child) = pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("report pipe"))?;
+    let (terminal, terminal_child) = has_terminal(&what).then(terminal_socket).transpose()?.unzip();
     let is_exec = matches!(what, Launch::Exec { .. });
     let clone_flags = clone_flags(&what)?;
     let joined = match &what {
@@ -150,7 +154,7 @@ pub(crate) async fn launch(
         set_pid_namespace(namespace)?;
     }
     let begun = match begin(clone_flags, &cgroup) {
-        Ok((0, late)) => child::run(&what, streams, late, report_child),
+        Ok((0, late)) => child::run(&what, streams, late, report_child, terminal_child),
         begun => begun,
     };
     if joins {
@@ -161,34 +165,46 @@ pub(crate) async fn launch(
         begun.map_err(|failed| Error::Failed(format!("unable to start container process: clone: {failed}")))?;
     let pid = i32::try_from(pid).map_err(Error::failed("process id"))?;
     let exit = reaper.follow(pid);
-    drop((report_child, streams, what));
+    drop((report_child, terminal_child, streams, what));
 
-    let report = crate::io::watch(nonblocking(report)?).map_err(Error::failed("report socket"))?;
-    let mut terminal = None;
-    loop {
-        let (text, fd) = receive(&report).await.map_err(Error::failed("report of the new process"))?;
-        terminal = terminal.or(fd);
-        match text.split_first() {
-            // the container's process waits before its exec
-            Some((b'R', _)) if !is_exec => break,
-            Some((b'R', _)) => {}
-            Some((_, words)) => {
-                let words = String::from_utf8_lossy(words);
-                return Err(Error::Failed(format!("unable to start container process: {words}")));
-            }
-            // closed by the exec, or by a death without a word
-            None if is_exec => break,
-            None => {
-                let words = "unable to start container process: it ended during its set-up (memory limit too low?)";
-                return Err(Error::Failed(words.into()));
-            }
+    let text = read_report(report).await.map_err(Error::failed("report of the new process"))?;
+    match text.split_first() {
+        // the container's process waits before its exec
+        Some((&READY, _)) if !is_exec => {}
+        Some((_, words)) => {
+            let words = String::from_utf8_lossy(words);
+            return Err(Error::Failed(format!("unable to start container process: {words}")));
+        }
+        // closed by the exec, or by a death without a word
+        None if is_exec => {}
+        None => {
+            let words = "unable to start container process: it ended during its set-up (memory limit too low?)";
+            return Err(Error::Failed(words.into()));
         }
     }
+    let terminal = match terminal {
+        Some(socket) => receive(&socket).map_err(Error::failed("terminal of the new process"))?,
+        None => None,
+    };
     Ok(Launched { pid, exit, terminal })
 }
 
+fn has_terminal(what: &Launch<'_>) -> bool {
+    match what {
+        Launch::Container { spec, .. } => spec.Process.Terminal,
+        Launch::Holder { .. } => false,
+        Launch::Exec { process, .. } => process.Terminal,
+    }
+}
+
+/// By which a terminal comes, which the child makes: only a socket carries descriptors.
+fn terminal_socket() -> Result<(OwnedFd, OwnedFd), Error> {
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(Error::failed("terminal socket"))
+}
+
 /// Clones: 0 in the child. What the child is to enter by itself comes with it.
-fn begin(flags: libc::c_int, cgroup: &Place) -> io::Result<(libc::c_long, Option<File>)> {
+fn begin(flags: libc::c_int, cgroup: &Place<'_>) -> io::Result<(libc::c_long, Option<File>)> {
     let clone = |flags: u64, cgroup: u64| {
         let exit_signal = libc::SIGCHLD as u64;
         let begin = CloneArgs { flags, exit_signal, cgroup, ..CloneArgs::default() };
@@ -198,7 +214,7 @@ fn begin(flags: libc::c_int, cgroup: &Place) -> io::Result<(libc::c_long, Option
         if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(pid) }
     };
     let into = |folder: &File| clone(CLONE_INTO_CGROUP | flags as u64, folder.as_raw_fd() as u64);
-    match into(&cgroup.folder) {
+    match into(cgroup.folder) {
         Ok(pid) => Ok((pid, None)),
         // the container has divided its cgroup, and processes are in the parts only: there its first process is
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
@@ -250,35 +266,39 @@ fn set_pid_namespace(namespace: &File) -> Result<(), Error> {
     nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWPID).map_err(Error::failed("pid namespace"))
 }
 
-fn nonblocking(fd: OwnedFd) -> Result<OwnedFd, Error> {
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(Error::failed("O_NONBLOCK"))?;
+fn nonblocking(fd: OwnedFd) -> nix::Result<OwnedFd> {
+    fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     Ok(fd)
 }
 
-async fn receive(report: &AsyncFd<OwnedFd>) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+/// What the child writes at once, or nothing when its end is closed.
+async fn read_report(report: OwnedFd) -> io::Result<Vec<u8>> {
+    let report = crate::io::watch(nonblocking(report)?)?;
     loop {
         let mut ready = report.readable().await?;
         let outcome = ready.try_io(|fd| {
             let mut buffer = [0; REPORT];
-            let mut control = nix::cmsg_space!(RawFd);
-            let mut slices = [IoSliceMut::new(&mut buffer)];
-            let message = recvmsg::<()>(fd.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
-            let mut fds = Vec::new();
-            for control in message.cmsgs()? {
-                if let ControlMessageOwned::ScmRights(received) = control {
-                    // SAFETY: the kernel has just made these descriptors for us.
-                    fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-                }
-            }
-            let length = message.bytes;
-            Ok((buffer[..length].to_vec(), fds.into_iter().next()))
+            let count = nix::unistd::read(fd, &mut buffer)?;
+            Ok(buffer[..count].to_vec())
         });
         if let Ok(outcome) = outcome {
-            return match outcome {
-                Err(error) if error.raw_os_error() == Some(libc::ECONNRESET) => Ok((Vec::new(), None)),
-                other => other,
-            };
+            return outcome;
         }
     }
+}
+
+/// The terminal, which was sent before the report.
+fn receive(socket: &OwnedFd) -> io::Result<Option<OwnedFd>> {
+    let (mut buffer, mut control) = ([0], nix::cmsg_space!(RawFd));
+    let mut slices = [IoSliceMut::new(&mut buffer)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags)?;
+    let mut fds = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = control {
+            // SAFETY: the kernel has just made these descriptors for us.
+            fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    Ok(fds.into_iter().next())
 }

@@ -221,8 +221,9 @@ mod tests {
             [if is_answered { vec![] } else { vec![done] }, answers].concat()
         });
         let args = ["1000".to_owned()];
-        let process = Helper::spawn("sleep", "path", std::path::Path::new("/bin/sleep"), &args, &[], Pages::AsHost)
-            .expect("spawned");
+        let process =
+            Helper::spawn("sleep", "path", std::path::Path::new("/bin/sleep"), &args, &[], &[], Pages::AsHost)
+                .expect("spawned");
         let (console, terminal) = Terminal::follow(pair().expect("a pair").0, false).expect("followed");
         let vm = QemuVm {
             process: Arc::new(process),

@@ -157,7 +157,8 @@ impl Share {
             Server::VirtioFs(_) => ("virtio-fs", "virtiofs", Vec::new()),
             // reads and writes go to the host at once; only what is mapped is kept, until it is unmapped
             Server::NineP { msize } => {
-                let fixed = ["trans=virtio", "version=9p2000.L", "cache=mmap", "directio", "posixacl"];
+                // the times of reading are the host's: a guest's own would be written nowhere, but makes work of them
+                let fixed = ["trans=virtio", "version=9p2000.L", "cache=mmap", "directio", "posixacl", "noatime"];
                 let msize = format!("msize={msize}");
                 ("9p", "9p", fixed.iter().map(ToString::to_string).chain([msize]).collect())
             }
@@ -249,7 +250,8 @@ async fn serve(
     let (listener, connection) = socket(run.path()).map_err(Error::host("virtiofsd's socket"))?;
     let listener = OwnedFd::from(listener);
     let args = daemon.arguments(config, shared, &listener)?;
-    let helper = Helper::spawn("virtiofsd", "virtio_fs_daemon", &daemon.program, &args, &[listener], Pages::AsHost)?;
+    let helper =
+        Helper::spawn("virtiofsd", "virtio_fs_daemon", &daemon.program, &args, &[], &[listener], Pages::AsHost)?;
     run.push(Step::process(helper.pid())).map_err(Error::host("the undo journal"))?;
     open_files::tell(config);
     let server = FileServer::VirtioFs { socket: connection.into(), queue_size: config.virtio_fs_queue_size };
