@@ -9,7 +9,7 @@ use std::time::Duration;
 use agent_api::protobuf::well_known_types::empty::Empty;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::TtrpcContext;
-use agent_api::wake::UpRequest;
+use agent_api::wake::{DownRequest, UpRequest};
 use agent_api::wake_ttrpc::Wake;
 use async_trait::async_trait;
 use nix::time::{ClockId, clock_gettime};
@@ -19,9 +19,8 @@ use crate::guest;
 
 /// Less would leave it guessable, bytes; more than the other makes nothing better.
 const RANDOM: std::ops::RangeInclusive<usize> = 32..=4096;
-/// Since its boot, when a guest may be saved: what the kernel does every second or two has begun by then, and the threads that
-/// it wants for that are there, not made in every clone again (370 of its translated blocks).
-const SETTLED: Duration = Duration::from_secs(3);
+/// Nobody waits longer for a guest to settle.
+const OLDEST: Duration = Duration::from_secs(60);
 /// The event by which q35 tells of plugged devices (QEMU's docs/specs/acpi_pci_hotplug). A clone's first devices are looked
 /// for at a known moment; to find them again in the kernel's way, by its ACPI interpreter, would take longer than all else.
 const PLUGGED: &str = "/sys/firmware/acpi/interrupts/gpe01";
@@ -65,9 +64,13 @@ pub(crate) struct Waking(Mutex<Option<Files>>);
 
 #[async_trait]
 impl Wake for Waking {
-    async fn down(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
-        let age = Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(Error::failed("time since the boot"))?);
-        tokio::time::sleep(SETTLED.saturating_sub(age)).await;
+    async fn down(&self, _: &TtrpcContext, request: DownRequest) -> ttrpc::Result<Empty> {
+        let wanted = Duration::from_millis(request.age_ms.into());
+        if wanted > OLDEST {
+            return Err(Error::Invalid(format!("an age of {wanted:?}: must be {OLDEST:?} or less")).into());
+        }
+        let age = clock_gettime(ClockId::CLOCK_BOOTTIME).map_err(Error::failed("time since the boot"))?;
+        tokio::time::sleep(wanted.saturating_sub(age.into())).await;
         let mut files = Files::open().map_err(Error::failed("what a clone needs"))?;
         files.event("mask").map_err(Error::failed("holding back the events of devices"))?;
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(files);

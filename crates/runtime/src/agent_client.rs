@@ -6,11 +6,10 @@ use std::time::Duration;
 use agent_api::agent::GuestDetailsRequest;
 use agent_api::agent_ttrpc::AgentServiceClient;
 use agent_api::port_ttrpc::PortClient;
-use agent_api::protobuf::well_known_types::empty::Empty;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::{Client, transport::Socket};
 use agent_api::ttrpc::context::Context;
-use agent_api::wake::UpRequest;
+use agent_api::wake::{DownRequest, UpRequest};
 use agent_api::wake_ttrpc::WakeClient;
 use hypervisor::{Console, Vm, VmExit};
 use tokio::sync::watch;
@@ -153,12 +152,12 @@ impl AgentClient {
         self.within(what, None, call(&self.ports, Context::default())).await
     }
 
-    /// The last call to a guest that is to be saved.
-    pub(crate) async fn lull(&self) -> Result<(), Error> {
-        let request = Empty::new();
-        self.within("lulling the guest", Some(self.deadline), self.wake.down(Context::default(), &request))
-            .await
-            .map(drop)
+    /// The last call to a guest that is to be saved, or to wait, which is answered when that has run for `age`.
+    pub(crate) async fn lull(&self, age: Duration) -> Result<(), Error> {
+        let age_ms = u32::try_from(age.as_millis()).unwrap_or(u32::MAX);
+        let request = DownRequest { age_ms, ..Default::default() };
+        let limit = self.deadline.saturating_add(age);
+        self.within("lulling the guest", Some(limit), self.wake.down(Context::default(), &request)).await.map(drop)
     }
 
     /// The first call to a clone, which runs within `limit`.

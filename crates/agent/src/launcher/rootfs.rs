@@ -25,6 +25,9 @@ use crate::{storage, sysctl};
 /// Bind mounts of these below `/proc` cannot be used to fool a process about itself (runc's list).
 const PROC_FILES: [&str; 8] = ["cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg", "net/dev"];
 
+/// File systems whose source and options name no path, which could be one that is relative to the folder we are in.
+const OF_NOTHING: [&str; 6] = ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2"];
+
 const DEVICES: [(&str, u64, u64); 6] =
     [("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0)];
 const LINKS: [(&str, &str); 5] = [
@@ -149,9 +152,18 @@ fn mount_one(root: &OwnedFd, one: &oci::Mount, lexical: &str, volumes: &Volumes<
         return Err("the mount has no type".into());
     }
     let target = make_folders(root, lexical).map_err(named("mount point"))?;
-    // named by being there, which takes less than a way through /proc
-    nix::unistd::fchdir(&target).map_err(named("mount point"))?;
-    mount(Some(source), ".", Some(kind), parsed.flags, Some(data)).map_err(|errno| errno.desc().to_owned())?;
+    let mount_on = |place: &str| {
+        mount(Some(source), place, Some(kind), parsed.flags, Some(data)).map_err(|errno| errno.desc().to_owned())
+    };
+    if OF_NOTHING.contains(&kind) {
+        // named by being there, which takes less than a way through /proc
+        nix::unistd::fchdir(&target).map_err(named("mount point"))?;
+        let mounted = mount_on(".");
+        std::env::set_current_dir("/").map_err(named("/"))?;
+        mounted?;
+    } else {
+        mount_on(by_fd(&target).as_str())?;
+    }
     propagate(root, lexical, &parsed)
 }
 

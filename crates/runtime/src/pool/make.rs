@@ -82,7 +82,7 @@ async fn ready(env: &Env, share: &Share, channel: &OwnedFd, watch: VmWatch, is_c
         .await?;
     warm::up(&agent, share).await?;
     // what is plugged for the pod is looked for once, at its wake
-    agent.lull().await?;
+    agent.lull(Duration::ZERO).await?;
     relay.end().await;
     Ok(())
 }

@@ -11,6 +11,10 @@ use crate::agent_client::VmWatch;
 use crate::sandbox::{Env, template_spec};
 use crate::storage::share::Share;
 
+/// How long a template has run when it is saved: what the kernel does every second or two has begun by then, and the threads that
+/// it wants for that are there, not made in every clone again (370 of its translated blocks).
+const SETTLED: Duration = Duration::from_secs(3);
+
 /// Makes the template of this configuration for VMs of this size (or of the configured one). `false` when it is there, or
 /// another process makes it.
 ///
@@ -29,7 +33,7 @@ pub async fn make(env: &Env, size: Option<Size>) -> Result<bool, Error> {
     let serial = vm.take_channel();
     let agent = AgentChannel::Serial.connect(serial, watch, &env.config.agent).await?;
     // it says that it is there before it has done all that it does at a start
-    agent.lull().await?;
+    agent.lull(SETTLED).await?;
     vm.save(draft.file("state")?.into()).await?;
     vm.stop(Duration::ZERO).await?;
     draft.publish(size.vcpus, size.memory_mib, boots)?;
