@@ -122,6 +122,9 @@ pub struct RunDir {
     _lock: Flock<File>,
 }
 
+/// The file that says who.
+const OWNER: &str = "owner";
+
 /// Who holds a run folder.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
 pub struct Owner {
@@ -179,6 +182,18 @@ impl RunDir {
     pub fn undo(self) -> io::Result<()> {
         run(&self.path, &self.journal.close())
     }
+
+    /// Undoes everything for another start. The folder stays this process's all the time: by that it is found and ended
+    /// when the one who asked for the start is gone.
+    ///
+    /// # Errors
+    /// As [`RunDir::undo`].
+    pub fn reset(self) -> io::Result<Self> {
+        undo_all(&self.journal.close())?;
+        sweep(&self.path, Some(OWNER))?;
+        let journal = Journal::open(self.path.join("journal"))?;
+        Ok(Self { journal, ..self })
+    }
 }
 
 /// Writes down and locks whose folder it is, in one step for everybody else: who finds the file knows whom to end.
@@ -190,7 +205,7 @@ fn claim(path: &Path, bundle: &Path) -> io::Result<Flock<File>> {
     let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| io::Error::from(errno))?;
     lock.write_all(&serde_json::to_vec(&owner)?)?;
     // not a rename, which would take another's place
-    let claimed = fs::hard_link(&draft, path.join("owner"));
+    let claimed = fs::hard_link(&draft, path.join(OWNER));
     fs::remove_file(&draft)?;
     claimed.map(|()| lock)
 }
@@ -207,7 +222,7 @@ fn clean_after(path: &Path, dead: Option<&Owner>) -> io::Result<()> {
     let lock = hold(path, dead)?;
     // between the opening and the lock, another one may have cleaned, and a new shim have come: that is not ours
     if let Some(lock) = &lock
-        && fs::metadata(path.join("owner")).ok().map(identity) != Some(identity(lock.metadata()?))
+        && fs::metadata(path.join(OWNER)).ok().map(identity) != Some(identity(lock.metadata()?))
     {
         return Ok(());
     }
@@ -227,7 +242,7 @@ fn clean_after(path: &Path, dead: Option<&Owner>) -> io::Result<()> {
 /// is cleaning up after it, and is waited for. containerd 1.6 calls `delete` twice at once when it is restarted in a
 /// start, and forgets the next container of that name when the second call fails before the first is through.
 fn hold(path: &Path, dead: Option<&Owner>) -> io::Result<Option<Flock<File>>> {
-    let file = match File::options().read(true).open(path.join("owner")) {
+    let file = match File::options().read(true).open(path.join(OWNER)) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
@@ -253,7 +268,7 @@ fn identity(meta: fs::Metadata) -> (u64, u64) {
 
 /// Who holds, or held, the folder.
 pub fn owner(path: &Path) -> Option<Owner> {
-    serde_json::from_slice(&fs::read(path.join("owner")).ok()?).ok()
+    serde_json::from_slice(&fs::read(path.join(OWNER)).ok()?).ok()
 }
 
 /// Kills the owner and waits until it is gone, then cleans.
@@ -267,6 +282,16 @@ pub fn evict(path: &Path) -> io::Result<()> {
 }
 
 fn run(path: &Path, steps: &[Step]) -> io::Result<()> {
+    undo_all(steps)?;
+    sweep(path, None)?;
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// The newest first; what fails keeps nothing else from being undone.
+fn undo_all(steps: &[Step]) -> io::Result<()> {
     let mut first = Ok(());
     for step in steps.iter().rev() {
         if let Err(error) = step.undo() {
@@ -274,17 +299,17 @@ fn run(path: &Path, steps: &[Step]) -> io::Result<()> {
             first = first.and(Err(error));
         }
     }
-    first?;
-    // mounts are gone, so what is left is ours: sockets, the journal
+    first
+}
+
+/// Mounts are gone, so what is left is ours: sockets, the journal.
+fn sweep(path: &Path, but: Option<&str>) -> io::Result<()> {
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| !kind.is_dir()) {
+        if entry.file_type().is_ok_and(|kind| !kind.is_dir()) && but.is_none_or(|name| entry.file_name() != name) {
             fs::remove_file(entry.path())?;
         }
     }
-    match fs::remove_dir(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
 /// Field 22 of `/proc/<pid>/stat`, in clock ticks since boot (proc_pid_stat(5)).
@@ -385,8 +410,8 @@ mod tests {
         fs::create_dir(&path).expect("made");
         // no process has such an id
         let dead = Owner { pid: u32::try_from(i32::MAX).expect("fits"), started: 1, bundle: "/bundle".into() };
-        fs::write(path.join("owner"), serde_json::to_vec(&dead).expect("written")).expect("written");
-        let first = File::open(path.join("owner")).expect("opened");
+        fs::write(path.join(OWNER), serde_json::to_vec(&dead).expect("written")).expect("written");
+        let first = File::open(path.join(OWNER)).expect("opened");
         let inode = first.metadata().expect("seen").ino();
         let first = Flock::lock(first, FlockArg::LockExclusiveNonblock).expect("locked");
         clean(&path).expect_err("who does not know that the owner is dead is told");
@@ -427,6 +452,25 @@ mod tests {
         kill(thread_id.as_raw() as u32, 1).expect("a thread is not the process that it was");
         drop(stop);
         thread.join().expect("ended");
+    }
+
+    #[test]
+    fn a_folder_that_is_reset_has_its_owner_all_the_time() {
+        let root = tempfile::tempdir().expect("a folder");
+        let mut dir = run_dir(root.path());
+        let (path, staging) = (dir.path().to_owned(), dir.path().join("mounts"));
+        dir.push(Step::Staging(staging.clone())).expect("written");
+        fs::create_dir(&staging).expect("made");
+        fs::write(path.join("socket"), "").expect("made");
+        let held = (owner(&path), identity(fs::metadata(path.join(OWNER)).expect("there")));
+        let mut dir = dir.reset().expect("undone");
+        assert_eq!((owner(&path), identity(fs::metadata(path.join(OWNER)).expect("there"))), held);
+        assert_eq!(held.0.expect("an owner").pid, std::process::id());
+        assert_eq!(clean(&path).expect_err("held").kind(), io::ErrorKind::ResourceBusy);
+        assert!(!staging.exists() && !path.join("socket").exists());
+        dir.push(Step::Staging(staging)).expect("written again");
+        dir.undo().expect("undone");
+        assert!(!path.exists());
     }
 
     #[test]

@@ -18,7 +18,9 @@ use containerd_shim_protos::ttrpc::Code;
 use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
 use runtime::cleanup::RunDir;
 use runtime::trace::Trace;
-use runtime::{ContainerId, ContainerSpec, Env, Error, ExecSpec, ProcessRef, RootfsMount, Sandbox, SandboxSpec, Stdio};
+use runtime::{
+    ContainerId, ContainerSpec, Env, Error, ExecSpec, Failed, ProcessRef, RootfsMount, Sandbox, SandboxSpec, Stdio,
+};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::convert::{self, Rpc, rpc_error, status, timestamp};
@@ -57,7 +59,7 @@ impl Folder {
         self.unused.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// For a sandbox; made anew where a start before this failed, and left nothing.
+    /// For a sandbox; made anew where a start before this failed, and could not be undone at once.
     fn take(&self, bundle: &Path) -> Result<RunDir, Error> {
         self.unused().map_or_else(
             || {
@@ -66,6 +68,12 @@ impl Folder {
             },
             Ok,
         )
+    }
+
+    /// After a start that failed: `delete` finds this process by it, should nobody be left who asks for its end.
+    fn give_back(&self, failed: Failed) -> Error {
+        *self.unused.lock().unwrap_or_else(PoisonError::into_inner) = failed.run;
+        failed.error
     }
 
     /// When there never was a sandbox.
@@ -156,7 +164,8 @@ async fn start_pod(
     let hypervisor = runtime::driver(&config);
     let sandbox = SandboxSpec { id, run: folder.take(&first.bundle)? };
     let (events_to, events) = mpsc::unbounded_channel();
-    let sandbox = Sandbox::start(Env { config, hypervisor }, sandbox, first, events_to, &trace, cancelled).await?;
+    let started = Sandbox::start(Env { config, hypervisor }, sandbox, first, events_to, &trace, cancelled).await;
+    let sandbox = started.map_err(|failed| folder.give_back(failed))?;
     trace.log();
     tokio::spawn(publisher.follow(sandbox.pid(), events));
     Ok(sandbox)

@@ -172,7 +172,7 @@ fn the_first_process_of_a_privileged_container_panics_the_guest() -> Result<()> 
 #[test]
 fn containerd_killed_in_a_create_can_try_again() -> Result<()> {
     with_every_containerd(|node| {
-        for moment in [100, 600, 1100] {
+        for moment in [100, 550, 600, 1100] {
             let began = Instant::now();
             let args = ["run", "-d", "--runtime", Runtime::Kata.name(), image::NAME, "retried", "sleep", "1000"];
             let run = node.ctr(args).limit(Duration::from_secs(30)).spawn()?;

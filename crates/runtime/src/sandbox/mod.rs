@@ -9,6 +9,7 @@ mod up;
 mod volumes;
 mod watch;
 
+pub use start::Failed;
 pub(crate) use up::{news, template_spec, while_served};
 
 use std::collections::HashMap;

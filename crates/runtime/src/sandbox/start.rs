@@ -26,7 +26,7 @@ impl Sandbox {
     /// Starts the VM and makes the pod's first container in it, unless `cancelled` is told before that is done.
     ///
     /// # Errors
-    /// Whatever failed; nothing is left of the sandbox.
+    /// Whatever failed; nothing is left of the sandbox but its run folder, for another start.
     pub async fn start(
         env: Env,
         sandbox: SandboxSpec,
@@ -34,7 +34,7 @@ impl Sandbox {
         events: mpsc::UnboundedSender<Event>,
         trace: &Trace,
         cancelled: &Notify,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, Failed> {
         let SandboxSpec { id, mut run } = sandbox;
         let booted = tokio::select! {
             // large, and waited for once
@@ -67,13 +67,23 @@ impl Sandbox {
                 Ok(sandbox)
             }
             Err(error) => {
-                if let Ok(Err(left)) = tokio::task::spawn_blocking(move || run.undo()).await {
-                    tracing::error!(error = %left, "cleaning after a failed start");
-                }
-                Err(error)
+                let reset = tokio::task::spawn_blocking(move || run.reset()).await;
+                let reset = reset.unwrap_or_else(|lost| Err(std::io::Error::other(lost)));
+                let run =
+                    reset.inspect_err(|left| tracing::error!(error = %left, "cleaning after a failed start")).ok();
+                Err(Failed { error, run })
             }
         }
     }
+}
+
+/// A start that failed.
+#[derive(Debug)]
+pub struct Failed {
+    /// Why.
+    pub error: Error,
+    /// The run folder; `None` when not all could be undone, which is written there.
+    pub run: Option<RunDir>,
 }
 
 /// A pod that runs, with its first container made.
