@@ -13,7 +13,7 @@ use tokio::sync::Mutex;
 use crate::error::Error;
 use crate::launcher::Streams;
 
-/// Asked for the buffer of a pipe that was full, bytes.
+/// Asked for the buffer of a pipe that is often full, bytes.
 const WIDE_PIPE: i32 = 256 << 10;
 /// The kernel's default (pipe(7)).
 const PIPE: usize = 64 << 10;
@@ -53,7 +53,8 @@ fn read_some(fd: &OwnedFd, most: usize) -> io::Result<Vec<u8>> {
     // SAFETY: an open descriptor and a number that lives through the call.
     unsafe { waiting(fd.as_raw_fd(), &raw mut count) }?;
     let count = usize::try_from(count).unwrap_or_default();
-    if count == PIPE {
+    // not only a full one: what does not fill its pages fills their number
+    if count >= PIPE / 2 {
         widen(fd);
     }
     let mut data = vec![0; count.clamp(1, most)];

@@ -10,6 +10,8 @@ use std::time::Duration;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use tokio::sync::Notify;
 
+use crate::cgroup::READY;
+
 struct Watched {
     id: String,
     file: PathBuf,
@@ -106,11 +108,11 @@ impl OomWatch {
         Ok(watch)
     }
 
-    /// From now on; it ends with the cgroup. A file that is watched already has this name from now on.
+    /// From now on, until it is removed. What was watched ahead, as [`READY`], has this name from now on.
     pub(crate) fn add(&self, id: &str, file: PathBuf) {
-        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = watched.values_mut().find(|one| one.file == file) {
-            id.clone_into(&mut known.id);
+        let mut watched = self.watched();
+        if let Some(ready) = watched.values_mut().find(|one| one.id == READY && one.file == file) {
+            id.clone_into(&mut ready.id);
             return;
         }
         match self.inotify.add_watch(&file, AddWatchFlags::IN_MODIFY) {
@@ -121,13 +123,26 @@ impl OomWatch {
         }
     }
 
+    /// Forgets it. The kernel says nothing of a cgroup's file that goes, and keeps the watch.
+    pub(crate) fn remove(&self, id: &str) {
+        let mut watched = self.watched();
+        for (descriptor, _) in watched.extract_if(|_, one| one.id == id) {
+            // gone with its file, on another file system
+            let _ = self.inotify.rm_watch(descriptor);
+        }
+    }
+
+    fn watched(&self) -> MutexGuard<'_, HashMap<WatchDescriptor, Watched>> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits until all hits of `id` have been told to those who ask, so that they hear why before they hear of an end.
     ///
     /// It looks itself: the kernel may tell a change of `memory.events` up to 10 ms late (CGROUP_FILE_NOTIFY_MIN_INTV,
     /// kernel/cgroup/cgroup.c), and a container that has ended by it can be removed by then, and the file with it.
     pub(crate) async fn told(&self, id: &str) {
         {
-            let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut watched = self.watched();
             for one in watched.values_mut().filter(|one| one.id == id) {
                 if one.hit() {
                     self.hits.push(one.id.clone());
@@ -201,9 +216,28 @@ mod tests {
     #[tokio::test]
     async fn what_was_watched_ahead_has_its_containers_name() {
         let (watch, file) = watched("ahead");
+        watch.remove("one");
+        watch.add(READY, file.clone());
         watch.add("two", file.clone());
         std::fs::write(&file, "oom_kill 1\n").expect("written");
         assert_eq!(watch.next().await, "two");
+        std::fs::remove_file(&file).expect("removed");
+    }
+
+    #[tokio::test]
+    async fn a_name_that_comes_again_begins_again() {
+        let (watch, file) = watched("again");
+        for _ in 0..3 {
+            std::fs::write(&file, "oom_kill 1\n").expect("written");
+            watch.told("one").await;
+            let next = tokio::time::timeout(Duration::from_secs(5), watch.next()).await;
+            assert_eq!(next.expect("told"), "one");
+            watch.remove("one");
+            std::fs::remove_file(&file).expect("removed");
+            std::fs::write(&file, "oom_kill 0\n").expect("written");
+            watch.add("one", file.clone());
+        }
+        assert_eq!(watch.watched().len(), 1);
         std::fs::remove_file(&file).expect("removed");
     }
 

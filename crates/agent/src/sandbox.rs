@@ -246,6 +246,7 @@ impl Sandbox {
         }
         answered();
         container.unmount();
+        self.oom.remove(id);
         self.containers().remove(id);
         self.entered.leave(&container.volumes);
         // with it its namespace is gone: the next one's is the pod's

@@ -63,8 +63,9 @@ const KERNEL_PARAMS: &str = "console=ttyS0 panic=-1 oops=panic reboot=t no_timer
 const AT_ONCE: &str = "ioeventfd=off";
 
 /// Under TCG with one processor: a packet that has been sent is taken back with the next one, not by an interrupt of its own,
-/// which under a translator costs as much as the packet (with two, another takes it meanwhile). A socket then does not know what of its own is still in the card's queue, as with
-/// the veth of a container; memory that a program lends (`MSG_ZEROCOPY`) is copied (drivers/net/virtio_net.c).
+/// which under a translator costs as much as the packet (with two, another takes it meanwhile). A socket then does not know
+/// what of its own is still in the card's queue, as with the veth of a container; memory that a program lends
+/// (`MSG_ZEROCOPY`) is copied (drivers/net/virtio_net.c, and our kernel's patch 0014).
 const NO_WORD_OF_THE_SENT: &str = " virtio_net.napi_tx=0";
 
 /// What the kernel must not use of QEMU's translator: before QEMU 8.0 a `cmpxchg16b` that does not find what it expects leaves
