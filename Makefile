@@ -2,6 +2,11 @@
 PREFIX  ?= /usr/local
 DESTDIR ?=
 ARGS    ?=
+# before anything is built
+ifeq ($(filter /%,$(PREFIX)),)
+$(error PREFIX="$(PREFIX)" must be an absolute path: leave it out for /usr/local)
+endif
+
 export PREFIX DESTDIR
 
 # rustup's default place, for shells that did not read its profile

@@ -17,8 +17,7 @@ use crate::workspace::{
 
 /// `make install`: where PREFIX and DESTDIR say, through sudo where we may not write.
 pub(crate) fn from_environment(workspace: &Workspace) -> Result<ExitCode> {
-    let prefix =
-        PathBuf::from(env::var_os("PREFIX").filter(|prefix| !prefix.is_empty()).unwrap_or("/usr/local".into()));
+    let prefix = PathBuf::from(env::var_os("PREFIX").unwrap_or("/usr/local".into()));
     let destdir = PathBuf::from(env::var_os("DESTDIR").unwrap_or_default());
     match below(workspace, &destdir, &prefix) {
         Err(error) if is_denied(&error) && !nix::unistd::geteuid().is_root() => {

@@ -57,8 +57,16 @@ pub(crate) fn run(command: &Command, config: Option<&Path>) -> Result<()> {
             if runtime()?.block_on(pool::end(&config.factory.vm_cache_endpoint))? {
                 writeln!(out, "the pool has ended")?;
             }
-            let count = store.destroy()?;
-            Ok(writeln!(out, "{count} taken away")?)
+            let taken = store.destroy()?;
+            write!(out, "{} taken away", taken.templates)?;
+            if taken.being_made > 0 {
+                write!(
+                    out,
+                    "; {} being made, which will be there in some seconds: run it again then",
+                    taken.being_made
+                )?;
+            }
+            Ok(writeln!(out)?)
         }
         Command::Keep { key } => keep(config, key),
     }
@@ -94,20 +102,32 @@ fn init(size: &Init, config: Config, out: &mut impl Write) -> Result<()> {
     let hypervisor = runtime::driver(&config);
     let (env, runtime) = (Env { config, hypervisor }, runtime()?);
     if env.config.factory.enable_template {
-        let is_made = runtime.block_on(template::make(&env, size))?;
+        let is_made = runtime.block_on(async {
+            let stop = told_to_end()?;
+            tokio::select! {
+                // dropped, it takes its machine and its files with it
+                made = template::make(&env, size) => Ok(made?),
+                () = stop => bail!("told to end: nothing was saved"),
+            }
+        })?;
         writeln!(out, "{}", if is_made { "made" } else { "it is there, or being made" })?;
     }
     if has_pool { runtime.block_on(serve(&env, out)) } else { Ok(()) }
 }
 
-async fn serve(env: &Env, out: &mut impl Write) -> Result<()> {
+/// Resolves at TERM or INT; call it where a runtime is.
+fn told_to_end() -> Result<impl Future<Output = ()>> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let stop = async {
+    Ok(async move {
         tokio::select! {
             _ = term.recv() => {}
             _ = int.recv() => {}
         }
-    };
+    })
+}
+
+async fn serve(env: &Env, out: &mut impl Write) -> Result<()> {
+    let stop = told_to_end()?;
     let mut say = |words| {
         // the pool goes on when nobody reads
         let _ = writeln!(out, "{words}");

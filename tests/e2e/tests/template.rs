@@ -300,6 +300,14 @@ fn a_killed_maker_leaves_nothing_and_a_changed_guest_is_another() -> Result<()> 
             }
         }
         ensure!(!factory.is_clone("cold")?, "a clone of half a template");
+        // one that is told to end takes what it made with it; until then others hear of it
+        let maker = factory.command(&["init"]).spawn()?;
+        std::thread::sleep(Duration::from_secs(1));
+        let said = factory.command(&["destroy"]).output()?.ok()?.text();
+        ensure!(said.contains("1 being made"), "{said}");
+        nix::sys::signal::kill(maker.pid(), nix::sys::signal::Signal::SIGINT)?;
+        ensure!(maker.finish()?.ok().is_err(), "it went on");
+        ensure!(factory.all().is_empty(), "left: {:?}", factory.all());
         let one = factory.init()?;
         ensure!(factory.all() == [one.clone()], "left by dead makers: {:?}", factory.all());
         ensure!(factory.is_clone("warm")?, "not a clone");

@@ -13,7 +13,7 @@ use std::process::{Child, Command, Stdio};
 use hypervisor::{Begin, MemoryWay, Size, VmSpec};
 
 pub use self::make::make;
-pub use self::store::{Info, Store};
+pub use self::store::{Info, Store, Taken};
 use crate::Error;
 use crate::sandbox::Env;
 

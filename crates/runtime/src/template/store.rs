@@ -60,6 +60,15 @@ pub struct Info {
     pub made: SystemTime,
 }
 
+/// What was found when all were to go.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// Templates that are gone.
+    pub templates: usize,
+    /// Those that somebody makes just now.
+    pub being_made: usize,
+}
+
 impl Store {
     /// Looks at nothing yet.
     pub fn new(folder: &Path) -> Self {
@@ -123,12 +132,12 @@ impl Store {
         Ok(all)
     }
 
-    /// Takes all templates away, and what makers that died have left. Returns how many there were.
+    /// Takes all templates away, and what makers that died have left.
     ///
     /// # Errors
     /// Something cannot be removed.
-    pub fn destroy(&self) -> Result<usize, Error> {
-        let mut count = 0;
+    pub fn destroy(&self) -> Result<Taken, Error> {
+        let mut taken = Taken::default();
         // whatever else is in that folder is not ours
         for name in self.names()?.into_iter().filter(|name| is_ours(name)) {
             let path = self.0.join(&name);
@@ -138,11 +147,13 @@ impl Store {
                     remove(&path)?;
                 }
             } else if !name.starts_with(DRAFT) || self.is_abandoned(&name)? {
-                count += usize::from(!name.starts_with('.'));
+                taken.templates += usize::from(!name.starts_with('.'));
                 remove(&path)?;
+            } else {
+                taken.being_made += 1;
             }
         }
-        Ok(count)
+        Ok(taken)
     }
 
     fn names(&self) -> Result<Vec<String>, Error> {
@@ -313,7 +324,7 @@ mod tests {
         }
         assert_eq!(store.list().expect("listed").len(), 0, "without a description it is none");
         fs::create_dir(root.path().join("templates/other")).expect("made");
-        assert_eq!(store.destroy().expect("removed"), 1);
+        assert_eq!(store.destroy().expect("removed"), Taken { templates: 1, being_made: 0 });
         let left: Vec<_> = fs::read_dir(root.path().join("templates")).expect("listed").flatten().collect();
         assert_eq!(left.iter().map(fs::DirEntry::file_name).collect::<Vec<_>>(), ["other"], "what is not ours stays");
     }
@@ -324,6 +335,7 @@ mod tests {
         let store = Store::new(root.path());
         let first = store.draft(A, 1).expect("a folder").expect("nobody else");
         assert!(store.draft(A, 1).expect("looked").is_none(), "it is being made");
+        assert_eq!(store.destroy().expect("looked"), Taken { templates: 0, being_made: 1 });
         assert!(store.draft(B, 1).expect("looked").is_some(), "another is not");
         drop(first);
         fs::create_dir(root.path().join(format!(".making-{A}.1"))).expect("made");
