@@ -121,20 +121,13 @@ impl Cgroup {
     fn with_devices(name: &str, rules: &[LinuxDeviceCgroup]) -> Result<Self, Error> {
         let path = PathBuf::from(ROOT).join(name);
         fs::create_dir(&path).map_err(Error::failed(format!("cgroup {}", path.display())))?;
-        let made = (|| {
-            let folder = File::open(&path).map_err(Error::failed("cgroup"))?;
-            crate::device_filter::attach(folder.as_fd(), rules).map_err(Error::failed("device rules"))?;
-            let events = File::open(path.join(EVENTS)).map_err(Error::failed(EVENTS))?;
-            Ok((folder, events))
-        })();
-        match made {
-            Ok((folder, events)) => Ok(Self { path, folder, events, can_weigh: has("cpu"), weight: Mutex::default() }),
-            Err(error) => {
-                // nobody is in it
-                let _ = fs::remove_dir(&path);
-                Err(error)
-            }
-        }
+        // nobody is in it
+        let undo = |_: &Error| drop(fs::remove_dir(&path));
+        let folder = File::open(&path).map_err(Error::failed("cgroup")).inspect_err(undo)?;
+        let events = File::open(path.join(EVENTS)).map_err(Error::failed(EVENTS)).inspect_err(undo)?;
+        let cgroup = Self { path, folder, events, can_weigh: has("cpu"), weight: Mutex::default() };
+        crate::device_filter::attach(cgroup.folder.as_fd(), rules).map_err(Error::failed("device rules"))?;
+        Ok(cgroup)
     }
 
     /// Writes limits; zero is "not asked for", as on the wire.

@@ -19,7 +19,7 @@ use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
 use runtime::cleanup::RunDir;
 use runtime::trace::Trace;
 use runtime::{
-    ContainerId, ContainerSpec, Env, Error, ExecSpec, Failed, ProcessRef, RootfsMount, Sandbox, SandboxSpec, Stdio,
+    ContainerId, ContainerSpec, Env, Error, ExecSpec, FailedStart, ProcessRef, RootfsMount, Sandbox, SandboxSpec, Stdio,
 };
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -71,7 +71,7 @@ impl Folder {
     }
 
     /// After a start that failed: `delete` finds this process by it, should nobody be left who asks for its end.
-    fn give_back(&self, failed: Failed) -> Error {
+    fn give_back(&self, failed: FailedStart) -> Error {
         *self.unused.lock().unwrap_or_else(PoisonError::into_inner) = failed.run;
         failed.error
     }

@@ -9,7 +9,7 @@ mod up;
 mod volumes;
 mod watch;
 
-pub use start::Failed;
+pub use start::FailedStart;
 pub(crate) use up::{news, template_spec, while_served};
 
 use std::collections::HashMap;

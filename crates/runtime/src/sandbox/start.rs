@@ -34,7 +34,7 @@ impl Sandbox {
         events: mpsc::UnboundedSender<Event>,
         trace: &Trace,
         cancelled: &Notify,
-    ) -> Result<Self, Failed> {
+    ) -> Result<Self, FailedStart> {
         let SandboxSpec { id, mut run } = sandbox;
         let booted = tokio::select! {
             // large, and waited for once
@@ -71,7 +71,7 @@ impl Sandbox {
                 let reset = reset.unwrap_or_else(|lost| Err(std::io::Error::other(lost)));
                 let run =
                     reset.inspect_err(|left| tracing::error!(error = %left, "cleaning after a failed start")).ok();
-                Err(Failed { error, run })
+                Err(FailedStart { error, run })
             }
         }
     }
@@ -79,7 +79,7 @@ impl Sandbox {
 
 /// A start that failed.
 #[derive(Debug)]
-pub struct Failed {
+pub struct FailedStart {
     /// Why.
     pub error: Error,
     /// The run folder; `None` when not all could be undone, which is written there.
