@@ -10,9 +10,9 @@ use nix::errno::Errno;
 /// A refused or failed call.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Error {
-    #[error("{0} not found")]
+    #[error("{0}: not found")]
     NotFound(String),
-    #[error("{0} already exists")]
+    #[error("{0}: already exists")]
     Exists(String),
     #[error("{0}")]
     Invalid(String),

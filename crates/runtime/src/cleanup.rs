@@ -28,6 +28,9 @@ pub(crate) use mounts::{mount_points, remove_mount_points, unmount_tree};
 /// Largest journal that is read, bytes.
 const JOURNAL_LIMIT: u64 = 1 << 20;
 
+/// How long a log program may take for what is left in its pipes; containerd waits for a `delete` 5 s.
+const LOGGER_LIMIT: Duration = Duration::from_secs(2);
+
 /// How long an ended process may stay in its cgroup: the kernel's own time for freeing it, on a machine with no time left.
 const CGROUP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -39,6 +42,13 @@ pub enum Step {
         /// Its id.
         pid: u32,
         /// Field 22 of `/proc/<pid>/stat`, so that a reused id is never hit.
+        started: u64,
+    },
+    /// A log program, whose pipes have ended by now: killed like that, when it does not end by itself.
+    Logger {
+        /// As in [`Step::Process`].
+        pid: u32,
+        /// As in [`Step::Process`].
         started: u64,
     },
     /// Everything that is mounted at or below.
@@ -88,9 +98,15 @@ impl Step {
         Self::Process { pid, started: start_time(pid).unwrap_or_default() }
     }
 
+    /// A step for a log program that runs now.
+    pub(crate) fn logger(pid: u32) -> Self {
+        Self::Logger { pid, started: start_time(pid).unwrap_or_default() }
+    }
+
     fn undo(&self) -> io::Result<()> {
         match self {
             Self::Process { pid, started } => kill(*pid, *started),
+            Self::Logger { pid, started } => end(*pid, *started, LOGGER_LIMIT),
             Self::Mounts(path) => unmount_tree(path),
             Self::Staging(path) => remove_mount_points(path),
             Self::Cgroup(path) => remove_cgroup(path),
@@ -290,10 +306,11 @@ fn run(path: &Path, steps: &[Step]) -> io::Result<()> {
     }
 }
 
-/// The newest first; what fails keeps nothing else from being undone.
+/// The newest first, but those that may have to be waited for at the end; what fails keeps nothing else from being undone.
 fn undo_all(steps: &[Step]) -> io::Result<()> {
     let mut first = Ok(());
-    for step in steps.iter().rev() {
+    let (loggers, others): (Vec<_>, Vec<_>) = steps.iter().rev().partition(|step| matches!(step, Step::Logger { .. }));
+    for step in others.into_iter().chain(loggers) {
         if let Err(error) = step.undo() {
             tracing::warn!(?step, %error, "undoing");
             first = first.and(Err(error));
@@ -320,6 +337,11 @@ pub fn start_time(pid: u32) -> Option<u64> {
 }
 
 fn kill(pid: u32, started: u64) -> io::Result<()> {
+    end(pid, started, Duration::ZERO)
+}
+
+/// Waits for its end, then kills it.
+fn end(pid: u32, started: u64, grace: Duration) -> io::Result<()> {
     // SAFETY: pidfd_open takes a pid and flags and returns a new descriptor or -1.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if fd < 0 {
@@ -332,6 +354,11 @@ fn kill(pid: u32, started: u64) -> io::Result<()> {
     let fd = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).map_err(io::Error::other)?) };
     // now the descriptor names one process for good: is it the one that was written down?
     if start_time(pid) != Some(started) {
+        return Ok(());
+    }
+    let mut poll = [nix::poll::PollFd::new(fd.as_fd(), nix::poll::PollFlags::POLLIN)];
+    let grace = nix::poll::PollTimeout::try_from(grace).map_err(io::Error::other)?;
+    if nix::poll::poll(&mut poll, grace)? != 0 {
         return Ok(());
     }
     // SAFETY: a valid pidfd, a signal number, no siginfo, no flags.
@@ -348,7 +375,6 @@ fn kill(pid: u32, started: u64) -> io::Result<()> {
         let error = io::Error::last_os_error();
         return if error.raw_os_error() == Some(libc::ESRCH) { Ok(()) } else { Err(error) };
     }
-    let mut poll = [nix::poll::PollFd::new(fd.as_fd(), nix::poll::PollFlags::POLLIN)];
     // SIGKILL takes as long as the process is in the kernel; 10 s is beyond any healthy device
     if nix::poll::poll(&mut poll, 10_000u16)? == 0 {
         return Err(io::Error::new(io::ErrorKind::TimedOut, format!("process {pid} does not end")));

@@ -7,10 +7,10 @@ use agent_api::ttrpc;
 #[non_exhaustive]
 pub enum Error {
     /// There is no such container or process.
-    #[error("{0} not found")]
+    #[error("{0}: not found")]
     NotFound(String),
     /// There already is one.
-    #[error("{0} already exists")]
+    #[error("{0}: already exists")]
     Exists(String),
     /// It is not in a state for that.
     #[error("{0}")]

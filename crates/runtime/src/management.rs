@@ -220,7 +220,7 @@ mod tests {
         .await;
         let mut answer = String::new();
         asking.read_to_string(&mut answer).expect("read");
-        assert!(answer.starts_with("HTTP/1.1 404") && answer.ends_with("\r\n\r\nvolume /v not found\n"), "{answer}");
+        assert!(answer.starts_with("HTTP/1.1 404") && answer.ends_with("\r\n\r\nvolume /v: not found\n"), "{answer}");
     }
 
     proptest! {

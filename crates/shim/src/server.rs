@@ -48,7 +48,7 @@ async fn serve(args: &Args, listener: UnixListener, ready: std::fs::File) -> Res
     };
     let socket = listener.local_addr().ok().and_then(|address| address.as_pathname().map(Path::to_owned));
     let publisher = Publisher::start(std::env::var("TTRPC_ADDRESS").unwrap_or_default(), args.namespace.clone());
-    let service = TaskService::new(id, run, publisher);
+    let service = TaskService::new(id, args.namespace.clone(), run, publisher);
     let done = Arc::clone(&service.done);
     let service = Arc::new(service);
     let mut services = create_task(Arc::clone(&service) as Arc<dyn Task + Send + Sync>);

@@ -30,6 +30,7 @@ use crate::metrics;
 /// The pod behind the API.
 pub(crate) struct TaskService {
     id: ContainerId,
+    namespace: String,
     folder: Folder,
     pod: Arc<watch::Sender<Pod>>,
     publisher: Publisher,
@@ -85,10 +86,10 @@ impl Folder {
 }
 
 impl TaskService {
-    pub(crate) fn new(id: ContainerId, run: RunDir, publisher: Publisher) -> Self {
+    pub(crate) fn new(id: ContainerId, namespace: String, run: RunDir, publisher: Publisher) -> Self {
         let folder = Folder { path: run.path().to_owned(), unused: Arc::new(Mutex::new(Some(run))) };
         let pod = Arc::new(watch::Sender::new(Pod::None));
-        Self { id, folder, pod, publisher, done: Arc::new(Notify::new()) }
+        Self { id, namespace, folder, pod, publisher, done: Arc::new(Notify::new()) }
     }
 
     /// The server ends before it was asked for anything.
@@ -131,12 +132,12 @@ impl TaskService {
                 return Ok(sandbox.pid());
             }
         }
-        let (id, folder) = (self.id.clone(), self.folder.clone());
+        let (id, namespace, folder) = (self.id.clone(), self.namespace.clone(), self.folder.clone());
         let path = convert::config_path(request.options.as_ref());
         let (pod, publisher) = (Arc::clone(&self.pod), self.publisher.clone());
         // a task of its own: a caller that goes away must not leave half a pod
         let start = tokio::spawn(async move {
-            let started = start_pod(id, folder, spec, path, publisher, &cancelled).await;
+            let started = start_pod((id, namespace), folder, spec, path, publisher, &cancelled).await;
             pod.send_replace(started.as_ref().map_or(Pod::None, |sandbox| Pod::Ready(sandbox.clone())));
             started
         });
@@ -145,7 +146,7 @@ impl TaskService {
 }
 
 async fn start_pod(
-    id: ContainerId,
+    (id, namespace): (ContainerId, String),
     folder: Folder,
     first: ContainerSpec,
     config: Option<String>,
@@ -162,7 +163,7 @@ async fn start_pod(
     }
     trace.step("configuration");
     let hypervisor = runtime::driver(&config);
-    let sandbox = SandboxSpec { id, run: folder.take(&first.bundle)? };
+    let sandbox = SandboxSpec { id, namespace, run: folder.take(&first.bundle)? };
     let (events_to, events) = mpsc::unbounded_channel();
     let started = Sandbox::start(Env { config, hypervisor }, sandbox, first, events_to, &trace, cancelled).await;
     let sandbox = started.map_err(|failed| folder.give_back(failed))?;

@@ -2,7 +2,12 @@
 
 use crate::{Node, ctr::Invocation, ctr::Outcome, image, node::NAMESPACE, processes::MARK};
 use anyhow::{Context as _, Result, anyhow, ensure};
-use containerd_shim_protos::{Client, TaskClient, api, api::Mount, protobuf::EnumOrUnknown, ttrpc};
+use containerd_shim_protos::{
+    Client, TaskClient, api,
+    api::Mount,
+    protobuf::{EnumOrUnknown, MessageField, well_known_types::any::Any},
+    ttrpc,
+};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -107,13 +112,49 @@ impl<'a> Shim<'a> {
 
     /// Creates the container `id` with a root file system that is to be mounted.
     pub fn create_from(&self, id: &str, rootfs: Vec<Mount>) -> Result<u32> {
-        let request = api::CreateTaskRequest {
+        self.create_as(api::CreateTaskRequest { id: id.to_owned(), rootfs, ..Default::default() })
+    }
+
+    /// Creates a container as it is asked for; its bundle is this shim's.
+    pub fn create_as(&self, mut request: api::CreateTaskRequest) -> Result<u32> {
+        request.bundle = self.bundle.display().to_string();
+        Ok(self.tasks.create(Self::context(), &request).map_err(|e| said(&e))?.pid)
+    }
+
+    /// Adds a process with a terminal, whose output goes to `stdout`.
+    pub fn exec_terminal(&self, id: &str, exec_id: &str, args: &[&str], stdout: &str) -> Result<()> {
+        let spec =
+            json!({"terminal": true, "user": {"uid": 0, "gid": 0}, "args": args, "env": ["PATH=/bin"], "cwd": "/"});
+        let spec = Any { value: spec.to_string().into_bytes(), ..Default::default() };
+        let request = api::ExecProcessRequest {
             id: id.to_owned(),
-            bundle: self.bundle.display().to_string(),
-            rootfs,
+            exec_id: exec_id.to_owned(),
+            terminal: true,
+            stdout: stdout.to_owned(),
+            spec: MessageField::some(spec),
             ..Default::default()
         };
-        Ok(self.tasks.create(Self::context(), &request).map_err(|e| said(&e))?.pid)
+        self.tasks.exec(Self::context(), &request).map_err(|e| said(&e))?;
+        Ok(())
+    }
+
+    /// Sets the size of an exec's terminal.
+    pub fn resize(&self, id: &str, exec_id: &str, width: u32, height: u32) -> Result<()> {
+        let (id, exec_id) = (id.to_owned(), exec_id.to_owned());
+        let request = api::ResizePtyRequest { id, exec_id, width, height, ..Default::default() };
+        self.tasks.resize_pty(Self::context(), &request).map_err(|e| said(&e))?;
+        Ok(())
+    }
+
+    /// Starts an exec, waits for its end, deletes it, and returns its exit status.
+    pub fn run_exec(&self, id: &str, exec_id: &str) -> Result<u32> {
+        let (id, exec_id) = (id.to_owned(), exec_id.to_owned());
+        let start = api::StartRequest { id: id.clone(), exec_id: exec_id.clone(), ..Default::default() };
+        self.tasks.start(Self::context(), &start).map_err(|e| said(&e))?;
+        let wait = api::WaitRequest { id: id.clone(), exec_id: exec_id.clone(), ..Default::default() };
+        self.tasks.wait(Self::context(), &wait).map_err(|e| said(&e))?;
+        let delete = api::DeleteRequest { id, exec_id, ..Default::default() };
+        Ok(self.tasks.delete(Self::context(), &delete).map_err(|e| said(&e))?.exit_status)
     }
 
     /// Starts the container.

@@ -7,7 +7,7 @@ use oci_spec::runtime::Spec;
 
 use super::io::Outputs;
 use super::process::Process;
-use super::{Belongings, Container, ContainerSpec, ProcessRef, spec};
+use super::{Belongings, Container, ContainerSpec, Logging, ProcessRef, spec};
 use crate::Error;
 use crate::agent_client::AgentClient;
 use crate::cleanup::{self, RunDir, Step};
@@ -143,10 +143,12 @@ pub(crate) async fn create(
     pid: u32,
     from: &ContainerSpec,
     prepared: Prepared,
+    logging: &Logging,
     limit: std::time::Duration,
 ) -> Result<(Container, Outputs), Error> {
     let Prepared { request, shared, hooks, disks, volumes, names } = prepared;
-    let outputs = Outputs::open(&from.stdio).inspect_err(|_| hooks.hide())?;
+    let name = ProcessRef { container: from.id.clone(), exec: None };
+    let outputs = Outputs::open(&from.stdio, &name, logging).await.inspect_err(|_| hooks.hide())?;
     if let Err(error) = hooks.create(pid).await {
         hooks.hide();
         return Err(error);
@@ -160,7 +162,6 @@ pub(crate) async fn create(
         hooks.stopped().await;
         return Err(by_hosts_names(error, &names));
     }
-    let name = ProcessRef { container: from.id.clone(), exec: None };
     let init = Arc::new(Process::new(name, from.stdio.clone(), None));
     Ok((Container::new(from.bundle.clone(), init, Belongings { shared, disks, volumes }, hooks), outputs))
 }

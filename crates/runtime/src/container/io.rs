@@ -1,62 +1,76 @@
-//! A process's streams: from the guest to containerd's named pipes and back, a chunk at a time, so that a slow reader
+//! A process's streams: from the guest to where containerd wants them and back, a chunk at a time, so that a slow reader
 //! slows the writer and nothing is held in between. Output ends at the guest's end of file, never at the exit.
-#![allow(unsafe_code, reason = "asking a pipe how full it is")]
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use agent_api::agent::{CloseStdinRequest, ReadStreamRequest, WriteStreamRequest};
 use agent_api::limits::STREAM_CHUNK;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 
-use super::output::{Deletion, Output, QUIET};
-use super::{Process, Stdio};
+use super::destination::{self, Destination};
+use super::logger::{Logger, Logging};
+use super::outlet::Outlet;
+use super::output::Deletion;
+use super::{Process, ProcessRef, Stdio};
 use crate::Error;
 use crate::agent_client::AgentClient;
 
 /// The host's ends of a process's outputs, open.
 #[derive(Debug)]
 pub(crate) struct Outputs {
-    stdout: Option<pipe::Sender>,
-    stderr: Option<pipe::Sender>,
+    stdout: Option<Outlet>,
+    stderr: Option<Outlet>,
+    /// Who gets both.
+    logger: Option<Logger>,
 }
 
 impl Outputs {
-    /// Opens what is named, for reading too, so that a client that goes away and comes back finds its stream, and a
-    /// client that is late is waited for (as runc's shim does).
-    pub(crate) fn open(stdio: &Stdio) -> Result<Self, Error> {
-        let out = |path: &str| match path {
-            "" => Ok(None),
-            path => pipe::OpenOptions::new()
-                .read_write(true)
-                .open_sender(Path::new(path))
-                .map(Some)
-                .map_err(Error::host(format!("named pipe {path}"))),
+    /// Refuses what cannot be, before anything is made for it.
+    pub(crate) fn check(stdio: &Stdio) -> Result<(), Error> {
+        destination::of(stdio).map(drop)
+    }
+
+    /// Opens what is named, and starts the log program.
+    pub(crate) async fn open(stdio: &Stdio, of: &ProcessRef, logging: &Logging) -> Result<Self, Error> {
+        let (stdout, stderr) = destination::of(stdio)?;
+        if let Destination::Program(program) = stdout {
+            // an exec's own id, as containerd's shim has it
+            let (logger, out, err) = Logger::start(&program, &of.wire_exec(), logging).await?;
+            let (stdout, stderr) = (Some(Outlet::Last(out)), Some(Outlet::Last(err)));
+            return Ok(Self { stdout, stderr, logger: Some(logger) });
+        }
+        let open = async |to| match to {
+            Destination::Path(path) => Outlet::open(&path).await.map(Some),
+            Destination::File(path) => Outlet::make(&path).await.map(Some),
+            Destination::Program(_) | Destination::Nowhere => Ok(None),
         };
-        Ok(Self { stdout: out(&stdio.stdout)?, stderr: if stdio.terminal { None } else { out(&stdio.stderr)? } })
+        Ok(Self { stdout: open(stdout).await?, stderr: open(stderr).await?, logger: None })
     }
 
     /// Copies until both have ended, then says so in `process`.
     pub(crate) fn copy(self, agent: &AgentClient, process: &Arc<Process>) {
         let (agent, process) = (agent.clone(), Arc::clone(process));
+        process.output.is_open(true);
         tokio::spawn(async move {
+            let Self { stdout, stderr, logger } = self;
             let copied = async {
                 tokio::join!(
-                    copy_out(&agent, &process, self.stdout, Stream::Stdout),
-                    copy_out(&agent, &process, self.stderr, Stream::Stderr)
+                    copy_out(&agent, &process, stdout, Stream::Stdout),
+                    copy_out(&agent, &process, stderr, Stream::Stderr)
                 )
             };
-            tokio::select! {
-                _ = copied => {}
+            let is_stalled = tokio::select! {
+                _ = copied => false,
                 // a child of a deleted exec may have its output for as long as the container lives
-                () = process.output.deletion(Deletion::Done) => {}
-            }
+                () = process.output.deletion(Deletion::Done) => process.output.is_held(),
+            };
             process.output.is_done();
+            if let Some(logger) = logger {
+                logger.end(!is_stalled).await;
+            }
+            process.output.is_open(false);
         });
     }
 }
@@ -92,8 +106,7 @@ enum Stream {
     Stderr,
 }
 
-async fn copy_out(agent: &AgentClient, process: &Process, to: Option<pipe::Sender>, which: Stream) {
-    let mut to = to.map(Outlet::Patient);
+async fn copy_out(agent: &AgentClient, process: &Process, mut to: Option<Outlet>, which: Stream) {
     // a terminal has one output; and without a reader the guest's pipe must be emptied all the same
     if which == Stream::Stderr && process.stdio.terminal {
         return;
@@ -122,7 +135,7 @@ async fn copy_out(agent: &AgentClient, process: &Process, to: Option<pipe::Sende
         if let Some(outlet) = &mut to
             && let Err(error) = outlet.pass_on(&data, &process.output).await
         {
-            tracing::debug!(%error, "output pipe");
+            tracing::warn!(container = %process.name.container, %error, "what comes now of an output is lost");
             to = None;
         }
         process.output.let_go();
@@ -130,84 +143,6 @@ async fn copy_out(agent: &AgentClient, process: &Process, to: Option<pipe::Sende
     if let Some(outlet) = to {
         outlet.emptied(&process.output).await;
     }
-}
-
-/// The host's end of an output pipe.
-enum Outlet {
-    /// Open for reading too, so that a reader may come late or again.
-    Patient(pipe::Sender),
-    /// Not any more: without a reader a write fails.
-    Last(pipe::Sender),
-}
-
-impl Outlet {
-    async fn pass_on(&mut self, mut data: &[u8], output: &Output) -> io::Result<()> {
-        while !data.is_empty() {
-            let count = match self {
-                Self::Last(pipe) => pipe.write(data).await?,
-                Self::Patient(pipe) => tokio::select! {
-                    biased;
-                    count = pipe.write(data) => count?,
-                    () = output.deletion(Deletion::Asked) => {
-                        *self = Self::Last(write_only(pipe)?);
-                        continue;
-                    }
-                },
-            };
-            output.pass(count);
-            data = data.get(count..).unwrap_or_default();
-        }
-        Ok(())
-    }
-
-    /// Until the reader has taken everything, if there is one: `ctr` of containerd 1.7 and later closes its end when it
-    /// hears of the exit, and what is still in the pipe is lost then.
-    async fn emptied(self, output: &Output) {
-        let Ok(pipe) = (match self {
-            Self::Last(pipe) => Ok(pipe),
-            Self::Patient(pipe) => write_only(&pipe),
-        }) else {
-            return;
-        };
-        let emptied = async {
-            let (mut left, mut moved) = (unread(&pipe), Instant::now());
-            while left > 0 && has_reader(&pipe) && moved.elapsed() < QUIET {
-                // the kernel tells a writer that there is room, not that nothing is left
-                tokio::time::sleep(Duration::from_millis(1)).await;
-                let now = unread(&pipe);
-                if now < left {
-                    output.pass(left - now);
-                    moved = Instant::now();
-                }
-                left = now;
-            }
-        };
-        tokio::select! {
-            () = emptied => {}
-            // what is in the pipe stays there for its reader
-            () = output.deletion(Deletion::Asked) => {}
-        }
-    }
-}
-
-/// The same pipe once more, whatever has become of its name.
-fn write_only(pipe: &pipe::Sender) -> io::Result<pipe::Sender> {
-    pipe::OpenOptions::new().open_sender(format!("/proc/self/fd/{}", pipe.as_raw_fd()))
-}
-
-/// Bytes in the pipe.
-fn unread(pipe: &pipe::Sender) -> usize {
-    let mut count: libc::c_int = 0;
-    // SAFETY: FIONREAD writes an int, and the descriptor is open for as long as `pipe` is borrowed.
-    let done = unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut count) };
-    if done == 0 { usize::try_from(count).unwrap_or_default() } else { 0 }
-}
-
-/// Whether anybody has the other end open; `pipe` must not have it itself.
-fn has_reader(pipe: &pipe::Sender) -> bool {
-    let mut asked = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
-    poll(&mut asked, PollTimeout::ZERO).is_ok()
-        && !asked[0].revents().is_some_and(|told| told.contains(PollFlags::POLLERR))
 }
 
 async fn copy_in(agent: AgentClient, process: Arc<Process>, mut from: pipe::Receiver) {
@@ -231,8 +166,8 @@ async fn copy_in(agent: AgentClient, process: Arc<Process>, mut from: pipe::Rece
             break;
         }
         if write(&agent, &process, &chunk[..count]).await.is_err() {
-            // the process closed its end; the client learns of it by its own closed pipe
-            return;
+            // the process closed its end, which is no reason for its client to die of a pipe that nobody reads
+            return throw_away(&process, from, chunk).await;
         }
     }
     let request = CloseStdinRequest {
@@ -244,6 +179,20 @@ async fn copy_in(agent: AgentClient, process: Arc<Process>, mut from: pipe::Rece
         agent.call("closing stdin", |client, context| async { client.close_stdin(context, &request).await }).await
     {
         tracing::debug!(%error, "closing stdin");
+    }
+}
+
+/// Reads on until the client has no more, or the process ends.
+async fn throw_away(process: &Process, mut from: pipe::Receiver, mut chunk: Vec<u8>) {
+    let ended = async {
+        tokio::select! {
+            () = process.close_stdin.notified() => {}
+            _ = process.wait() => {}
+        }
+    };
+    tokio::select! {
+        () = async { while from.read(&mut chunk).await.is_ok_and(|count| count > 0) {} } => {}
+        () = ended => {}
     }
 }
 
@@ -267,60 +216,4 @@ async fn write(agent: &AgentClient, process: &Process, mut data: &[u8]) -> Resul
         data = &data[taken..];
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Read;
-
-    /// Named pipe, its reader, and what the shim opens.
-    fn open(folder: &Path) -> (std::fs::File, pipe::Sender) {
-        let path = folder.join("stdout");
-        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("made");
-        let ours = pipe::OpenOptions::new().read_write(true).open_sender(&path).expect("opened");
-        (std::fs::File::open(&path).expect("opened"), ours)
-    }
-
-    fn run<F: Future>(work: F) -> F::Output {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(work)
-    }
-
-    #[test]
-    fn a_stream_ends_when_its_reader_has_taken_everything() {
-        let folder = tempfile::tempdir().expect("a folder");
-        run(async {
-            let (mut reader, ours) = open(folder.path());
-            let output = Output::default();
-            let mut outlet = Outlet::Patient(ours);
-            outlet.pass_on(&[7; 1000], &output).await.expect("written");
-            let mut emptied = std::pin::pin!(outlet.emptied(&output));
-            let soon = Duration::from_millis(50);
-            tokio::time::timeout(soon, &mut emptied).await.expect_err("nothing was read");
-            reader.read_exact(&mut [0; 1000]).expect("read");
-            tokio::time::timeout(soon, emptied).await.expect("everything was read");
-        });
-    }
-
-    #[test]
-    fn nobody_is_not_waited_for() {
-        let folder = tempfile::tempdir().expect("a folder");
-        run(async {
-            let (reader, ours) = open(folder.path());
-            drop(reader);
-            let output = Output::default();
-            let mut outlet = Outlet::Patient(ours);
-            // more than the pipe holds, so that it has to wait: for a reader to come, until the delete
-            let plenty = vec![7; 1 << 20];
-            let write = outlet.pass_on(&plenty, &output);
-            let (written, ()) = tokio::join!(write, async {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-                output.before_the_delete(async || ()).await;
-            });
-            assert_eq!(written.expect_err("nobody reads").kind(), io::ErrorKind::BrokenPipe);
-            let from = Instant::now();
-            outlet.emptied(&output).await;
-            assert!(from.elapsed() < QUIET);
-        });
-    }
 }

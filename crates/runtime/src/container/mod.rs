@@ -1,7 +1,10 @@
 //! A container and its processes as the host sees them: state, exit, streams.
 
 pub(crate) mod create;
+mod destination;
 pub(crate) mod io;
+mod logger;
+mod outlet;
 mod output;
 mod process;
 pub(crate) mod spec;
@@ -10,6 +13,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+pub(crate) use logger::Logging;
 pub(crate) use process::Process;
 pub use process::{Exit, ProcessRef, ProcessView, Status, Stdio};
 

@@ -28,6 +28,8 @@ pub(crate) struct Output {
     /// All was delivered.
     done: watch::Sender<bool>,
     deletion: watch::Sender<Deletion>,
+    /// Somebody copies, or is still busy with what was copied.
+    open: watch::Sender<bool>,
 }
 
 /// What becomes of a process that has ended.
@@ -62,6 +64,11 @@ impl Output {
         self.done.send_replace(true);
     }
 
+    /// Whether a delete has to wait, when all that can be waited for otherwise is over.
+    pub(crate) fn is_open(&self, is_open: bool) {
+        self.open.send_replace(is_open);
+    }
+
     #[cfg(test)]
     pub(crate) fn done(&self) -> bool {
         *self.done.borrow()
@@ -78,11 +85,12 @@ impl Output {
         let _ = timeout(BEFORE_THE_EXIT, self.settled(QUIET, guest)).await;
     }
 
-    /// The last chance of a reader. Then its streams end.
+    /// The last chance of a reader. Then its streams end, and so does its log program, which has limits of its own.
     pub(crate) async fn before_the_delete<F: Future>(&self, guest: impl Fn() -> F) {
         self.deletion.send_replace(Deletion::Asked);
         let _ = timeout(BEFORE_THE_DELETE, self.settled(BEFORE_THE_DELETE, guest)).await;
         self.deletion.send_replace(Deletion::Done);
+        let _ = self.open.subscribe().wait_for(|is_open| !is_open).await;
     }
 
     /// Until all was delivered, or nothing moves: for `stalled` while bytes wait for their reader, else for a moment. How
@@ -110,7 +118,8 @@ impl Output {
         }
     }
 
-    fn is_held(&self) -> bool {
+    /// Whether bytes wait for their reader.
+    pub(crate) fn is_held(&self) -> bool {
         self.held.load(Ordering::Relaxed) > 0
     }
 

@@ -38,7 +38,7 @@ pub enum Status {
     Stopped,
 }
 
-/// Named pipes, or empty for none.
+/// Named pipes, or empty for none; an output may also be a log URI.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stdio {
     /// Read by the process.
@@ -89,6 +89,8 @@ pub(crate) struct Process {
     pub(crate) output: Output,
     /// Ends the copying of its input.
     pub(crate) close_stdin: tokio::sync::Notify,
+    /// The size that its terminal is to have from the start on: columns, rows.
+    size: Mutex<Option<(u32, u32)>>,
 }
 
 impl Process {
@@ -102,7 +104,18 @@ impl Process {
             changing: Arc::default(),
             output: Output::default(),
             close_stdin: tokio::sync::Notify::new(),
+            size: Mutex::default(),
         }
+    }
+
+    /// Keeps a size until there is a terminal.
+    pub(crate) fn keep_size(&self, columns: u32, rows: u32) {
+        *self.size.lock().unwrap_or_else(PoisonError::into_inner) = Some((columns, rows));
+    }
+
+    /// What was kept.
+    pub(crate) fn kept_size(&self) -> Option<(u32, u32)> {
+        *self.size.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn status(&self) -> Status {

@@ -62,6 +62,7 @@ impl Sandbox {
     }
 
     async fn make(&self, from: &ContainerSpec) -> Result<(Container, io::Outputs), Error> {
+        io::Outputs::check(&from.stdio)?;
         let oci = spec::read(&from.bundle)?;
         let policy = spec::Policy::of(&self.0.env.config.runtime);
         let blocks = disks::wanted(from, &oci, &self.0.env.config.hypervisor)?;
@@ -91,7 +92,7 @@ impl Sandbox {
         };
         let shared = prepared.shared.clone();
         let limit = self.0.env.config.runtime.create_container_timeout;
-        let made = create::create(&self.0.agent, self.0.pid, from, prepared, limit).await;
+        let made = create::create(&self.0.agent, self.0.pid, from, prepared, &self.0.logging, limit).await;
         self.follow_volumes().await;
         if made.is_err() {
             self.release(&shared).await;

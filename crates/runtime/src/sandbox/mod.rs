@@ -17,13 +17,13 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use agent_api::agent as api;
+use agent_api::{agent as api, oci};
 use hypervisor::{Hypervisor, Vm};
 use tokio::sync::mpsc;
 
 use crate::agent_client::AgentClient;
 use crate::cleanup::RunDir;
-use crate::container::{Container, Process, io, spec};
+use crate::container::{Container, Logging, Process, io, spec};
 use crate::storage::disks::Disks;
 use crate::storage::share::Share;
 use crate::storage::shm::Shm;
@@ -42,6 +42,8 @@ pub struct Env {
 pub struct SandboxSpec {
     /// The pod's id: its first container's.
     pub id: ContainerId,
+    /// The caller's namespace, of which log programs are told.
+    pub namespace: String,
     /// Its run folder.
     pub run: RunDir,
 }
@@ -65,6 +67,7 @@ struct Inner {
     pid: u32,
     containers: Mutex<HashMap<ContainerId, Slot>>,
     events: mpsc::UnboundedSender<Event>,
+    logging: Logging,
     /// What its containers share as `/dev/shm`.
     shm: Option<Shm>,
     /// What the VM has of the host's block devices and images.
@@ -142,7 +145,10 @@ impl Sandbox {
             return Err(Error::WrongState(format!("cannot start a {} process", process.status().name())));
         }
         let input = io::Input::open(&process.stdio)?;
-        let outputs = name.exec.is_some().then(|| io::Outputs::open(&process.stdio)).transpose()?;
+        let outputs = match name.exec {
+            Some(_) => Some(io::Outputs::open(&process.stdio, name, &self.0.logging).await?),
+            None => None,
+        };
         match &process.spec {
             None => {
                 let request =
@@ -155,10 +161,15 @@ impl Sandbox {
                     .await?;
             }
             Some(spec) => {
+                let mut spec = spec.clone();
+                if let Some((width, height)) = process.kept_size() {
+                    let size = oci::Box { Width: width, Height: height, ..Default::default() };
+                    spec.ConsoleSize = Some(size).into();
+                }
                 let request = api::ExecProcessRequest {
                     container_id: name.container.as_str().into(),
                     exec_id: name.wire_exec(),
-                    process: Some(spec.clone()).into(),
+                    process: Some(spec).into(),
                     ..Default::default()
                 };
                 self.0
@@ -199,17 +210,19 @@ impl Sandbox {
         container.add(exec, Arc::new(Process::new(from.process, from.stdio, Some(wire))))
     }
 
-    /// Sends a signal; `all` to every process of the container.
+    /// Sends a signal; with `all` and a container's first process to every process of the container.
     ///
     /// # Errors
-    /// [`Error::NotFound`] when it has ended.
+    /// [`Error::NotFound`] when it has ended; but all of nothing have got it.
     pub async fn signal(&self, name: &ProcessRef, signal: u32, all: bool) -> Result<(), Error> {
         let process = self.process(name)?;
+        let all = all && name.exec.is_none();
         match process.status() {
+            Status::Stopped if all => return Ok(()),
             Status::Stopped => return Err(Error::NotFound("process already finished".into())),
             // an exec that was not started has no process in the guest
             Status::Created if name.exec.is_some() => {
-                return Err(Error::WrongState("cannot signal a created process".into()));
+                return Err(Error::WrongState("process not created".into()));
             }
             _ => {}
         }
@@ -422,14 +435,28 @@ impl Sandbox {
             .map(drop)
     }
 
-    /// Sets a terminal's size, characters.
+    /// Sets a terminal's size, characters; that of an exec also before its start.
     ///
     /// # Errors
     /// [`Error::NotFound`], or what the guest said.
     pub async fn resize(&self, name: &ProcessRef, width: u32, height: u32) -> Result<(), Error> {
         let process = self.process(name)?;
-        if process.status() == Status::Stopped {
-            return Ok(());
+        let mut _changing = None;
+        if name.exec.is_some() && process.status() == Status::Created {
+            // a start that is under way has looked at what was kept
+            _changing = Some(process.changing.lock().await);
+        }
+        match process.status() {
+            Status::Stopped => return Ok(()),
+            // its terminal is made by its start
+            Status::Created if name.exec.is_some() && process.stdio.terminal => {
+                process.keep_size(width, height);
+                return Ok(());
+            }
+            Status::Created if name.exec.is_some() => {
+                return Err(Error::WrongState("the process has no terminal".into()));
+            }
+            _ => {}
         }
         let request = api::TtyWinResizeRequest {
             container_id: name.container.as_str().into(),

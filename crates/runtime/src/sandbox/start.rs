@@ -14,7 +14,7 @@ use crate::agent_client::{AgentClient, VmWatch};
 use crate::cgroup::HostCgroup;
 use crate::cleanup::RunDir;
 use crate::container::io::Outputs;
-use crate::container::{ContainerSpec, create, spec};
+use crate::container::{ContainerSpec, Logging, create, spec};
 use crate::pod::{Limits, Role};
 use crate::storage::disks::Disks;
 use crate::storage::share::Share;
@@ -35,10 +35,11 @@ impl Sandbox {
         trace: &Trace,
         cancelled: &Notify,
     ) -> Result<Self, FailedStart> {
-        let SandboxSpec { id, mut run } = sandbox;
+        let SandboxSpec { id, namespace, mut run } = sandbox;
+        let logging = Logging { namespace, journal: run.journal() };
         let booted = tokio::select! {
             // large, and waited for once
-            booted = Box::pin(boot(&env, &id, &first, &mut run, trace)) => booted,
+            booted = Box::pin(boot(&env, &id, &first, &mut run, &logging, trace)) => booted,
             () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
         };
         match booted {
@@ -53,6 +54,7 @@ impl Sandbox {
                     pid,
                     containers: Mutex::new(containers),
                     events,
+                    logging,
                     shm,
                     disks: tokio::sync::Mutex::new(disks),
                     serving: OnceLock::new(),
@@ -104,9 +106,11 @@ async fn boot(
     id: &ContainerId,
     first: &ContainerSpec,
     run: &mut RunDir,
+    logging: &Logging,
     trace: &Trace,
 ) -> Result<Booted, Error> {
     // everything that can be refused is refused before anything is made
+    Outputs::check(&first.stdio)?;
     let oci = &spec::read(&first.bundle)?;
     let role = Role::of_spec(oci)?;
     if let Role::Member(pod) = role {
@@ -158,7 +162,7 @@ async fn boot(
             trace.step("network-configured");
         }
         let limit = env.config.runtime.create_container_timeout;
-        let made = create::create(&agent, pid, first, prepared, limit).await?;
+        let made = create::create(&agent, pid, first, prepared, logging, limit).await?;
         trace.step("container-created");
         Ok::<_, Error>(made)
     };
