@@ -249,8 +249,11 @@ impl Cgroup {
         let of = |name: &str| cpu.get(name).copied().unwrap_or_default();
         let mut memory = pairs(&text("memory.stat"));
         let events = pairs(&text("memory.events"));
+        let huge = self.huge_page_sizes();
         // version 1's messages have no place for them
         memory.extend(events.iter().map(|(name, count)| (format!("events.{name}"), *count)));
+        memory.extend(["nr_bursts", "burst_usec"].map(|name| (format!("cpu.{name}"), of(name))));
+        memory.extend(huge.iter().map(|size| format!("hugetlb.{size}.max")).map(|file| (file.clone(), limit(&file))));
         api::CgroupStats {
             cpu_stats: Some(api::CpuStats {
                 cpu_usage: Some(api::CpuUsage {
@@ -282,6 +285,8 @@ impl Cgroup {
                 .into(),
                 swap_usage: Some(api::MemoryData {
                     usage: number("memory.swap.current"),
+                    max_usage: number("memory.swap.peak"),
+                    failcnt: pairs(&text("memory.swap.events")).get("max").copied().unwrap_or_default(),
                     limit: limit("memory.swap.max"),
                     ..Default::default()
                 })
@@ -298,9 +303,35 @@ impl Cgroup {
             })
             .into(),
             blkio_stats: Some(io_stats(&text("io.stat"))).into(),
+            hugetlb_stats: huge
+                .into_iter()
+                .map(|size| {
+                    let stats = api::HugetlbStats {
+                        usage: number(&format!("hugetlb.{size}.current")),
+                        failcnt: pairs(&text(&format!("hugetlb.{size}.events")))
+                            .get("max")
+                            .copied()
+                            .unwrap_or_default(),
+                        ..Default::default()
+                    };
+                    (size, stats)
+                })
+                .collect(),
             ..Default::default()
         }
     }
+
+    /// Those that are counted here: none before somebody has set a limit of one.
+    fn huge_page_sizes(&self) -> Vec<String> {
+        let files = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        files.filter_map(|file| huge_page_size(file.file_name().to_str()?).map(str::to_owned)).collect()
+    }
+}
+
+/// Whose use the file tells.
+fn huge_page_size(file: &str) -> Option<&str> {
+    let size = file.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
+    (!size.contains('.')).then_some(size)
 }
 
 /// Not [`fs::write`]: to make a file in a cgroup is forbidden, which would hide that there is none.
@@ -462,6 +493,14 @@ mod tests {
         assert_eq!(controller_of("cpuset.cpus"), Some("cpuset"));
         assert_eq!(controller_of("hugetlb.2MB.max"), Some("hugetlb"));
         assert_eq!(controller_of("memory.max"), None);
+    }
+
+    #[test]
+    fn huge_pages_are_found_by_their_files() {
+        assert_eq!(huge_page_size("hugetlb.2MB.current"), Some("2MB"));
+        for other in ["hugetlb.2MB.rsvd.current", "hugetlb.2MB.max", "memory.current"] {
+            assert_eq!(huge_page_size(other), None, "{other}");
+        }
     }
 
     #[test]
