@@ -10,7 +10,8 @@ const UNIMPLEMENTED: &str = "::ttrpc::Code::UNIMPLEMENTED";
 
 fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let protos = ["agent", "csi", "health", "oci", "port", "types", "wake"].map(|name| format!("proto/{name}.proto"));
+    let protos = ["agent", "csi", "health", "oci", "port", "resolver", "types", "wake"]
+        .map(|name| format!("proto/{name}.proto"));
     for proto in &protos {
         println!("cargo:rerun-if-changed={proto}");
     }

@@ -48,6 +48,12 @@ mod generated {
     pub mod port_ttrpc {
         include!(concat!(env!("OUT_DIR"), "/port_ttrpc.rs"));
     }
+    pub mod resolver {
+        include!(concat!(env!("OUT_DIR"), "/resolver.rs"));
+    }
+    pub mod resolver_ttrpc {
+        include!(concat!(env!("OUT_DIR"), "/resolver_ttrpc.rs"));
+    }
     pub mod types {
         include!(concat!(env!("OUT_DIR"), "/types.rs"));
     }
@@ -59,7 +65,10 @@ mod generated {
     }
 }
 
-pub use generated::{agent, agent_ttrpc, csi, health, health_ttrpc, oci, port, port_ttrpc, types, wake, wake_ttrpc};
+pub use generated::{
+    agent, agent_ttrpc, csi, health, health_ttrpc, oci, port, port_ttrpc, resolver, resolver_ttrpc, types, wake,
+    wake_ttrpc,
+};
 
 pub use protobuf;
 pub use ttrpc;

@@ -23,6 +23,7 @@ mod pci;
 mod port;
 mod process;
 mod reaper;
+mod resolver;
 mod sandbox;
 mod server;
 mod storage;

@@ -13,6 +13,7 @@ use agent_api::health_ttrpc::{Health, create_health};
 use agent_api::limits::STREAM_CHUNK;
 use agent_api::port_ttrpc::create_port;
 use agent_api::protobuf::well_known_types::empty::Empty;
+use agent_api::resolver_ttrpc::create_resolver;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::{Server, TtrpcContext};
 use agent_api::types::Interface;
@@ -28,6 +29,7 @@ use crate::oom::OomWatch;
 use crate::params::Params;
 use crate::port::Ports;
 use crate::reaper::Reaper;
+use crate::resolver::Names;
 use crate::sandbox::Sandbox;
 use crate::storage;
 use crate::transport;
@@ -57,6 +59,7 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
         .register_service(create_agent_service(service))
         .register_service(create_health(Arc::new(Liveness)))
         .register_service(create_port(Arc::new(Ports::default())))
+        .register_service(create_resolver(Arc::new(Names::default())))
         .register_service(create_wake(Arc::new(Waking::default())));
     server.start().await.map_err(Error::failed("serving"))?;
     transport::tell_ready(params);

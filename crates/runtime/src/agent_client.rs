@@ -6,6 +6,7 @@ use std::time::Duration;
 use agent_api::agent::GuestDetailsRequest;
 use agent_api::agent_ttrpc::AgentServiceClient;
 use agent_api::port_ttrpc::PortClient;
+use agent_api::resolver_ttrpc::ResolverClient;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::{Client, transport::Socket};
 use agent_api::ttrpc::context::Context;
@@ -88,6 +89,7 @@ impl VmWatch {
 pub(crate) struct AgentClient {
     client: AgentServiceClient,
     ports: PortClient,
+    resolver: ResolverClient,
     wake: WakeClient,
     vm: VmWatch,
     deadline: Duration,
@@ -100,6 +102,7 @@ impl AgentClient {
         Self {
             client: AgentServiceClient::new(client.clone()),
             ports: PortClient::new(client.clone()),
+            resolver: ResolverClient::new(client.clone()),
             wake: WakeClient::new(client),
             vm,
             deadline,
@@ -150,6 +153,19 @@ impl AgentClient {
         F: Future<Output = ttrpc::Result<T>>,
     {
         self.within(what, None, call(&self.ports, Context::default())).await
+    }
+
+    /// One call about names that the guest asks for. To wait for a question may take for ever.
+    pub(crate) async fn resolver_call<'a, T, F>(
+        &'a self,
+        what: &str,
+        limit: Option<Duration>,
+        call: impl FnOnce(&'a ResolverClient, Context) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        self.within(what, limit, call(&self.resolver, Context::default())).await
     }
 
     /// The last call to a guest that is to be saved, or to wait, which is answered when that has run for `age`.

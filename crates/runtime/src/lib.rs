@@ -5,6 +5,7 @@
 
 mod agent_channel;
 mod agent_client;
+pub mod anchor;
 mod cgroup;
 pub mod cleanup;
 mod container;

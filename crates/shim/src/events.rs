@@ -84,10 +84,10 @@ impl Publisher {
     }
 
     /// Publishes what a sandbox tells, for as long as it lives.
-    pub(crate) async fn follow(self, pid: u32, mut events: mpsc::UnboundedReceiver<Event>) {
+    pub(crate) async fn follow(self, mut events: mpsc::UnboundedReceiver<Event>) {
         while let Some(event) = events.recv().await {
             match event {
-                Event::Exit(process, exit) => {
+                Event::Exit { process, exit, pid } => {
                     let id = process.exec.as_ref().map_or_else(|| process.container.to_string(), ToString::to_string);
                     let event = task::TaskExit {
                         container_id: process.container.to_string(),

@@ -16,8 +16,13 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use runtime::anchor::inside as anchor;
 
 fn main() -> ExitCode {
+    if anchor::is_wanted() {
+        anchor::run();
+        return ExitCode::SUCCESS;
+    }
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -128,11 +128,13 @@ impl TaskService {
             Pod::None => {}
             Pod::Starting(_) => return Err(Error::Exists(format!("sandbox {} (its start is under way)", self.id))),
             Pod::Ready(sandbox) => {
+                let id = spec.id.clone();
                 sandbox.create_container(spec).await?;
-                return Ok(sandbox.pid());
+                return sandbox.pid(&id);
             }
         }
-        let (id, namespace, folder) = (self.id.clone(), self.namespace.clone(), self.folder.clone());
+        let (id, first, folder) = (self.id.clone(), spec.id.clone(), self.folder.clone());
+        let namespace = self.namespace.clone();
         let path = convert::config_path(request.options.as_ref());
         let (pod, publisher) = (Arc::clone(&self.pod), self.publisher.clone());
         // a task of its own: a caller that goes away must not leave half a pod
@@ -141,7 +143,8 @@ impl TaskService {
             pod.send_replace(started.as_ref().map_or(Pod::None, |sandbox| Pod::Ready(sandbox.clone())));
             started
         });
-        Ok(start.await.map_err(|error| Error::WrongState(format!("the start was lost: {error}")))??.pid())
+        let sandbox = start.await.map_err(|error| Error::WrongState(format!("the start was lost: {error}")))??;
+        sandbox.pid(&first)
     }
 }
 
@@ -168,7 +171,7 @@ async fn start_pod(
     let started = Sandbox::start(Env { config, hypervisor }, sandbox, first, events_to, &trace, cancelled).await;
     let sandbox = started.map_err(|failed| folder.give_back(failed))?;
     trace.log();
-    tokio::spawn(publisher.follow(sandbox.pid(), events));
+    tokio::spawn(publisher.follow(events));
     Ok(sandbox)
 }
 
@@ -218,7 +221,7 @@ impl Task for TaskService {
             id: request.id,
             exec_id: request.exec_id,
             bundle: view.bundle.display().to_string(),
-            pid: sandbox.pid(),
+            pid: view.pid,
             status: EnumOrUnknown::new(convert::wire_status(view.status)),
             stdin: view.stdio.stdin,
             stdout: view.stdio.stdout,
@@ -264,8 +267,8 @@ impl Task for TaskService {
             None => "OCI runtime start failed",
             Some(_) => "OCI runtime exec failed: exec failed",
         };
+        let pid = sandbox.pid(&name.container).map_err(plain)?;
         let started_process = sandbox.start_process(&name).await.map_err(worded(prefix))?;
-        let pid = sandbox.pid();
         if name.exec.is_none() {
             let started = event::TaskStart { container_id: request.id, pid, ..Default::default() };
             self.publisher.publish("/tasks/start", &started);
@@ -286,8 +289,9 @@ impl Task for TaskService {
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Rpc<DeleteResponse> {
         let name = convert::process(&request.id, &request.exec_id)?;
         let sandbox = self.sandbox()?;
+        sandbox.settled(&name.container).await;
+        let pid = sandbox.pid(&name.container).map_err(plain)?;
         let exit = sandbox.delete(&name).await.map_err(plain)?;
-        let pid = sandbox.pid();
         let (status, at) = exit.map_or((0, std::time::SystemTime::now()), |exit| (exit.status, exit.at));
         if name.exec.is_none() {
             let deleted = event::TaskDelete {
@@ -310,7 +314,7 @@ impl Task for TaskService {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Rpc<PidsResponse> {
         let name = convert::process(&request.id, "")?;
-        let pids = self.sandbox()?.pids(&name.container).await.map_err(plain)?;
+        let pids = self.sandbox()?.pids(&name.container).map_err(plain)?;
         let processes = pids.into_iter().map(|pid| ProcessInfo { pid, ..Default::default() }).collect();
         Ok(PidsResponse { processes, ..Default::default() })
     }
@@ -398,7 +402,8 @@ impl Task for TaskService {
         let name = convert::process(&request.id, "")?;
         let sandbox = self.sandbox()?;
         sandbox.knows(&name.container).map_err(plain)?;
-        let task_pid = sandbox.pid();
+        // one that is still being made has none yet
+        let task_pid = sandbox.pid(&name.container).unwrap_or_default();
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
             task_pid,

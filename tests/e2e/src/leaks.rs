@@ -45,7 +45,7 @@ impl Leaks {
         for process in processes::all() {
             let ours = match &process.node {
                 Some(node) => node == tag,
-                None => process.command.contains(crate::node::NAMESPACE),
+                None => process.name == processes::ANCHOR || process.command.contains(crate::node::NAMESPACE),
             };
             if ours {
                 let shown: String = process.command.chars().take(200).collect();

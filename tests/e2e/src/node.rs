@@ -234,6 +234,15 @@ impl Node {
         Ok(row.and_then(|r| r.get(2).map(|s| (*s).to_owned())))
     }
 
+    /// The process id that `ctr task ls` shows.
+    pub fn task_pid(&self, id: &str) -> Result<u32> {
+        let list = self.ctr(["task", "ls"]).output()?.ok()?.text();
+        let row = list.lines().map(|l| l.split_whitespace().collect::<Vec<_>>()).find(|r| r.first() == Some(&id));
+        let pid =
+            row.and_then(|r| r.get(1).map(|pid| pid.parse())).with_context(|| format!("no task {id}:\n{list}"))?;
+        pid.with_context(|| list.clone())
+    }
+
     /// Ends a container in whatever state it is, and removes it.
     pub fn remove(&self, id: &str) -> Result<()> {
         self.ctr(["task", "delete", "-f", id]).output()?.ok()?;

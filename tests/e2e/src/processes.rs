@@ -14,7 +14,10 @@ use std::{
 pub const MARK: &str = "KATA_E2E_NODE";
 
 /// The helpers and servers that the product runs on the host.
-const NAMES: [&str; 4] = ["qemu-system", "virtiofsd", "containerd-shim", "kata-runtime"];
+const NAMES: [&str; 5] = ["qemu-system", "virtiofsd", "containerd-shim", "kata-runtime", ANCHOR];
+
+/// What stands for a container on the host. It has no environment, and belongs to where its parent does.
+pub const ANCHOR: &str = "kata-anchor";
 
 /// A process of interest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,13 +66,28 @@ fn look(pid: i32) -> Option<Process> {
     if !NAMES.iter().any(|n| name.starts_with(n)) {
         return None;
     }
+    let node = match (name.as_str(), parent(pid)?) {
+        // its shim is gone: somebody's leak
+        (ANCHOR, 1) => None,
+        (ANCHOR, shim) => Some(mark(shim).unwrap_or_default()),
+        _ => mark(pid),
+    };
+    Some(Process { pid, name, command: args.join(" ").trim_end().to_owned(), node })
+}
+
+/// The node in a process's environment.
+fn mark(pid: i32) -> Option<String> {
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    let node = environment
+    environment
         .split(|b| *b == 0)
         .filter_map(|v| std::str::from_utf8(v).ok()?.strip_prefix(MARK)?.strip_prefix('='))
         .map(str::to_owned)
-        .next();
-    Some(Process { pid, name, command: args.join(" ").trim_end().to_owned(), node })
+        .next()
+}
+
+fn parent(pid: i32) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
 }
 
 /// Waits for a process of the node whose name starts with `name`, that is no `start` or `delete` call of the shim.

@@ -1,5 +1,6 @@
 //! A container's own part of `Create`: rootfs and volumes into the share, then the agent's call.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use agent_api::agent::CreateContainerRequest;
@@ -10,14 +11,17 @@ use super::process::Process;
 use super::{Belongings, Container, ContainerSpec, Logging, ProcessRef, spec};
 use crate::Error;
 use crate::agent_client::AgentClient;
+use crate::anchor::Anchor;
 use crate::cleanup::{self, RunDir, Step};
 use crate::direct_volume::Store;
 use crate::hooks::Hooks;
+use crate::network::resolver_file;
 use crate::pod::Role;
 use crate::storage::block::{MountedVolume, Plan};
 use crate::storage::rootfs;
 use crate::storage::share::{Share, guest_path};
 use crate::storage::shm::Shm;
+use crate::storage::tree;
 use crate::storage::volume::{self, Volumes};
 
 /// What has been prepared on the host.
@@ -26,6 +30,10 @@ pub(crate) struct Prepared {
     /// The names in the share that are the container's.
     pub(crate) shared: Vec<String>,
     hooks: Hooks,
+    /// Its root file system on the host; `None` when the guest has it from elsewhere.
+    root: Option<PathBuf>,
+    /// As [`Container::resolver_file`].
+    resolver_file: Option<PathBuf>,
     /// Its disks in the VM.
     disks: Vec<String>,
     volumes: Vec<MountedVolume>,
@@ -65,6 +73,7 @@ pub(crate) fn prepare(
     }
     let mut shared = vec![from.id.as_str().to_owned()];
     let mut hooks = Hooks::of(&from.id, &from.bundle, oci);
+    let mut root = None;
     let outcome = (|| {
         let root_name = format!("{}/rootfs", from.id);
         let guest_root = blocks.rootfs.clone().unwrap_or_else(|| guest_path(&root_name));
@@ -81,6 +90,7 @@ pub(crate) fn prepare(
             if !from.rootfs.is_empty() {
                 hooks.show(&rootfs, &bundle_root, run)?;
             }
+            root = Some(rootfs);
         }
         for volume in &blocks.direct {
             let user = Store::default().user(&volume.path, run.name())?;
@@ -111,7 +121,8 @@ pub(crate) fn prepare(
     match outcome {
         Ok(request) => {
             let Plan { disks, direct: volumes, names, .. } = blocks;
-            Ok(Prepared { request, shared, hooks, disks, volumes, names })
+            let resolver_file = resolver_file(oci).map(Path::to_owned);
+            Ok(Prepared { request, shared, hooks, root, resolver_file, disks, volumes, names })
         }
         Err(error) => {
             hooks.hide();
@@ -134,22 +145,36 @@ fn holder(from: &ContainerSpec, oci: &Spec, policy: spec::Policy) -> Result<Prep
         ..Default::default()
     };
     let hooks = Hooks::of(&from.id, &from.bundle, oci);
-    Ok(Prepared { request, shared: Vec::new(), hooks, disks: Vec::new(), volumes: Vec::new(), names: Vec::new() })
+    Ok(Prepared {
+        request,
+        shared: Vec::new(),
+        hooks,
+        root: None,
+        resolver_file: None,
+        disks: Vec::new(),
+        volumes: Vec::new(),
+        names: Vec::new(),
+    })
 }
 
-/// The guest's part, after the hooks that come before it; `pid` is the VMM's.
+/// The guest's part, after the hooks that come before it; `anchor` stands for the container there and later.
 pub(crate) async fn create(
     agent: &AgentClient,
-    pid: u32,
+    mut anchor: Anchor,
     from: &ContainerSpec,
     prepared: Prepared,
     logging: &Logging,
     limit: std::time::Duration,
 ) -> Result<(Container, Outputs), Error> {
-    let Prepared { request, shared, hooks, disks, volumes, names } = prepared;
+    let Prepared { request, shared, hooks, root, resolver_file, disks, volumes, names } = prepared;
     let name = ProcessRef { container: from.id.clone(), exec: None };
     let outputs = Outputs::open(&from.stdio, &name, logging).await.inspect_err(|_| hooks.hide())?;
-    if let Err(error) = hooks.create(pid).await {
+    let shown = async {
+        // from here on others see it
+        anchor.enter(root.map(|root| tree::detached(&root)).transpose()?).await?;
+        hooks.create(anchor.pid()).await
+    };
+    if let Err(error) = shown.await {
         hooks.hide();
         return Err(error);
     }
@@ -163,7 +188,10 @@ pub(crate) async fn create(
         return Err(by_hosts_names(error, &names));
     }
     let init = Arc::new(Process::new(name, from.stdio.clone(), None));
-    Ok((Container::new(from.bundle.clone(), init, Belongings { shared, disks, volumes }, hooks), outputs))
+    Ok((
+        Container::new(from.bundle.clone(), init, Belongings { anchor, resolver_file, shared, disks, volumes }, hooks),
+        outputs,
+    ))
 }
 
 /// The guest knows its disks by their places in the VM, and the user by their names on the host.

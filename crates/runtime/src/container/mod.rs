@@ -17,6 +17,7 @@ pub(crate) use logger::Logging;
 pub(crate) use process::Process;
 pub use process::{Exit, ProcessRef, ProcessView, Status, Stdio};
 
+use crate::anchor::Anchor;
 use crate::hooks::Hooks;
 use crate::storage::block::MountedVolume;
 use crate::storage::rootfs::RootfsMount;
@@ -52,6 +53,10 @@ pub(crate) struct Container {
     pub(crate) bundle: PathBuf,
     pub(crate) init: Arc<Process>,
     execs: Mutex<HashMap<ExecId, Arc<Process>>>,
+    /// Stands for its processes on the host.
+    pub(crate) anchor: Anchor,
+    /// What it has at `/etc/resolv.conf`, on the host: clients may change it until the start.
+    pub(crate) resolver_file: Option<PathBuf>,
     /// Names in the shared folder that go with it.
     pub(crate) shared: Vec<String>,
     /// Names of its disks in the VM.
@@ -63,6 +68,10 @@ pub(crate) struct Container {
 /// What of the host's goes with a container.
 #[derive(Debug)]
 pub(crate) struct Belongings {
+    /// As [`Container::anchor`].
+    pub(crate) anchor: Anchor,
+    /// As [`Container::resolver_file`].
+    pub(crate) resolver_file: Option<PathBuf>,
     /// As [`Container::shared`].
     pub(crate) shared: Vec<String>,
     /// As [`Container::disks`].
@@ -73,8 +82,8 @@ pub(crate) struct Belongings {
 
 impl Container {
     pub(crate) fn new(bundle: PathBuf, init: Arc<Process>, has: Belongings, hooks: Hooks) -> Self {
-        let Belongings { shared, disks, volumes } = has;
-        Self { bundle, init, execs: Mutex::new(HashMap::new()), shared, disks, volumes, hooks }
+        let Belongings { anchor, resolver_file, shared, disks, volumes } = has;
+        Self { bundle, init, execs: Mutex::new(HashMap::new()), anchor, resolver_file, shared, disks, volumes, hooks }
     }
 
     pub(crate) fn process(&self, of: &ProcessRef) -> Result<Arc<Process>, Error> {

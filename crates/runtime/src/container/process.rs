@@ -63,6 +63,8 @@ pub struct Exit {
 /// What `State` shows.
 #[derive(Debug, Clone)]
 pub struct ProcessView {
+    /// As [`crate::Sandbox::pid`] of its container.
+    pub pid: u32,
     /// Where it is.
     pub status: Status,
     /// Set when it has ended.

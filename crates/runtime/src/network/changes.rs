@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -37,31 +38,50 @@ pub(super) fn subscribe() -> io::Result<OwnedFd> {
 
 /// The changes of one namespace.
 #[derive(Debug)]
-pub(super) struct Changes(AsyncFd<OwnedFd>);
+pub(super) struct Changes {
+    socket: AsyncFd<OwnedFd>,
+    /// Some were seen that nobody has been told of yet: who waited for them went away.
+    are_untold: AtomicBool,
+}
 
 impl Changes {
     pub(super) fn new(socket: OwnedFd) -> io::Result<Self> {
         // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives, which is what is asked for.
         let watched = unsafe { AsyncFd::register_with_interest(socket, tokio::io::Interest::READABLE) };
-        watched.map(Self).map_err(io::Error::from)
+        let socket = watched.map_err(io::Error::from)?;
+        Ok(Self { socket, are_untold: AtomicBool::new(false) })
     }
 
     /// Waits until something changed, and until that is over.
     pub(super) async fn next(&self) -> io::Result<()> {
-        self.one().await?;
+        if !self.are_untold.load(Ordering::Relaxed) {
+            self.one().await?;
+            self.are_untold.store(true, Ordering::Relaxed);
+        }
         let end = Instant::now() + LONGEST;
         loop {
             let quiet = (Instant::now() + QUIET).min(end);
-            match timeout_at(quiet, self.one()).await {
-                Ok(more) => more?,
-                Err(_) => return Ok(()),
-            }
+            let Ok(more) = timeout_at(quiet, self.one()).await else {
+                self.are_untold.store(false, Ordering::Relaxed);
+                return Ok(());
+            };
+            more?;
         }
+    }
+
+    /// Whether something has changed that nobody has been told of; that is told by this.
+    pub(super) fn are_there(&self) -> bool {
+        // an error is as much reason to look as a change
+        let new = match drain(self.socket.get_ref()) {
+            Ok(changed) => changed,
+            Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+        };
+        self.are_untold.swap(false, Ordering::Relaxed) || new
     }
 
     async fn one(&self) -> io::Result<()> {
         loop {
-            let mut guard = self.0.readable().await?;
+            let mut guard = self.socket.readable().await?;
             match guard.try_io(|fd| drain(fd.get_ref())) {
                 Ok(Ok(true)) => return Ok(()),
                 Ok(Err(error)) => return Err(error),

@@ -13,6 +13,7 @@ mod guest;
 mod join;
 mod kind;
 mod macvtap;
+mod names;
 mod netns;
 mod physical;
 mod routes;
@@ -22,6 +23,7 @@ mod tap;
 mod tcfilter;
 pub(crate) mod undo;
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -32,6 +34,7 @@ pub(crate) use follow::Following;
 pub(crate) use forward::Forwarding;
 use hypervisor::{Device, Vm};
 use join::Plan;
+pub(crate) use names::{Names, are_wanted as names_are_wanted, file_of as resolver_file};
 use netns::NetworkNamespace;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
@@ -45,58 +48,85 @@ const SYSFS: &str = "/sys";
 #[derive(Debug, Default)]
 pub(crate) struct PodNetwork {
     devices: Vec<Device>,
-    /// `None` for a pod without a namespace of the host, or with one that it shall not have.
+    /// `None` for a pod that shall not have what is in its namespace.
     attached: Option<Attached>,
 }
 
-/// Refuses, or connects every interface of the pod's namespace. What can be refused is refused before anything is made.
-pub(crate) async fn connect(config: &config::Config, spec: &Spec, run: &mut RunDir) -> Result<PodNetwork, Error> {
-    if config.runtime.disable_new_netns {
-        // whatever there is, the host's own too, is left alone
-        return Ok(PodNetwork::default());
+/// The pod's network namespace on the host: the one that its specification names, or a new one. The VM gets what is in it;
+/// clients and hooks find it by the process that stands for a container ([`crate::anchor`]).
+#[derive(Debug)]
+pub(crate) struct Namespace {
+    inner: NetworkNamespace,
+    /// Made for the pod: nobody else is in it.
+    is_made: bool,
+}
+
+impl Namespace {
+    /// Opens or makes it.
+    pub(crate) async fn of(config: &config::Config, spec: &Spec) -> Result<Self, Error> {
+        let path = namespace_path(spec);
+        if let Some(path) = path {
+            let about = || Error::host(format!("network namespace {}", path.display()));
+            let inner = NetworkNamespace::open(&path).map_err(about())?;
+            if !inner.is_our_own().map_err(about())? {
+                return Ok(Self { inner, is_made: false });
+            }
+            if !config.runtime.disable_new_netns {
+                return Err(Error::Unsupported(format!(
+                    "{} is the host's network, which is not possible in a virtual machine: give the container a network \
+                     namespace of its own",
+                    path.display()
+                )));
+            }
+        }
+        let inner = NetworkNamespace::make().await.map_err(Error::host("a new network namespace"))?;
+        Ok(Self { inner, is_made: true })
     }
-    let Some(path) = namespace_path(spec) else { return Ok(PodNetwork::default()) };
-    let namespace =
-        NetworkNamespace::open(&path).map_err(Error::host(format!("network namespace {}", path.display())))?;
-    let about = || Error::host(format!("network namespace {}", path.display()));
-    if namespace.is_our_own().map_err(about())? {
-        return Err(Error::Unsupported(format!(
-            "{} is the host's network, which is not possible in a virtual machine: give the container a network namespace \
-             of its own",
-            path.display()
-        )));
+
+    /// Connects every interface of it, or refuses. What can be refused is refused before anything is made.
+    pub(crate) async fn connect(&self, config: &config::Config, run: &mut RunDir) -> Result<PodNetwork, Error> {
+        // with the first, whatever there is, the host's own too, is left alone
+        if config.runtime.disable_new_netns || config.runtime.internetworking == Internetworking::None {
+            return Ok(PodNetwork::default());
+        }
+        let namespace = self.inner.try_clone().map_err(Error::host("the pod's network namespace"))?;
+        // what changes from now on is seen: the look comes after
+        let (found, changes) = namespace
+            .within(|handle| async move {
+                let changes = changes::subscribe().map_err(Error::host("changes of the pod's network"))?;
+                Ok((scan::scan(&handle).await?, changes))
+            })
+            .await?;
+        let changes = Changes::new(changes).map_err(Error::host("changes of the pod's network"))?;
+        if let Some(refused) = found.refused.into_iter().next() {
+            return Err(Error::Unsupported(refused.why));
+        }
+        let found = scan::Found { refused: Vec::new(), ..found };
+        if !self.is_made && found.links.iter().any(|link| !link.idle) {
+            namespace.must_be_unused()?;
+        }
+        let plan = Plan {
+            model: config.runtime.internetworking,
+            queues: config.hypervisor.network_queues,
+            vhost: !config.hypervisor.disable_vhost_net,
+        };
+        let (attached, devices) = Attached::new(plan, namespace, changes, found, run.journal()).await?;
+        Ok(PodNetwork { devices, attached: Some(attached) })
     }
-    if config.runtime.internetworking == Internetworking::None {
-        return Ok(PodNetwork::default());
+}
+
+impl Namespace {
+    /// Answers the guest's questions about names from inside, for as long as what this returns lives.
+    pub(crate) async fn names(&self, agent: &AgentClient) -> Result<Names, Error> {
+        let namespace = self.inner.try_clone().map_err(Error::host("the pod's network namespace"))?;
+        names::start(namespace, agent.clone()).await
     }
-    // what changes from now on is seen: the look comes after
-    let (found, changes) = namespace
-        .within(|handle| async move {
-            let changes = changes::subscribe().map_err(Error::host("changes of the pod's network"))?;
-            Ok((scan::scan(&handle).await?, changes))
-        })
-        .await?;
-    let changes = Changes::new(changes).map_err(Error::host("changes of the pod's network"))?;
-    if let Some(refused) = found.refused.into_iter().next() {
-        return Err(Error::Unsupported(refused.why));
+}
+
+impl AsFd for Namespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.as_fd()
     }
-    let found = scan::Found { refused: Vec::new(), ..found };
-    if found.links.iter().any(|link| !link.idle)
-        && let Some(pid) = namespace.user().map_err(about())?
-    {
-        return Err(Error::WrongState(format!(
-            "network namespace {} is used by process {pid}: its traffic would go to the virtual machine, give the pod a \
-             namespace of its own",
-            path.display()
-        )));
-    }
-    let plan = Plan {
-        model: config.runtime.internetworking,
-        queues: config.hypervisor.network_queues,
-        vhost: !config.hypervisor.disable_vhost_net,
-    };
-    let (attached, devices) = Attached::new(plan, namespace, changes, found, run.journal()).await?;
-    Ok(PodNetwork { devices, attached: Some(attached) })
 }
 
 impl PodNetwork {

@@ -6,15 +6,16 @@
 use std::fs::{self, File};
 use std::future::Future;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::Handle;
 use tokio::sync::oneshot;
 
-use crate::Error;
+use crate::{Error, anchor};
 
 /// An open namespace.
 #[derive(Debug)]
@@ -33,6 +34,21 @@ impl NetworkNamespace {
         Ok(Self { path: path.to_owned(), file: File::open(path)? })
     }
 
+    /// A new one, for a pod whose specification names none. It goes with the last process in it and the last descriptor
+    /// of it, so a crash of the shim leaves nothing. Its path is good for as long as this lives.
+    pub(crate) async fn make() -> io::Result<Self> {
+        let made = tokio::task::spawn_blocking(|| {
+            // not on a thread that goes on: the namespace is left with the thread
+            let thread = std::thread::Builder::new().name("netns".into()).spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNET)?;
+                File::open("/proc/thread-self/ns/net")
+            })?;
+            thread.join().unwrap_or_else(|_| Err(io::Error::other("its thread ended")))
+        });
+        let file = made.await.unwrap_or_else(|lost| Err(io::Error::other(lost)))?;
+        Ok(Self { path: format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into(), file })
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -41,8 +57,33 @@ impl NetworkNamespace {
         self.file.metadata().map(|meta| (meta.dev(), meta.ino()))
     }
 
+    /// Another handle on it.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { path: self.path.clone(), file: self.file.try_clone()? })
+    }
+
+    /// Refuses one that a process is in: its traffic would go to the VM.
+    pub(crate) fn must_be_unused(&self) -> Result<(), Error> {
+        let place = self.path.display();
+        let user = self.user().map_err(Error::host(format!("network namespace {place}")))?;
+        let Some(pid) = user else { return Ok(()) };
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let why = if command.split(|byte| *byte == 0).next() == Some(anchor::NAME.as_bytes()) {
+            format!(
+                "another sandbox uses network namespace {place} (process {pid} stands for its container): two virtual \
+                 machines cannot share one network, put the containers into one pod"
+            )
+        } else {
+            format!(
+                "network namespace {place} is used by process {pid}: its traffic would go to the virtual machine, give \
+                 the pod a namespace of its own (no --network container:)"
+            )
+        };
+        Err(Error::WrongState(why))
+    }
+
     /// A process in it, if there is one.
-    pub(crate) fn user(&self) -> io::Result<Option<u32>> {
+    fn user(&self) -> io::Result<Option<u32>> {
         let own = self.identity()?;
         let pids = fs::read_dir("/proc")?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
         let inside = |pid: &u32| {
@@ -120,6 +161,12 @@ impl NetworkNamespace {
             })
             .map_err(Error::host(what))?;
         Ok((thread, from))
+    }
+}
+
+impl AsFd for NetworkNamespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

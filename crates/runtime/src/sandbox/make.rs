@@ -1,12 +1,14 @@
 //! A container that joins a pod which runs.
 
 use std::collections::hash_map::Entry;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use oci_spec::runtime::Spec;
 use tokio::sync::watch::{Sender, channel};
 
 use super::{Sandbox, Slot, disks, to_the_end, watch};
+use crate::anchor::Anchor;
 use crate::container::{Container, create, io, spec};
 use crate::storage::block::Plan;
 use crate::{ContainerId, ContainerSpec, Error};
@@ -25,6 +27,7 @@ impl Sandbox {
             let init = Arc::clone(&container.init);
             place.fill(container);
             watch::process(&sandbox.0, init, outputs);
+            sandbox.watch_anchor(&from.id);
             sandbox.serve_volumes().await;
             Ok(())
         })
@@ -75,6 +78,7 @@ impl Sandbox {
         made
     }
 
+    /// The guest's part of a container; its disks are in the VM.
     async fn make_with(
         &self,
         from: &ContainerSpec,
@@ -83,16 +87,20 @@ impl Sandbox {
         policy: spec::Policy,
     ) -> Result<(Container, io::Outputs), Error> {
         // the host's side is held for the host's part only: a guest that does not answer must not hold up the stop
-        let prepared = {
+        let (prepared, journal) = {
             let mut host = self.0.host.lock().await;
             let host = host.as_mut().ok_or_else(|| Error::WrongState("the sandbox is stopped".into()))?;
             let guest_empty_dir = !self.0.env.config.runtime.disable_guest_empty_dir;
             let given = create::Given { share: &host.share, shm: self.0.shm.as_ref(), policy, guest_empty_dir };
-            create::prepare(given, from, oci, plan, &mut host.run)?
+            (create::prepare(given, from, oci, plan, &mut host.run)?, host.run.journal())
         };
         let shared = prepared.shared.clone();
+        let anchor = Anchor::start(oci, self.0.namespace.as_fd(), &journal);
         let limit = self.0.env.config.runtime.create_container_timeout;
-        let made = create::create(&self.0.agent, self.0.pid, from, prepared, &self.0.logging, limit).await;
+        let made = match anchor {
+            Ok(anchor) => create::create(&self.0.agent, anchor, from, prepared, &self.0.logging, limit).await,
+            Err(error) => Err(error),
+        };
         self.follow_volumes().await;
         if made.is_err() {
             self.release(&shared).await;

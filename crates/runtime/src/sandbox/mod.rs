@@ -24,6 +24,7 @@ use tokio::sync::mpsc;
 use crate::agent_client::AgentClient;
 use crate::cleanup::RunDir;
 use crate::container::{Container, Logging, Process, io, spec};
+use crate::network::Following;
 use crate::storage::disks::Disks;
 use crate::storage::share::Share;
 use crate::storage::shm::Shm;
@@ -52,7 +53,14 @@ pub struct SandboxSpec {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// A process ended.
-    Exit(ProcessRef, Exit),
+    Exit {
+        /// Which.
+        process: ProcessRef,
+        /// How.
+        exit: Exit,
+        /// As [`Sandbox::pid`] of its container.
+        pid: u32,
+    },
     /// The guest's kernel killed a process of the container for want of memory.
     Oom(ContainerId),
 }
@@ -64,7 +72,7 @@ pub struct Sandbox(Arc<Inner>);
 struct Inner {
     env: Env,
     agent: AgentClient,
-    pid: u32,
+    namespace: crate::network::Namespace,
     containers: Mutex<HashMap<ContainerId, Slot>>,
     events: mpsc::UnboundedSender<Event>,
     logging: Logging,
@@ -97,8 +105,10 @@ struct Host {
     run: RunDir,
     /// Ends with the sandbox.
     forwarding: Option<crate::network::Forwarding>,
+    /// The same.
+    names: Option<crate::network::Names>,
     /// Ends with the VM.
-    following: Option<crate::network::Following>,
+    following: Option<Following>,
 }
 
 impl Inner {
@@ -109,6 +119,14 @@ impl Inner {
             Slot::Making(_) => true,
             Slot::Made(container) => container.init.exit().is_none(),
         })
+    }
+
+    /// A container, if it is made.
+    fn made(&self, id: &ContainerId) -> Option<Arc<Container>> {
+        match self.containers.lock().unwrap_or_else(PoisonError::into_inner).get(id) {
+            Some(Slot::Made(container)) => Some(Arc::clone(container)),
+            _ => None,
+        }
     }
 
     fn has(&self, id: &ContainerId) -> bool {
@@ -123,9 +141,13 @@ impl Inner {
 }
 
 impl Sandbox {
-    /// The VMM's process id: what containerd gets for every process, since the guest's ids mean nothing on the host.
-    pub fn pid(&self) -> u32 {
-        self.0.pid
+    /// The process id of a container: of the process that stands for it on the host ([`crate::anchor`]). containerd gets it
+    /// for every process of the container, since the guest's ids mean nothing on the host.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub fn pid(&self, id: &ContainerId) -> Result<u32, Error> {
+        self.container(id).map(|container| container.anchor.pid())
     }
 
     /// Starts a created process. Its end is told when what this returns is dropped. Goes on to its end also when nobody
@@ -143,6 +165,11 @@ impl Sandbox {
         let changing = Arc::clone(&process.changing).lock_owned().await;
         if process.status() != Status::Created {
             return Err(Error::WrongState(format!("cannot start a {} process", process.status().name())));
+        }
+        if name.exec.is_none() {
+            self.network_settled().await;
+            let container = self.container(&name.container)?;
+            self.answer_names(&container).await;
         }
         let input = io::Input::open(&process.stdio)?;
         let outputs = match name.exec {
@@ -186,9 +213,43 @@ impl Sandbox {
             watch::process(&self.0, process, outputs);
         }
         if name.exec.is_none() {
-            self.container(&name.container)?.hooks.started(self.0.pid).await;
+            let container = self.container(&name.container)?;
+            container.hooks.started(container.anchor.pid()).await;
         }
         Ok(Started(changing))
+    }
+
+    /// What hooks and clients have made in the pod's network namespace until now is in the guest, as it would be without a VM.
+    async fn network_settled(&self) {
+        let settle = self.0.host.lock().await.as_ref().and_then(|host| host.following.as_ref().map(Following::settle));
+        if let Some(settle) = settle {
+            settle.settled().await;
+        }
+    }
+
+    /// Lets the guest ask the name server of the pod's network namespace, if this container is to use it.
+    async fn answer_names(&self, container: &Container) {
+        let Some(file) = container.resolver_file.clone() else { return };
+        let wanted = tokio::task::spawn_blocking(move || crate::network::names_are_wanted(&file)).await;
+        if !wanted.unwrap_or_default() {
+            return;
+        }
+        let has_names = |host: &Host| host.names.is_some();
+        if self.0.host.lock().await.as_ref().is_none_or(has_names) {
+            return;
+        }
+        // the host's side is not held while the guest is asked
+        let names = match self.0.namespace.names(&self.0.agent).await {
+            Ok(names) => names,
+            Err(error) => {
+                tracing::warn!(%error, "names of the pod's network are not answered in the guest");
+                return;
+            }
+        };
+        match self.0.host.lock().await.as_mut() {
+            Some(host) if !has_names(host) => host.names = Some(names),
+            _ => names.stop().await,
+        }
     }
 
     /// Adds a process to a running container; it starts with [`Sandbox::start_process`].
@@ -258,6 +319,7 @@ impl Sandbox {
         let container = self.container(&name.container)?;
         let process = container.process(name)?;
         Ok(ProcessView {
+            pid: container.anchor.pid(),
             status: process.status(),
             exit: process.exit(),
             stdio: process.stdio.clone(),
@@ -308,6 +370,8 @@ impl Sandbox {
     }
 
     async fn remove_container(&self, container: &Container, id: &ContainerId) -> Result<(), Error> {
+        // it holds the root file system
+        container.anchor.end().await;
         let last = {
             let containers = self.containers();
             containers.keys().all(|other| other == id)
@@ -385,21 +449,15 @@ impl Sandbox {
         Ok(container)
     }
 
-    /// The container's processes, by their ids in the guest.
+    /// The container's processes on the host: the one of [`Sandbox::pid`] while the container runs. Clients look the ids up
+    /// on the host, so the guest's are none of them.
     ///
     /// # Errors
-    /// [`Error::NotFound`], or what the guest said.
-    pub async fn pids(&self, id: &ContainerId) -> Result<Vec<u32>, Error> {
-        self.container(id)?;
-        let request =
-            api::ListProcessesRequest { container_id: id.as_str().into(), format: "json".into(), ..Default::default() };
-        let answer = self
-            .0
-            .agent
-            .call("listing processes", |client, context| async { client.list_processes(context, &request).await })
-            .await?;
-        serde_json::from_slice(&answer.process_list)
-            .map_err(|error| Error::Invalid(format!("the guest's process list: {error}")))
+    /// [`Error::NotFound`].
+    pub fn pids(&self, id: &ContainerId) -> Result<Vec<u32>, Error> {
+        let container = self.container(id)?;
+        let is_alive = container.init.exit().is_none();
+        Ok(is_alive.then(|| container.anchor.pid()).into_iter().collect())
     }
 
     /// What the container uses.
@@ -486,10 +544,7 @@ impl Sandbox {
     }
 
     fn container(&self, id: &ContainerId) -> Result<Arc<Container>, Error> {
-        match self.containers().get(id) {
-            Some(Slot::Made(container)) => Ok(Arc::clone(container)),
-            _ => Err(Error::NotFound(format!("container {id}"))),
-        }
+        self.0.made(id).ok_or_else(|| Error::NotFound(format!("container {id}")))
     }
 
     fn process(&self, name: &ProcessRef) -> Result<Arc<Process>, Error> {

@@ -2,18 +2,17 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
 
 use oci_spec::runtime::Spec;
+
+use crate::network;
 
 /// Most of the file that is read, bytes; resolv.conf(5) gives three name servers and a search list of 2 KiB at the most.
 const LIMIT: u64 = 16 << 10;
 
 /// The lines of what the container has at `/etc/resolv.conf`, without comments; none when it has none.
 pub(super) fn lines(spec: &Spec) -> Vec<String> {
-    let mounts = spec.mounts().as_deref().unwrap_or_default();
-    let here = mounts.iter().find(|mount| mount.destination() == Path::new("/etc/resolv.conf"));
-    let Some(source) = here.and_then(|mount| mount.source().as_ref()) else { return Vec::new() };
+    let Some(source) = network::resolver_file(spec) else { return Vec::new() };
     let mut text = Vec::new();
     if let Err(error) = File::open(source).and_then(|file| file.take(LIMIT).read_to_end(&mut text)) {
         // the container's own mount of it is refused with its own words
@@ -29,6 +28,8 @@ pub(super) fn lines(spec: &Spec) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]

@@ -1,6 +1,7 @@
 //! The start of a pod, step by step: the table of contents of a create request.
 
 use std::collections::HashMap;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,6 +12,7 @@ use tokio::sync::{Notify, mpsc};
 
 use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, disks, resolver, up, watch};
 use crate::agent_client::{AgentClient, VmWatch};
+use crate::anchor::Anchor;
 use crate::cgroup::HostCgroup;
 use crate::cleanup::RunDir;
 use crate::container::io::Outputs;
@@ -43,28 +45,28 @@ impl Sandbox {
             () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
         };
         match booted {
-            Ok(Booted { vm, share, agent, container, outputs, network, forwarding, shm, disks }) => {
-                let pid = vm.pid();
+            Ok(Booted { vm, share, agent, container, outputs, namespace, network, forwarding, shm, disks }) => {
                 let following = network.follow(&agent, &vm);
                 let init = Arc::clone(&container.init);
                 let containers = HashMap::from([(first.id.clone(), Slot::Made(Arc::new(container)))]);
                 let inner = Arc::new(Inner {
                     env,
                     agent,
-                    pid,
+                    namespace,
                     containers: Mutex::new(containers),
                     events,
                     logging,
                     shm,
                     disks: tokio::sync::Mutex::new(disks),
                     serving: OnceLock::new(),
-                    host: tokio::sync::Mutex::new(Some(Host { vm, share, run, forwarding, following })),
+                    host: tokio::sync::Mutex::new(Some(Host { vm, share, run, forwarding, names: None, following })),
                 });
                 watch::process(&inner, init, outputs);
                 watch::virtiofsd(&inner).await;
                 watch::memory(&inner);
                 trace.step("created");
                 let sandbox = Self(inner);
+                sandbox.watch_anchor(&first.id);
                 sandbox.serve_volumes().await;
                 Ok(sandbox)
             }
@@ -95,6 +97,7 @@ struct Booted {
     agent: AgentClient,
     container: crate::container::Container,
     outputs: Outputs,
+    namespace: network::Namespace,
     network: network::PodNetwork,
     forwarding: Option<network::Forwarding>,
     shm: Option<Shm>,
@@ -118,7 +121,9 @@ async fn boot(
     }
     let shm = Shm::of(oci);
     let config = &env.config.hypervisor;
-    let mut network = network::connect(&env.config, oci, run).await?;
+    let namespace = network::Namespace::of(&env.config, oci).await?;
+    let mut network = namespace.connect(&env.config, run).await?;
+    let anchor = Anchor::start(oci, namespace.as_fd(), &run.journal())?;
     if !network.is_empty() {
         trace.step("network-connected");
     }
@@ -151,7 +156,6 @@ async fn boot(
     };
     let up::Up { vm, agent, prepared, is_clone, has_share } = up;
 
-    let pid = vm.pid();
     let guest = async {
         let clock = async { if is_clone { Ok(()) } else { set_clock(&agent).await } };
         let storage = share.storage().filter(|_| !has_share);
@@ -162,7 +166,7 @@ async fn boot(
             trace.step("network-configured");
         }
         let limit = env.config.runtime.create_container_timeout;
-        let made = create::create(&agent, pid, first, prepared, logging, limit).await?;
+        let made = create::create(&agent, anchor, first, prepared, logging, limit).await?;
         trace.step("container-created");
         Ok::<_, Error>(made)
     };
@@ -170,7 +174,7 @@ async fn boot(
     share.watcher().follow(&agent);
     let is_reachable = role == Role::Sandbox && !env.config.runtime.disable_new_netns;
     let forwarding = if is_reachable { network::forward(oci, &agent) } else { None };
-    Ok(Booted { vm, share, agent, container, outputs, network, forwarding, shm, disks })
+    Ok(Booted { vm, share, agent, container, outputs, namespace, network, forwarding, shm, disks })
 }
 
 /// Where the pod counts on the host; `None` for one that names no place.

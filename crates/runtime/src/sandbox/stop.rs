@@ -18,6 +18,9 @@ pub(super) async fn stop(inner: &Arc<Inner>) -> Result<(), Error> {
     if let Some(forwarding) = host.forwarding.take() {
         forwarding.stop().await;
     }
+    if let Some(names) = host.names.take() {
+        names.stop().await;
+    }
     let mut is_quiet = true;
     if host.vm.exit().borrow().is_none() && (inner.has_running() || inner.has_disks()) {
         // to write back what is only in the guest's memory takes as long as the host's disks do

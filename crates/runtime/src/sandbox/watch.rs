@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use agent_api::agent as api;
 
-use super::{Event, Inner, Slot};
+use super::{Event, Inner, Sandbox};
 use crate::container::Process;
 use crate::container::io::Outputs;
 use crate::{ContainerId, Error};
@@ -49,8 +49,14 @@ fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
         };
         // a quick one ends before the answer to its start has been seen
         drop(process.changing.lock().await);
+        let container = inner.made(&process.name.container);
+        let pid = container.as_ref().map_or(0, |container| container.anchor.pid());
+        if let (None, Some(container)) = (&process.name.exec, container) {
+            // nobody who hears of the end finds it alive
+            container.anchor.end().await;
+        }
         if let Some(exit) = process.ended(status) {
-            let _ = inner.events.send(Event::Exit(process.name.clone(), exit));
+            let _ = inner.events.send(Event::Exit { process: process.name.clone(), exit, pid });
         }
         if process.name.exec.is_none() {
             end_execs(&inner, &process.name.container);
@@ -60,17 +66,30 @@ fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
 
 /// With a container's first process its others end; each has its own waiter, except those that were never started.
 fn end_execs(inner: &Arc<Inner>, id: &ContainerId) {
-    let container = {
-        let containers = inner.containers.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        match containers.get(id) {
-            Some(Slot::Made(container)) => Arc::clone(container),
-            _ => return,
-        }
-    };
+    let Some(container) = inner.made(id) else { return };
     for process in container.all() {
         if process.status() == crate::Status::Created {
             process.ended(LOST);
         }
+    }
+}
+
+impl Sandbox {
+    /// Whoever kills the process that stands for a container wants the container's end, as where they are the same.
+    pub(super) fn watch_anchor(&self, id: &ContainerId) {
+        let Some(container) = self.0.made(id) else { return };
+        let (killed, inner, name) = (container.anchor.killed(), Arc::downgrade(&self.0), container.init.name.clone());
+        drop(container);
+        tokio::spawn(async move {
+            if !killed.await {
+                return;
+            }
+            let Some(inner) = inner.upgrade() else { return };
+            tracing::warn!(container = %name.container, "its process on the host was killed: the container is killed, too");
+            if let Err(error) = Sandbox(inner).signal(&name, libc::SIGKILL as u32, true).await {
+                tracing::debug!(%error, "killing the container");
+            }
+        });
     }
 }
 

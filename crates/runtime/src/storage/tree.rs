@@ -52,6 +52,10 @@ impl How {
     }
 }
 
+/// On the host nobody is to run or open through a copy what a guest has made: its bits and nodes are for the guest, which
+/// keeps them by its own kernel.
+const TAME: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
+
 /// Puts a copy of the folder or file `from` on `to`.
 pub(crate) fn copy(from: &Path, to: &Path, how: How) -> Result<(), Error> {
     let made = CString::new(from.as_os_str().as_bytes())
@@ -59,6 +63,18 @@ pub(crate) fn copy(from: &Path, to: &Path, how: How) -> Result<(), Error> {
         .and_then(|path| open(libc::AT_FDCWD, &path, how.recursive))
         .and_then(|tree| place(&tree, to, how));
     made.map_err(failed(from, to))
+}
+
+/// A copy of the folder `from` that is nowhere, for another mount namespace: it does not follow what the host mounts, and goes
+/// with its descriptor.
+pub(crate) fn detached(from: &Path) -> Result<OwnedFd, Error> {
+    let made = CString::new(from.as_os_str().as_bytes()).map_err(io::Error::from).and_then(|path| {
+        let tree = open(libc::AT_FDCWD, &path, true)?;
+        let all = libc::mount_attr { attr_set: TAME, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
+        change(&tree, &all, true)?;
+        Ok(tree)
+    });
+    made.map_err(Error::host(format!("a copy of the mount {}", from.display())))
 }
 
 /// The same for one that is open. `name` is for errors.
@@ -77,10 +93,7 @@ fn failed(from: &Path, to: &Path) -> impl FnOnce(io::Error) -> Error {
 
 fn place(tree: &OwnedFd, to: &Path, how: How) -> io::Result<()> {
     let to = CString::new(to.as_os_str().as_bytes())?;
-    // on the host nobody is to run or open through the copy what a guest has made: its bits and nodes are for the guest,
-    // which keeps them by its own kernel
-    let tame = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV;
-    let all = libc::mount_attr { attr_set: tame, attr_clr: 0, propagation: libc::MS_SLAVE, userns_fd: 0 };
+    let all = libc::mount_attr { attr_set: TAME, attr_clr: 0, propagation: libc::MS_SLAVE, userns_fd: 0 };
     change(tree, &all, true)?;
     if how.read_only != ReadOnly::AsIs {
         let read_only =
