@@ -218,6 +218,8 @@ fn another_containers_network_is_refused() -> Result<()> {
         node.detached(Runtime::Kata, "first", &[], &["sleep", "1000"])?;
         let pid = node.task_pid("first")?;
         let network = format!("network:/proc/{pid}/ns/net");
+        let empty = node.run(Runtime::Kata, "none", &["--with-ns", &network], &["true"]).output()?;
+        ensure!(empty.code != 0 && empty.stderr.contains("another sandbox uses"), "{empty:?}");
         Invocation::new("sh", ["-ec", &veth(&pid.to_string(), "first0", "10.91.1")]).output()?.ok()?;
         let second = node.run(Runtime::Kata, "second", &["--with-ns", &network], &["true"]).output()?;
         ensure!(second.code != 0 && second.stderr.contains("another sandbox uses"), "{second:?}");

@@ -102,8 +102,8 @@ impl Namespace {
             return Err(Error::Unsupported(refused.why));
         }
         let found = scan::Found { refused: Vec::new(), ..found };
-        if !self.is_made && found.links.iter().any(|link| !link.idle) {
-            namespace.must_be_unused()?;
+        if !self.is_made {
+            namespace.must_be_unused(found.links.iter().all(|link| link.idle))?;
         }
         let plan = Plan {
             model: config.runtime.internetworking,

@@ -62,13 +62,18 @@ impl NetworkNamespace {
         Ok(Self { path: self.path.clone(), file: self.file.try_clone()? })
     }
 
-    /// Refuses one that a process is in: its traffic would go to the VM.
-    pub(crate) fn must_be_unused(&self) -> Result<(), Error> {
+    /// Refuses one that a process is in: its traffic would go to the VM. One that is empty carries none; another container's
+    /// is refused all the same, since the two would not hear each other.
+    pub(crate) fn must_be_unused(&self, is_empty: bool) -> Result<(), Error> {
         let place = self.path.display();
         let user = self.user().map_err(Error::host(format!("network namespace {place}")))?;
         let Some(pid) = user else { return Ok(()) };
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let why = if command.split(|byte| *byte == 0).next() == Some(anchor::NAME.as_bytes()) {
+        let is_anchor = command.split(|byte| *byte == 0).next() == Some(anchor::NAME.as_bytes());
+        if is_empty && !is_anchor {
+            return Ok(());
+        }
+        let why = if is_anchor {
             format!(
                 "another sandbox uses network namespace {place} (process {pid} stands for its container): two virtual \
                  machines cannot share one network, put the containers into one pod"
