@@ -4,6 +4,7 @@
 //! ports, tags and guest paths that both sides must agree on, and the conversion of an OCI spec to its message form.
 //! Runs nothing.
 
+pub mod features;
 pub mod limits;
 pub mod mount_options;
 #[cfg(feature = "oci")]

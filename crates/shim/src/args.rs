@@ -13,7 +13,7 @@ pub(crate) struct Args {
     pub(crate) debug: bool,
     pub(crate) version: bool,
     pub(crate) info: bool,
-    /// `start`, `delete`, or empty for the server.
+    /// `start`, `delete`, `features`, or empty for the server.
     pub(crate) action: String,
 }
 
@@ -50,7 +50,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = String>) -> Result<Args> {
             // events go over ttRPC; the socket is inherited
             "publish-binary" | "socket" => &mut ignored,
             _ => bail!(
-                "unknown flag -{name}: containerd runs this program; people run kata-runtime, or this with -v or -info"
+                "unknown flag -{name}: containerd runs this program; people run kata-runtime, or this with -v, -info or features"
             ),
         };
         match value.or_else(|| args.next()) {

@@ -1,11 +1,12 @@
 //! What the shim says of itself when containerd asks (`-info`): its name, and what it can do in the words of the OCI's
-//! features document. containerd 2.x refuses a pod what its runtime does not name there.
+//! features document. containerd 2.x refuses a pod what its runtime does not name there. CRI-O asks for the document alone
+//! (`features`), as of any runtime.
 
 use anyhow::Result;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
-use runtime::agent_api::mount_options;
+use runtime::agent_api::{features as guest, mount_options};
 use serde_json::{Value, json};
 
 use crate::capabilities;
@@ -30,7 +31,7 @@ pub(crate) fn answer() -> Result<Vec<u8>> {
 }
 
 /// What of a specification is obeyed, by the host's part or by the guest's.
-fn features() -> Value {
+pub(crate) fn features() -> Value {
     json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.1.0",
@@ -39,12 +40,24 @@ fn features() -> Value {
         "mountOptions": mount_options::NAMES.as_slice(),
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+            "capabilities": guest::CAPABILITIES.as_slice(),
             "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
-            "seccomp": {"enabled": true},
+            "seccomp": {
+                "enabled": true,
+                "actions": guest::SECCOMP_ACTIONS.as_slice(),
+                "operators": guest::SECCOMP_OPERATORS.as_slice(),
+                "archs": guest::SECCOMP_ARCHS.as_slice(),
+                "knownFlags": guest::SECCOMP_FLAGS.as_slice(),
+                "supportedFlags": guest::SECCOMP_FLAGS.as_slice(),
+            },
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},
             "intelRdt": {"enabled": false},
+            "mountExtensions": {"idmap": {"enabled": false}},
+            "netDevices": {"enabled": false},
         },
+        // annotations that change the configuration are not looked at
+        "potentiallyUnsafeConfigAnnotations": [],
     })
 }
 
@@ -59,5 +72,7 @@ mod tests {
         let options = features.mount_options().as_ref().expect("options");
         assert!(options.iter().any(|option| option == "rro"), "{options:?}");
         assert_eq!(info.features.type_url, FEATURES);
+        let linux = features.linux().as_ref().expect("linux");
+        assert!(linux.namespaces().is_some() && linux.capabilities().is_some() && linux.seccomp().is_some());
     }
 }

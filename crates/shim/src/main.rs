@@ -46,7 +46,11 @@ fn run() -> Result<()> {
     match args.action.as_str() {
         "start" => bootstrap::start(&args),
         "delete" => bootstrap::delete(&args),
+        "features" => {
+            let _ = writeln!(std::io::stdout(), "{:#}", info::features());
+            Ok(())
+        }
         "" => server::run(&args),
-        other => anyhow::bail!("unknown action {other:?}: start, delete, or nothing for the server"),
+        other => anyhow::bail!("unknown action {other:?}: start, delete, features, or nothing for the server"),
     }
 }

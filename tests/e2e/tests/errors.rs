@@ -2,8 +2,10 @@
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::{
-    BOTH, Node, NodeSetup, Outcome, Runtime, image, install::Install, with_every_containerd, with_node, with_node_setup,
+    BOTH, Node, NodeSetup, Outcome, Runtime, events::Events, image, install::Install, with_every_containerd, with_node,
+    with_node_setup,
 };
+use std::time::Duration;
 
 /// What follows these words is meant for the user, whichever runtime says it.
 const UNABLE: &str = "unable to start container process: ";
@@ -120,6 +122,64 @@ fn a_user_that_does_not_exist() -> Result<()> {
         }
         ensure!(said[0] == said[1], "runc: {:?}\nkata: {:?}", said[0], said[1]);
         ensure!(said[1][0].contains("no-such-user") || said[1][0].contains("no users found"), "{:?}", said[1]);
+        Ok(())
+    })
+}
+
+/// What `ctr` says to calls that come at the wrong time or name nobody: code and words.
+fn wrong_calls(node: &Node, events: &Events, runtime: Runtime) -> Result<Vec<String>> {
+    let (up, down) = (format!("{}-up", runtime.tag()), format!("{}-down", runtime.tag()));
+    node.detached(runtime, &up, &[], &["sleep", "1000"])?;
+    node.detached(runtime, &down, &[], &["true"])?;
+    events.wait_exit(&down, Duration::from_secs(20))?;
+    let ended = &format!("{}-ended", runtime.tag());
+    node.exec(&up, ended, &["-d"], &["true"]).output()?.ok()?;
+    events.wait("/tasks/exit", ended, Duration::from_secs(20))?;
+    let calls: [&[&str]; 14] = [
+        &["kill", "-a", &down],
+        &["kill", &down],
+        &["kill", "-a", "--exec-id", "nobody", &down],
+        &["kill", "--exec-id", "nobody", &up],
+        &["kill", "-a", "--exec-id", ended, &up],
+        &["kill", "--exec-id", ended, &up],
+        &["kill", "nobody"],
+        &["delete", "--exec-id", "nobody", &up],
+        &["delete", &up],
+        &["exec", "--exec-id", "x1", &down, "true"],
+        &["exec", "--exec-id", ended, &up, "true"],
+        &["pause", &down],
+        &["resume", &up],
+        &["metrics", &down],
+    ];
+    let mut said = Vec::new();
+    for call in calls {
+        let done = node.ctr([&["task"], call].concat()).output()?;
+        // what went wrong, without its class, which runc's shim mostly does not know
+        let words = done.stderr.lines().last().unwrap_or_default().rsplit_once(": ").map_or("", |(words, class)| {
+            if ["unknown", "failed precondition"].contains(&class) { words } else { done.stderr.trim_end() }
+        });
+        let text = format!("{}: code {} {words}", call.join(" "), done.code);
+        said.push(
+            [(&up, "UP"), (&down, "DOWN"), (ended, "ENDED")]
+                .iter()
+                .fold(text, |text, (id, name)| text.replace(*id, name)),
+        );
+    }
+    ensure!(node.status(&up)?.as_deref() == Some("RUNNING"), "{runtime:?}: {up} does not run any more");
+    node.remove(&up)?;
+    node.remove(&down)?;
+    Ok(said)
+}
+
+#[test]
+fn calls_at_the_wrong_time_are_refused_in_runcs_words() -> Result<()> {
+    with_node(|node| {
+        let events = Events::watch(node)?;
+        let runc = wrong_calls(node, &events, Runtime::Runc)?;
+        let kata = wrong_calls(node, &events, Runtime::Kata)?;
+        let both = || runc.iter().zip(&kata);
+        let differ: Vec<_> = both().filter(|(runc, kata)| runc != kata).collect();
+        ensure!(differ.is_empty(), "{differ:#?}");
         Ok(())
     })
 }

@@ -1,10 +1,12 @@
 //! Bytes through stdin and stdout: all of them, in order, also when the reader is slow and the process ends at once.
 
 use anyhow::{Context as _, Result, bail, ensure};
+use containerd_shim_protos::api::CreateTaskRequest;
 use e2e::{
     Containerd, Node, Runtime,
     ctr::{Invocation, Outcome},
     events::Events,
+    task_api::{Bundle, Shim},
     with_every_containerd, with_node,
 };
 use sha2::{Digest as _, Sha256};
@@ -199,5 +201,34 @@ fn output_that_nobody_reads_does_not_hold_up_a_delete() -> Result<()> {
             node.ctr(["container", "rm", id]).output()?.ok()?;
         }
         Ok(())
+    })
+}
+
+/// A process that wants no input does not end the one who has some: the pipe takes it until the process ends.
+#[test]
+fn input_that_nobody_wants_is_thrown_away() -> Result<()> {
+    with_node(|node| {
+        let fifo = node.dir().join("stdin");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU)?;
+        let log = node.dir().join("log");
+        let bundle = Bundle::make(node, "c1", &["sh", "-c", "exec <&-; echo closed; exec sleep 1000"])?;
+        let shim = Shim::start(node, "c1", &bundle)?;
+        let path = |file: &std::path::Path| file.display().to_string();
+        let (id, stdin, stdout) = ("c1".to_owned(), path(&fifo), format!("file://{}", path(&log)));
+        shim.create_as(CreateTaskRequest { id, stdin, stdout, ..Default::default() })?;
+        shim.start_container("c1")?;
+        let end = Instant::now() + Duration::from_secs(20);
+        while std::fs::read_to_string(&log)? != "closed\n" {
+            ensure!(Instant::now() < end, "the log has {:?}", std::fs::read_to_string(&log));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let mut client = File::options().write(true).open(&fifo)?;
+        for n in 0..64 {
+            client.write_all(&vec![7; 64 << 10]).with_context(|| format!("after {n} times 64 KiB"))?;
+        }
+        shim.kill("c1", 9)?;
+        ensure!(shim.wait("c1")? == 137, "another status than 137");
+        shim.delete("c1")?;
+        shim.shut_down()
     })
 }

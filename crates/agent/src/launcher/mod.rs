@@ -7,6 +7,8 @@
 mod caps;
 mod child;
 mod credentials;
+#[cfg(test)]
+mod features;
 mod holder;
 mod hooks;
 mod lookup;

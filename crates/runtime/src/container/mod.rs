@@ -95,14 +95,14 @@ impl Container {
                 .unwrap_or_else(PoisonError::into_inner)
                 .get(exec)
                 .cloned()
-                .ok_or_else(|| Error::NotFound(format!("process {exec} in container {}", of.container))),
+                .ok_or_else(|| Error::NotFound(format!("process does not exist {exec}"))),
         }
     }
 
     pub(crate) fn add(&self, exec: ExecId, process: Arc<Process>) -> Result<(), Error> {
         let mut execs = self.execs.lock().unwrap_or_else(PoisonError::into_inner);
         if execs.contains_key(&exec) {
-            return Err(Error::Exists(format!("process {exec}")));
+            return Err(Error::Exists(format!("id {exec}")));
         }
         execs.insert(exec, process);
         Ok(())

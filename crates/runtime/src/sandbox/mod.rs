@@ -260,7 +260,8 @@ impl Sandbox {
         let Some(exec) = from.process.exec.clone() else {
             return Err(Error::Invalid("an exec needs an id".into()));
         };
-        let container = self.in_state(&from.process.container, Status::Running, "exec in")?;
+        let container = self
+            .in_state(&from.process.container, Status::Running, |status| format!("cannot exec in a {status} state"))?;
         if from.spec.args().as_ref().is_none_or(Vec::is_empty) {
             return Err(Error::Invalid("process.args must not be empty".into()));
         }
@@ -417,7 +418,7 @@ impl Sandbox {
     /// # Errors
     /// [`Error::WrongState`] unless it runs.
     pub async fn pause(&self, id: &ContainerId) -> Result<(), Error> {
-        let container = self.in_state(id, Status::Running, "pause")?;
+        let container = self.in_state(id, Status::Running, |status| format!("cannot pause a {status} container"))?;
         let request = api::PauseContainerRequest { container_id: id.as_str().into(), ..Default::default() };
         self.0
             .agent
@@ -431,7 +432,7 @@ impl Sandbox {
     /// # Errors
     /// [`Error::WrongState`] unless it is paused.
     pub async fn resume(&self, id: &ContainerId) -> Result<(), Error> {
-        let container = self.in_state(id, Status::Paused, "resume")?;
+        let container = self.in_state(id, Status::Paused, |status| format!("cannot resume a {status} process"))?;
         let request = api::ResumeContainerRequest { container_id: id.as_str().into(), ..Default::default() };
         self.0
             .agent
@@ -440,11 +441,17 @@ impl Sandbox {
         container.init.advance(Status::Running)
     }
 
-    fn in_state(&self, id: &ContainerId, wanted: Status, verb: &str) -> Result<Arc<Container>, Error> {
+    /// With runc's words for one that is in another state.
+    fn in_state(
+        &self,
+        id: &ContainerId,
+        wanted: Status,
+        words: impl FnOnce(&str) -> String,
+    ) -> Result<Arc<Container>, Error> {
         let container = self.container(id)?;
         let status = container.init.status();
         if status != wanted {
-            return Err(Error::WrongState(format!("cannot {verb} a {} container", status.name())));
+            return Err(Error::WrongState(words(status.name())));
         }
         Ok(container)
     }
