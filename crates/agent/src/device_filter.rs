@@ -1,12 +1,15 @@
 //! Which devices a container may open: a small BPF program on its cgroup (kernel: BPF_PROG_TYPE_CGROUP_DEVICE).
 //!
 //! Without the program everything is allowed, so every failure here is an error of the container's creation.
-#![allow(unsafe_code, reason = "bpf(2) has no safe wrapper")]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 
 use agent_api::oci::LinuxDeviceCgroup;
+
+use crate::bpf::{
+    self, AND_IMM, EXIT, Insn, JUMP_EQ_IMM, JUMP_NE, JUMP_NE_IMM, LOAD_WORD, MOVE, MOVE_IMM, SHIFT_RIGHT_IMM, insn,
+};
 
 const MKNOD: i32 = 1;
 const READ: i32 = 2;
@@ -29,31 +32,6 @@ const ALWAYS: &[(&str, i64, i64, &str)] = &[
     ("c", 5, 2, "rwm"),
     ("c", 136, -1, "rwm"),
 ];
-
-/// `struct bpf_insn` of linux/bpf.h.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Insn {
-    code: u8,
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-const fn insn(code: u8, dst: u8, src: u8, offset: i16, immediate: i32) -> Insn {
-    Insn { code, registers: dst | src << 4, offset, immediate }
-}
-
-// opcodes of linux/bpf.h, by what they do here
-const LOAD_WORD: u8 = 0x61; // dst = *(u32 *)(src + offset)
-const MOVE: u8 = 0xbc; // dst = (u32) src
-const MOVE_IMM: u8 = 0xb7;
-const AND_IMM: u8 = 0x54;
-const SHIFT_RIGHT_IMM: u8 = 0x74;
-const JUMP_NE_IMM: u8 = 0x55;
-const JUMP_EQ_IMM: u8 = 0x15;
-const JUMP_NE: u8 = 0x5d;
-const EXIT: u8 = 0x95;
 
 /// Rules in the specification's order, later ones stronger; nothing that is not allowed is.
 fn program(rules: &[LinuxDeviceCgroup]) -> io::Result<Vec<Insn>> {
@@ -149,58 +127,9 @@ fn one(rule: &LinuxDeviceCgroup) -> io::Result<Vec<Insn>> {
 
 /// Loads the program for `rules` and attaches it to the cgroup.
 pub(crate) fn attach(cgroup: BorrowedFd<'_>, rules: &[LinuxDeviceCgroup]) -> io::Result<()> {
-    const PROG_LOAD: libc::c_long = 5;
-    const PROG_ATTACH: libc::c_long = 8;
     const CGROUP_DEVICE_PROGRAM: u32 = 15;
     const CGROUP_DEVICE_ATTACH: u32 = 6;
-    const ALLOW_MULTI: u32 = 2;
-
-    #[repr(C)]
-    #[derive(Default)]
-    struct Load {
-        kind: u32,
-        count: u32,
-        code: u64,
-        license: u64,
-        rest: [u64; 12],
-    }
-    #[repr(C)]
-    #[derive(Default)]
-    struct Attach {
-        target: u32,
-        program: u32,
-        kind: u32,
-        flags: u32,
-        rest: [u64; 4],
-    }
-
-    let code = program(rules)?;
-    let load = Load {
-        kind: CGROUP_DEVICE_PROGRAM,
-        count: code.len() as u32,
-        code: code.as_ptr() as u64,
-        license: c"GPL".as_ptr() as u64,
-        ..Load::default()
-    };
-    // SAFETY: `load` begins as bpf_attr for BPF_PROG_LOAD does, the rest is zero; code and license outlive the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const load, size_of::<Load>()) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call returned a new descriptor.
-    let program = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).map_err(io::Error::other)?) };
-    let attach = Attach {
-        target: cgroup.as_raw_fd() as u32,
-        program: program.as_raw_fd() as u32,
-        kind: CGROUP_DEVICE_ATTACH,
-        flags: ALLOW_MULTI,
-        ..Attach::default()
-    };
-    // SAFETY: as above, for BPF_PROG_ATTACH; both descriptors are open.
-    if unsafe { libc::syscall(libc::SYS_bpf, PROG_ATTACH, &raw const attach, size_of::<Attach>()) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    bpf::attach(cgroup, CGROUP_DEVICE_PROGRAM, CGROUP_DEVICE_ATTACH, &program(rules)?)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! One thread, always: containers are made by cloning this process (see `launcher`), which is safe because nobody else
 //! can hold a lock at that moment. So nothing here may use tokio's blocking pool.
 
+mod bpf;
 mod cgroup;
 mod container;
 mod device;

@@ -1,6 +1,8 @@
 //! Questions of the guest's processes to a name server on the host's side of the pod's network, which the host fetches here
 //! and answers. Docker has one for each container of a user network, at 127.0.0.11.
 
+mod redirect;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -86,10 +88,7 @@ impl Resolver for Names {
                 Error::Invalid(format!("{:?} is no address of the loopback network", request.address))
             })?;
         let Some(to) = self.to.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(Empty::new()) };
-        let sockets = async {
-            Ok::<_, io::Error>((UdpSocket::bind((address, PORT)).await?, TcpListener::bind((address, PORT)).await?))
-        };
-        match sockets.await {
+        match sockets(address).await {
             Ok((udp, tcp)) => {
                 tokio::spawn(by_udp(udp, to.clone()));
                 tokio::spawn(by_tcp(tcp, to));
@@ -125,6 +124,24 @@ impl Resolver for Names {
         }
         Ok(Empty::new())
     }
+}
+
+/// At any port that both have; what is sent to [`PORT`] is led there.
+async fn sockets(address: Ipv4Addr) -> io::Result<(UdpSocket, TcpListener)> {
+    const TRIES: usize = 16;
+    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+    for _ in 0..TRIES {
+        let tcp = TcpListener::bind((address, 0)).await?;
+        let port = tcp.local_addr()?.port();
+        match UdpSocket::bind((address, port)).await {
+            Ok(udp) => {
+                redirect::add(address, PORT, port)?;
+                return Ok((udp, tcp));
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 async fn by_udp(socket: UdpSocket, to: mpsc::Sender<Asked>) {
