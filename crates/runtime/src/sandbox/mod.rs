@@ -281,7 +281,7 @@ impl Sandbox {
         let all = all && name.exec.is_none();
         match process.status() {
             Status::Stopped if all => return Ok(()),
-            Status::Stopped => return Err(Error::NotFound("process already finished".into())),
+            Status::Stopped => return Err(finished()),
             // an exec that was not started has no process in the guest
             Status::Created if name.exec.is_some() => {
                 return Err(Error::WrongState("process not created".into()));
@@ -301,6 +301,8 @@ impl Sandbox {
             .call("sending a signal", |client, context| async { client.signal_process(context, &request).await })
             .await
             .map(drop)
+            // with the VM its processes have ended, whether that has been seen yet or not
+            .map_err(|error| if matches!(error, Error::VmGone { .. }) { finished() } else { error })
     }
 
     /// Waits until the process has ended.
@@ -557,6 +559,11 @@ impl Sandbox {
     fn process(&self, name: &ProcessRef) -> Result<Arc<Process>, Error> {
         self.container(&name.container)?.process(name)
     }
+}
+
+/// runc's word for a signal that comes too late.
+fn finished() -> Error {
+    Error::NotFound("process already finished".into())
 }
 
 /// Does `work` as a task of its own: a caller that goes away must not leave half of it.
