@@ -10,6 +10,7 @@ mod layers;
 mod local;
 mod loop_device;
 pub(crate) mod open_files;
+mod overlay;
 mod raw;
 pub(crate) mod rootfs;
 pub(crate) mod share;

@@ -61,10 +61,15 @@ impl Shelf {
         self.add(source, how, owner)
     }
 
-    fn add(&mut self, source: Identity, how: How, owner: &str) -> String {
+    /// A name for what no other container can have.
+    pub(crate) fn own(&mut self, owner: &str) -> String {
         // never used again: the guest may still know what was there
         self.count += 1;
-        let name = format!("{owner}-{:04}", self.count);
+        format!("{owner}-{:04}", self.count)
+    }
+
+    fn add(&mut self, source: Identity, how: How, owner: &str) -> String {
+        let name = self.own(owner);
         self.shared.push(Shared { source, how, name: name.clone(), users: 1, is_old: false });
         name
     }

@@ -15,7 +15,7 @@ use super::shelf::Place;
 use super::shm::{self, Shm};
 use super::source::{GuestWritable, Source};
 use super::tree::{self, How, ReadOnly};
-use super::{kubelet, watched};
+use super::{kubelet, overlay, watched};
 use crate::{ContainerId, Error, cleanup};
 
 /// Most submounts that one container's guest is told of. Each costs its start a request to virtiofsd.
@@ -60,8 +60,9 @@ pub(crate) fn connect(given: For<'_>, spec: &mut oci::Spec, volumes: &mut Volume
             mount.source.clone_from(place);
             continue;
         }
+        let is_overlay = overlay::is_one(mount);
         let bound = mount.type_ == "bind" || mount.options.iter().any(|option| option == "bind" || option == "rbind");
-        if !bound {
+        if !bound && !is_overlay {
             continue;
         }
         let path = Path::new(&mount.source);
@@ -70,7 +71,7 @@ pub(crate) fn connect(given: For<'_>, spec: &mut oci::Spec, volumes: &mut Volume
             continue;
         }
         // the guest's own devices and kernel files, never the host's
-        if ["/dev", "/proc", "/sys"].iter().any(|own| path.starts_with(own)) {
+        if !is_overlay && ["/dev", "/proc", "/sys"].iter().any(|own| path.starts_with(own)) {
             continue;
         }
         let writable = match &writable {
@@ -78,6 +79,10 @@ pub(crate) fn connect(given: For<'_>, spec: &mut oci::Spec, volumes: &mut Volume
             None => &*writable
                 .insert(GuestWritable::of(given.share.sandboxes()).map_err(Error::host("the mounts of all pods"))?),
         };
+        if is_overlay {
+            overlay::connect(given.share, given.id, writable, mount, &mut volumes.names)?;
+            continue;
+        }
         let source = Source::open(path, writable)
             .map_err(Error::host(format!("source {} of the mount on {}", mount.source, mount.destination)))?;
         let wanted = Wanted { on_disk: given.guest_empty_dir, writable, huge_pages: &huge_pages };
