@@ -1,7 +1,7 @@
 //! The mount options that the agent understands; others are the file system's own.
 
 /// Their names in OCI specifications.
-pub const NAMES: [&str; 36] = [
+pub const NAMES: [&str; 37] = [
     "async",
     "atime",
     "bind",
@@ -37,5 +37,6 @@ pub const NAMES: [&str; 36] = [
     "strictatime",
     "suid",
     "sync",
+    "tmpcopyup",
     "unbindable",
 ];

@@ -79,6 +79,7 @@ impl Container {
         let place = Place { folder: cgroup.folder(), of_first: None };
         let (go_child, go) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("start pipe"))?;
         let (stdio, streams) = streams(&spec.Process)?;
+        launcher::allow_descriptors(&spec.Process)?;
         let joins = pids_of.is_some();
         let what = if holder {
             // the pod's, for which the other containers have none of their own; its namespaces are the VM's
@@ -148,6 +149,8 @@ impl Container {
     }
 
     async fn launch_exec(&self, process: &oci::Process, reaper: &Reaper) -> Result<Process, Error> {
+        let process = &completed(process, &self.spec.Process);
+        launcher::allow_descriptors(process)?;
         let (stdio, streams) = streams(process)?;
         let namespaces = Namespaces::of(self.init.pid)?;
         let place = Place { folder: self.cgroup.folder(), of_first: Some(self.init.pid) };
@@ -197,11 +200,23 @@ fn divides(mount: &oci::Mount) -> bool {
     matches!(mount.type_.as_str(), "cgroup" | "cgroup2") && !flags.contains(MsFlags::MS_RDONLY)
 }
 
+/// An exec has what it does not say of the container's, as with runc.
+fn completed(exec: &oci::Process, of_container: &oci::Process) -> oci::Process {
+    let mut process = exec.clone();
+    if process.Rlimits.is_empty() {
+        process.Rlimits.clone_from(&of_container.Rlimits);
+    }
+    if process.Capabilities.is_none() {
+        process.Capabilities.clone_from(&of_container.Capabilities);
+    }
+    process
+}
+
 fn streams(process: &oci::Process) -> Result<(Option<Stdio>, Option<launcher::Streams>), Error> {
     if process.Terminal {
         return Ok((None, None));
     }
-    let (ours, childs) = Stdio::pipes()?;
+    let (ours, childs) = Stdio::pipes(!process.NoStdin)?;
     Ok((Some(ours), Some(childs)))
 }
 

@@ -1,6 +1,7 @@
 //! The agent's ends of a process's streams: pipes or a terminal.
 #![allow(unsafe_code, reason = "registering descriptors with the runtime")]
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -17,6 +18,8 @@ use crate::launcher::Streams;
 const WIDE_PIPE: i32 = 256 << 10;
 /// The kernel's default (pipe(7)).
 const PIPE: usize = 64 << 10;
+/// The input of who has none.
+const NULL: &str = "/dev/null";
 
 nix::ioctl_read_bad!(
     /// How much can be read (`FIONREAD` of ioctl_tty(2), which pipes know too).
@@ -42,7 +45,7 @@ pub(crate) fn drain(events: &OwnedFd) -> io::Result<()> {
 }
 
 /// Makes a file of the kernel's wait for its exceptional condition.
-pub(crate) fn watch_changes(file: std::fs::File) -> io::Result<AsyncFd<std::fs::File>> {
+pub(crate) fn watch_changes(file: File) -> io::Result<AsyncFd<File>> {
     // SAFETY: as above, of a File.
     unsafe { AsyncFd::register_with_interest(file, tokio::io::Interest::PRIORITY) }.map_err(io::Error::from)
 }
@@ -99,14 +102,20 @@ pub(crate) enum Output {
 }
 
 impl Stdio {
-    /// Three pipes and the child's ends of them.
-    pub(crate) fn pipes() -> Result<(Self, Streams), Error> {
+    /// Three pipes and the child's ends of them; without an input two, and `/dev/null`.
+    pub(crate) fn pipes(has_stdin: bool) -> Result<(Self, Streams), Error> {
         let pipe = || nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(Error::failed("pipe"));
-        let (stdin_child, stdin) = pipe()?;
+        let end = |fd| End::new(fd).map_err(Error::failed("pipe"));
+        let (stdin_child, stdin) = if has_stdin {
+            let (child, ours) = pipe()?;
+            (child, Some(end(ours)?))
+        } else {
+            let null = File::options().read(true).write(true).open(NULL).map_err(Error::failed(NULL))?;
+            (null.into(), None)
+        };
         let (stdout, stdout_child) = pipe()?;
         let (stderr, stderr_child) = pipe()?;
-        let end = |fd| End::new(fd).map_err(Error::failed("pipe"));
-        let ours = Self { stdin: Some(end(stdin)?), stdout: end(stdout)?, stderr: Some(end(stderr)?), terminal: None };
+        let ours = Self { stdin, stdout: end(stdout)?, stderr: Some(end(stderr)?), terminal: None };
         Ok((ours, Streams { stdin: stdin_child, stdout: stdout_child, stderr: stderr_child }))
     }
 

@@ -26,7 +26,7 @@ pub mod trace;
 
 pub use agent_api;
 pub use container::spec::CONFIG_LIMIT;
-pub use container::{ContainerSpec, ExecSpec, Exit, ProcessRef, ProcessView, Status, Stdio};
+pub use container::{ContainerSpec, ExecSpec, Exit, ProcessRef, ProcessView, Status, Stdio, process_from_json};
 pub use driver::driver;
 pub use error::Error;
 pub use hypervisor::Size;

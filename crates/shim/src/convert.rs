@@ -76,7 +76,7 @@ pub(crate) fn config_path(options: Option<&Any>) -> Option<String> {
 pub(crate) fn exec_spec(request: &ExecProcessRequest) -> Rpc<oci_spec::runtime::Process> {
     let any =
         request.spec.as_ref().ok_or_else(|| rpc_error(Code::INVALID_ARGUMENT, "the exec has no specification"))?;
-    serde_json::from_slice(&any.value)
+    runtime::process_from_json(&any.value)
         .map_err(|error| rpc_error(Code::INVALID_ARGUMENT, format!("the exec's specification: {error}")))
 }
 

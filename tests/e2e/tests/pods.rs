@@ -137,6 +137,15 @@ fn crictl_works_as_with_runc() -> Result<()> {
             ensure!(missing.code != 0 && missing.stderr.contains("no-such-program"), "{}", missing.stderr);
             let streamed = cri.crictl(["exec", "-i", &one, "cat"]).output_with(b"through\n")?.ok()?;
             ensure!(streamed.text() == "through", "{}", streamed.text());
+            // without a client there is no input, and it has an end
+            let reads = cri.run(&pod, "reads", &["sh", "-c", "cat; echo read; exec sleep 1000"], &none())?;
+            cri.logs_with(&reads, "read")?;
+            for options in [&["exec", "--sync"][..], &["exec"]] {
+                let script = [&reads, "sh", "-c", "cat; echo ended"];
+                let ended = cri.crictl([options, &script].concat()).output()?.ok()?;
+                ensure!(ended.text() == "ended", "{ended:?}");
+            }
+            cri.say(["rm", "-f", &reads])?;
             // exec with a terminal
             let mut args = cri.arguments();
             args.extend(["exec", "-it", &one, "sh"].map(String::from));

@@ -92,7 +92,7 @@ pub(super) fn apply(effective: u64, permitted: u64, inheritable: u64) -> io::Res
     Ok(())
 }
 
-/// Sets the ambient set; each must be permitted and inheritable.
+/// Sets the ambient set. What is not permitted and inheritable cannot be in it, and is left out, as runc does.
 pub(super) fn ambient(wanted: u64) -> io::Result<()> {
     // SAFETY: prctl with numbers takes no pointers.
     unsafe {
@@ -101,7 +101,10 @@ pub(super) fn ambient(wanted: u64) -> io::Result<()> {
             if wanted & (1 << number) != 0
                 && libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, number, 0, 0) < 0
             {
-                return Err(io::Error::last_os_error());
+                let error = io::Error::last_os_error();
+                if error.raw_os_error() != Some(libc::EPERM) {
+                    return Err(error);
+                }
             }
         }
     }

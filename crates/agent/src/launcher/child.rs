@@ -185,6 +185,7 @@ fn container(
 ) -> Outcome<Infallible> {
     unshare(CloneFlags::CLONE_NEWCGROUP).map_err(named("cgroup namespace"))?;
     let process = &*spec.Process;
+    credentials::check_environment(process).map_err(|words| in_init(&words))?;
     rootfs::build(id, spec, submounts).map_err(|words| in_init(&words))?;
     send(terminal(process, true)?, ends.terminal)?;
     if own_hostname && !spec.Hostname.is_empty() {
@@ -235,15 +236,18 @@ struct Program {
 
 /// Limits, identity, directory, program: in runc's order, so that what fails first there fails first here.
 fn prepare(process: &oci::Process, profile: Option<&oci::LinuxSeccomp>) -> Outcome<Program> {
-    credentials::limits(process)?;
+    own_null(process)?;
+    credentials::own_streams(process)?;
+    // made before the limits, which may leave no descriptor for it
     let mut filter = profile.map(seccomp::Filter::new).transpose()?;
+    credentials::limits(process)?;
     if !process.NoNewPrivileges
         && let Some(filter) = filter.take()
     {
         // loading needs a privilege that is about to be dropped
         filter.load()?;
     }
-    let (env, home) = credentials::environment(process);
+    let env = credentials::environment(process)?;
     credentials::become_user(process)?;
     if !process.Cwd.is_empty() {
         std::env::set_current_dir(&process.Cwd).map_err(|error| {
@@ -254,16 +258,28 @@ fn prepare(process: &oci::Process, profile: Option<&oci::LinuxSeccomp>) -> Outco
     let name = process.Args.first().ok_or("process.args must not be empty")?;
     let path = lookup::find(name, &env)?;
     let c = |text: &str| CString::new(text).map_err(|_| format!("{text:?} has a zero byte"));
-    let mut environment = env.iter().map(|pair| c(pair)).collect::<Outcome<Vec<_>>>()?;
-    if let Some(home) = home {
-        environment.push(c(&format!("HOME={home}"))?);
-    }
+    let environment = env.iter().map(|pair| c(pair)).collect::<Outcome<Vec<_>>>()?;
     Ok(Program {
         path: c(&path)?,
         args: process.Args.iter().map(|arg| c(arg)).collect::<Outcome<_>>()?,
         env: environment,
         filter,
     })
+}
+
+/// An empty input is the container's `/dev/null`, where it has one, not that of the guest.
+fn own_null(process: &oci::Process) -> Outcome<()> {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+    const NULL: &str = "/dev/null";
+    // looked at before it is opened: an image may have put anything there
+    let is_null = |meta: std::fs::Metadata| meta.file_type().is_char_device() && meta.rdev() == libc::makedev(1, 3);
+    if process.Terminal || !process.NoStdin || !std::fs::symlink_metadata(NULL).is_ok_and(is_null) {
+        return Ok(());
+    }
+    let flags = libc::O_NOCTTY | libc::O_NOFOLLOW;
+    let null = File::options().read(true).write(true).custom_flags(flags).open(NULL).map_err(named(NULL))?;
+    // SAFETY: what is at 0 is this process's input, which is replaced as a whole (dup2(2)).
+    if unsafe { libc::dup2(null.as_raw_fd(), 0) } < 0 { Err(named(NULL)(io::Error::last_os_error())) } else { Ok(()) }
 }
 
 /// Returns only when it failed.

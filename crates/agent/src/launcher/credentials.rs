@@ -1,7 +1,10 @@
 //! Who the process is and what it may: limits, user and groups, capabilities, environment.
-#![allow(unsafe_code, reason = "prctl")]
+#![allow(unsafe_code, reason = "prctl, and streams by their numbers")]
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use agent_api::oci;
 use nix::sys::resource::{Resource, setrlimit};
@@ -42,11 +45,46 @@ pub(super) fn limits(process: &oci::Process) -> Outcome<()> {
     Ok(())
 }
 
-/// The environment, and a home directory when it has none.
-pub(super) fn environment(process: &oci::Process) -> (Vec<String>, Option<String>) {
-    let env: Vec<String> = process.Env.iter().filter(|pair| pair.contains('=')).cloned().collect();
-    let has_home = env.iter().any(|pair| pair.starts_with("HOME=") && pair.len() > 5);
-    (env, (!has_home).then(|| home(process.User.UID)))
+/// The environment: of equal names the last one's value, in the place of the first, as runc has it; and a home directory
+/// when it has none.
+pub(super) fn environment(process: &oci::Process) -> Outcome<Vec<String>> {
+    environment_with(process, || home(process.User.UID))
+}
+
+/// What is wrong with it, before anything is made for the process.
+pub(super) fn check_environment(process: &oci::Process) -> Outcome<()> {
+    environment_with(process, String::new).map(drop)
+}
+
+fn environment_with(process: &oci::Process, home: impl FnOnce() -> String) -> Outcome<Vec<String>> {
+    let mut env: Vec<(&str, &str)> = Vec::with_capacity(process.Env.len() + 1);
+    let mut places: HashMap<&str, usize> = HashMap::with_capacity(process.Env.len());
+    for pair in &process.Env {
+        let (name, value) = pair.split_once('=').ok_or_else(|| format!("invalid environment variable: {pair:?}"))?;
+        if name.is_empty() {
+            return Err(format!("environment variable name can't be empty: {pair:?}"));
+        }
+        match places.entry(name) {
+            Entry::Occupied(place) => env[*place.get()].1 = value,
+            Entry::Vacant(place) => {
+                place.insert(env.len());
+                env.push((name, value));
+            }
+        }
+    }
+    let homes;
+    match places.get("HOME") {
+        Some(place) if !env[*place].1.is_empty() => {}
+        Some(place) => {
+            homes = home();
+            env[*place].1 = &homes;
+        }
+        None => {
+            homes = home();
+            env.push(("HOME", &homes));
+        }
+    }
+    Ok(env.into_iter().map(|(name, value)| format!("{name}={value}")).collect())
 }
 
 /// From the image's passwd, which is read as data and nothing more.
@@ -62,8 +100,23 @@ fn home(uid: u32) -> String {
 fn home_in(passwd: &str, uid: u32) -> Option<String> {
     passwd.lines().find_map(|line| {
         let fields: Vec<_> = line.split(':').collect();
-        (fields.len() >= 6 && fields[2].parse() == Ok(uid) && !fields[5].is_empty()).then(|| fields[5].to_owned())
+        (fields.len() >= 6 && fields[2].parse() == Ok(uid)).then(|| fields[5].to_owned())
     })
+}
+
+/// Pipes that a client's words go through belong to the process's user, who may open them again by their names in `/dev`.
+/// A terminal is its user's already, and `/dev/null` everybody's.
+pub(super) fn own_streams(process: &oci::Process) -> Outcome<()> {
+    use nix::sys::stat::{SFlag, fstat};
+    for (name, fd) in ["stdin", "stdout", "stderr"].into_iter().zip(0..) {
+        // SAFETY: `arrange` put the streams there, and they stay open until the program's execution.
+        let stream = unsafe { BorrowedFd::borrow_raw(fd) };
+        let kind = fstat(stream).map_err(named(name))?.st_mode & SFlag::S_IFMT.bits();
+        if kind == SFlag::S_IFIFO.bits() {
+            nix::unistd::fchown(stream, Some(Uid::from_raw(process.User.UID)), None).map_err(named(name))?;
+        }
+    }
+    Ok(())
 }
 
 /// Bounding set, groups, user. The permitted capabilities survive until [`finish`].
@@ -108,8 +161,24 @@ mod tests {
 
     #[test]
     fn home_is_found_and_nonsense_survived() {
-        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\napp:x:1000:1000::/home/app:/bin/sh\n:::::\n";
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\napp:x:1000:1000::/home/app:/bin/sh\n:::::\nno:x:7:7:::\n";
         assert_eq!(home_in(passwd, 1000).as_deref(), Some("/home/app"));
         assert_eq!(home_in(passwd, 5), None);
+        // one who has none there has an empty one, as runc has it
+        assert_eq!(home_in(passwd, 7).as_deref(), Some(""));
+    }
+
+    #[test]
+    fn an_environment_is_what_runc_makes_of_it() {
+        let of = |pairs: &[&str]| {
+            let env = pairs.iter().map(ToString::to_string).collect();
+            environment_with(&oci::Process { Env: env, ..Default::default() }, || "/h".into())
+        };
+        assert_eq!(of(&["A=1", "B=2", "A=3=4"]), Ok(["A=3=4", "B=2", "HOME=/h"].map(String::from).into()));
+        assert_eq!(of(&["HOME=", "B="]), Ok(["HOME=/h", "B="].map(String::from).into()));
+        assert_eq!(of(&["HOME=/a", "HOME=/b"]), Ok(["HOME=/b"].map(String::from).into()));
+        assert_eq!(of(&["A"]), Err("invalid environment variable: \"A\"".into()));
+        assert_eq!(of(&[""]), Err("invalid environment variable: \"\"".into()));
+        assert_eq!(of(&["=x"]), Err("environment variable name can't be empty: \"=x\"".into()));
     }
 }

@@ -6,7 +6,9 @@
 
 mod caps;
 mod child;
+mod copy_up;
 mod credentials;
+mod enosys;
 #[cfg(test)]
 mod features;
 mod holder;
@@ -251,6 +253,22 @@ fn clone_flags(what: &Launch<'_>) -> Result<libc::c_int, Error> {
     }
     // made by the child in its cgroup, so that the cgroup is its root
     Ok(flags & !libc::CLONE_NEWCGROUP)
+}
+
+/// No process may have more open files than the kernel's own limit says, whatever else it may. Our guest has one for each
+/// machine, and the specification speaks of the host's.
+pub(crate) fn allow_descriptors(process: &oci::Process) -> Result<(), Error> {
+    const BOUND: &str = "/proc/sys/fs/nr_open";
+    /// The kernel's, of what can be written there (fs/file.c).
+    const MOST: u64 = i32::MAX as u64 & !63;
+    let wanted = process.Rlimits.iter().filter(|limit| limit.Type == "RLIMIT_NOFILE").map(|limit| limit.Hard).max();
+    // no limit at all is refused by every kernel, as it is by the host's
+    let Some(wanted) = wanted.filter(|wanted| *wanted <= MOST) else { return Ok(()) };
+    let now = std::fs::read_to_string(BOUND).map_err(Error::failed(BOUND))?;
+    if now.trim().parse().is_ok_and(|now: u64| now < wanted) {
+        std::fs::write(BOUND, wanted.to_string()).map_err(Error::failed(format!("{BOUND}: {wanted}")))?;
+    }
+    Ok(())
 }
 
 /// The PID namespace of a running process.

@@ -13,12 +13,19 @@ pub(crate) struct Options {
     pub(crate) data: String,
     /// `rro`: read-only with everything below.
     pub(crate) recursive_read_only: bool,
+    /// `tmpcopyup`: a new file system begins with what was there.
+    pub(crate) copy_up: bool,
 }
 
 /// Splits them. Unknown ones are the file system's, which refuses what it does not know.
 pub(crate) fn parse(options: &[String]) -> Options {
-    let mut out =
-        Options { flags: MsFlags::empty(), propagation: Vec::new(), data: String::new(), recursive_read_only: false };
+    let mut out = Options {
+        flags: MsFlags::empty(),
+        propagation: Vec::new(),
+        data: String::new(),
+        recursive_read_only: false,
+        copy_up: false,
+    };
     for option in options {
         let (set, flag) = match option.as_str() {
             "defaults" | "rw" | "" => (false, MsFlags::MS_RDONLY),
@@ -51,6 +58,10 @@ pub(crate) fn parse(options: &[String]) -> Options {
             "loud" => (false, MsFlags::MS_SILENT),
             "bind" => (true, MsFlags::MS_BIND),
             "rbind" => (true, MsFlags::MS_BIND | MsFlags::MS_REC),
+            "tmpcopyup" => {
+                out.copy_up = true;
+                continue;
+            }
             "private" | "rprivate" | "slave" | "rslave" | "shared" | "rshared" | "unbindable" | "runbindable" => {
                 out.propagation.extend(propagation(option));
                 continue;

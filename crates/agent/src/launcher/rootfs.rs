@@ -17,8 +17,8 @@ use nix::sys::stat::{Mode, SFlag, makedev, mknodat};
 use nix::unistd::{UnlinkatFlags, symlinkat};
 
 use super::child::{Outcome, named};
-use super::options;
 use super::peers::Peers;
+use super::{copy_up, options};
 use crate::inside::{make_file, make_folders, open_in};
 use crate::{storage, sysctl};
 
@@ -151,9 +151,19 @@ fn mount_one(root: &OwnedFd, one: &oci::Mount, lexical: &str, volumes: &Volumes<
     if kind.is_empty() {
         return Err("the mount has no type".into());
     }
+    if parsed.copy_up && kind != "tmpfs" {
+        return Err(format!("option tmpcopyup is for tmpfs alone, not for {kind}"));
+    }
+    let folder = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+    // what is there before the mount hides it
+    let old = if kind == "tmpfs" { open_in(root, lexical, folder).ok() } else { None };
+    let data = old.as_ref().map_or_else(|| Ok(data.to_owned()), |old| like(old, data)).map_err(named("mount point"))?;
+    // what is to be filled becomes read-only afterwards
+    let later = if parsed.copy_up { parsed.flags & MsFlags::MS_RDONLY } else { MsFlags::empty() };
     let target = make_folders(root, lexical).map_err(named("mount point"))?;
     let mount_on = |place: &str| {
-        mount(Some(source), place, Some(kind), parsed.flags, Some(data)).map_err(|errno| errno.desc().to_owned())
+        mount(Some(source), place, Some(kind), parsed.flags & !later, Some(data.as_str()))
+            .map_err(|errno| errno.desc().to_owned())
     };
     if OF_NOTHING.contains(&kind) {
         // named by being there, which takes less than a way through /proc
@@ -164,7 +174,24 @@ fn mount_one(root: &OwnedFd, one: &oci::Mount, lexical: &str, volumes: &Volumes<
     } else {
         mount_on(by_fd(&target).as_str())?;
     }
+    if parsed.copy_up {
+        let new = open_in(root, lexical, folder).map_err(named("mount point"))?;
+        if let Some(old) = old {
+            copy_up::copy(&old, &new).map_err(named("tmpcopyup"))?;
+        }
+        if !later.is_empty() {
+            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | parsed.flags;
+            mount(None::<&str>, by_fd(&new).as_str(), None::<&str>, flags, None::<&str>)
+                .map_err(named("mount flags"))?;
+        }
+    }
     propagate(root, lexical, &parsed)
+}
+
+/// A tmpfs gets the permissions of the folder that it hides, unless its options say others; as runc does it.
+fn like(old: &OwnedFd, data: &str) -> nix::Result<String> {
+    let mode = nix::sys::stat::fstat(old)?.st_mode & 0o7777;
+    Ok(if data.is_empty() { format!("mode={mode:04o}") } else { format!("mode={mode:04o},{data}") })
 }
 
 fn bind(

@@ -1,20 +1,27 @@
-//! The container's system call filter, through libseccomp.
+//! The container's system call filter: made by libseccomp, loaded with what comes before it.
+#![allow(unsafe_code, reason = "seccomp(2)")]
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
 
 use agent_api::oci;
 use libseccomp::{ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
 
 use super::child::{Outcome, named};
+use super::enosys;
 
 /// A filter that was built and not yet loaded.
-pub(super) struct Filter(ScmpFilterContext);
+pub(super) struct Filter {
+    program: Vec<libc::sock_filter>,
+    flags: libc::c_ulong,
+}
 
 impl Filter {
     pub(super) fn new(profile: &oci::LinuxSeccomp) -> Outcome<Self> {
         let errno = profile.DefaultErrnoRet.unwrap_or(libc::EPERM as u32);
         let default = action(&profile.DefaultAction, errno)?;
         let mut filter = ScmpFilterContext::new(default).map_err(named("seccomp"))?;
-        // no_new_privs is the specification's business
-        filter.set_ctl_nnp(false).map_err(named("seccomp"))?;
+        let mut architectures = Vec::new();
         for name in &profile.Architectures {
             let bare = name.strip_prefix("SCMP_ARCH_").unwrap_or(name);
             let arch: ScmpArch = bare
@@ -23,24 +30,52 @@ impl Filter {
                 .or_else(|_| name.parse())
                 .map_err(named(format!("seccomp architecture {name}")))?;
             filter.add_arch(arch).map_err(named(format!("seccomp architecture {name}")))?;
+            architectures.push(arch);
         }
+        let mut flags = 0;
         for flag in &profile.Flags {
             match flag.as_str() {
                 "SECCOMP_FILTER_FLAG_TSYNC" => {}
-                "SECCOMP_FILTER_FLAG_LOG" => drop(filter.set_ctl_log(true).map_err(named("seccomp"))?),
-                "SECCOMP_FILTER_FLAG_SPEC_ALLOW" => drop(filter.set_ctl_ssb(true).map_err(named("seccomp"))?),
+                "SECCOMP_FILTER_FLAG_LOG" => flags |= libc::SECCOMP_FILTER_FLAG_LOG,
+                "SECCOMP_FILTER_FLAG_SPEC_ALLOW" => flags |= libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
                 other => return Err(format!("seccomp flag {other} is not supported")),
             }
         }
         for rule in &profile.Syscalls {
             add(&mut filter, rule, default)?;
         }
-        Ok(Self(filter))
+        let mut program = enosys::stub(profile, &architectures);
+        program.extend(exported(&filter).map_err(named("seccomp"))?);
+        Ok(Self { program, flags })
     }
 
     pub(super) fn load(&self) -> Outcome<()> {
-        self.0.load().map_err(named("loading the seccomp filter"))
+        let len = u16::try_from(self.program.len()).map_err(named("length of the seccomp filter"))?;
+        let program = libc::sock_fprog { len, filter: self.program.as_ptr().cast_mut() };
+        // SAFETY: a program with its length, which the kernel copies and does not write (seccomp(2)).
+        let done =
+            unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, self.flags, &raw const program) };
+        if done < 0 { Err(named("loading the seccomp filter")(io::Error::last_os_error())) } else { Ok(()) }
     }
+}
+
+/// The instructions that libseccomp would load.
+fn exported(filter: &ScmpFilterContext) -> io::Result<Vec<libc::sock_filter>> {
+    let mut file = File::from(nix::sys::memfd::memfd_create(c"seccomp", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?);
+    filter.export_bpf(&file).map_err(io::Error::other)?;
+    file.rewind()?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    // as linux/filter.h has them
+    Ok(bytes
+        .chunks_exact(size_of::<libc::sock_filter>())
+        .map(|one| libc::sock_filter {
+            code: u16::from_ne_bytes([one[0], one[1]]),
+            jt: one[2],
+            jf: one[3],
+            k: u32::from_ne_bytes([one[4], one[5], one[6], one[7]]),
+        })
+        .collect())
 }
 
 fn add(filter: &mut ScmpFilterContext, rule: &oci::LinuxSyscall, default: ScmpAction) -> Outcome<()> {

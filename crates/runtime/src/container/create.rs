@@ -8,7 +8,7 @@ use oci_spec::runtime::Spec;
 
 use super::io::Outputs;
 use super::process::Process;
-use super::{Belongings, Container, ContainerSpec, Logging, ProcessRef, spec};
+use super::{Belongings, Container, ContainerSpec, Logging, ProcessRef, inherit, spec};
 use crate::Error;
 use crate::agent_client::AgentClient;
 use crate::anchor::Anchor;
@@ -104,7 +104,8 @@ pub(crate) fn prepare(
         shared.append(&mut volumes.names);
         connected?;
         if let Some(process) = guest.Process.as_mut() {
-            process.Terminal = from.stdio.terminal;
+            inherit::streams(process, &from.stdio);
+            inherit::limits(process);
         }
         Ok(CreateContainerRequest {
             container_id: from.id.as_str().into(),

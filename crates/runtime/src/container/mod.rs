@@ -2,7 +2,9 @@
 
 pub(crate) mod create;
 mod destination;
+pub(crate) mod inherit;
 pub(crate) mod io;
+pub(crate) mod json;
 mod logger;
 mod outlet;
 mod output;
@@ -13,6 +15,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+pub use json::process as process_from_json;
 pub(crate) use logger::Logging;
 pub(crate) use process::Process;
 pub use process::{Exit, ProcessRef, ProcessView, Status, Stdio};

@@ -5,8 +5,9 @@ use std::io::Read;
 use std::path::Path;
 
 use agent_api::{oci, oci_convert};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
+use crate::pod::Role;
 use crate::{ContainerId, Error};
 
 /// Largest `config.json` that is read, bytes. The biggest real ones, with long seccomp lists and hundreds of mounts, are
@@ -23,7 +24,7 @@ pub(crate) fn read(bundle: &Path) -> Result<Spec, Error> {
     if text.len() as u64 > CONFIG_LIMIT {
         return Err(Error::Invalid(format!("{} is larger than {CONFIG_LIMIT} bytes: shorten it", path.display())));
     }
-    let spec: Spec = serde_json::from_slice(&text)
+    let spec = super::json::spec(&text)
         .map_err(|error| Error::Invalid(format!("{} is not an OCI specification: {error}", path.display())))?;
     let process = spec
         .process()
@@ -69,6 +70,9 @@ pub(crate) fn for_guest(
     let linux = spec.linux().as_ref();
     let namespaces = linux.and_then(|linux| linux.namespaces().clone()).unwrap_or_default();
     let namespace = |wanted| namespaces.iter().find(|namespace| namespace.typ() == wanted);
+    if Role::of_spec(spec)? == Role::Alone {
+        namespaces.iter().try_for_each(is_its_own)?;
+    }
     if namespace(LinuxNamespaceType::Network).is_none() && !policy.without_network {
         return Err(Error::Unsupported(
             "host network is not possible in a virtual machine: give the container a network namespace (no \
@@ -134,6 +138,24 @@ pub(crate) fn for_guest(
         }
     }
     Ok((guest, shared_pids))
+}
+
+/// A container that is in no pod with others has a machine of its own, and nobody else's namespaces are in it. The
+/// network's is no such thing: its interfaces are brought into the machine.
+fn is_its_own(namespace: &LinuxNamespace) -> Result<(), Error> {
+    let (kind, path) = match (namespace.typ(), namespace.path()) {
+        (LinuxNamespaceType::Network, _) | (_, None) => return Ok(()),
+        (kind, Some(path)) if !path.as_os_str().is_empty() => (kind, path),
+        _ => return Ok(()),
+    };
+    // as specifications write it
+    let kind = if kind == LinuxNamespaceType::Mount { "mount".into() } else { kind.to_string() };
+    Err(Error::Unsupported(format!(
+        "the {kind} namespace {:.200} cannot be joined: it is another container's or the host's, and this container has \
+         a virtual machine of its own: give it a {kind} namespace without a path (no --pid=container:, no \
+         --ipc=container:, no --with-ns), or run both in one Kubernetes pod",
+        path.display().to_string()
+    )))
 }
 
 /// Takes out what names the host's processors and devices.
@@ -218,6 +240,25 @@ mod tests {
         let without_ipc = serde_json::json!([{"type": "network"}, {"type": "pid"}]);
         let error = for_guest(&spec(&without_ipc), &id(), "/r".into(), KEEP).expect_err("host");
         assert!(error.to_string().contains("IPC"), "{error}");
+    }
+
+    #[test]
+    fn namespaces_of_others_are_refused_outside_of_a_pod() {
+        for kind in ["pid", "ipc", "uts", "mount"] {
+            let mut all: Vec<_> =
+                ["network", "pid", "ipc", "uts", "mount"].map(|kind| serde_json::json!({"type": kind})).into();
+            all.retain(|one| one["type"] != kind);
+            all.push(serde_json::json!({"type": kind, "path": "/proc/7/ns/x"}));
+            let mut from = spec(&all.into());
+            let error = for_guest(&from, &id(), "/r".into(), KEEP).expect_err(kind).to_string();
+            assert!(error.contains(&format!("the {kind} namespace /proc/7/ns/x")), "{error}");
+            let of_a_pod = [("container-type", "container"), ("sandbox-id", "s1")];
+            from.set_annotations(Some(
+                of_a_pod.map(|(name, value)| (format!("io.kubernetes.cri.{name}"), value.to_owned())).into(),
+            ));
+            let (_, shared_pids) = for_guest(&from, &id(), "/r".into(), KEEP).expect("its pod's");
+            assert_eq!(shared_pids, kind == "pid");
+        }
     }
 
     #[test]

@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 
 use crate::agent_client::AgentClient;
 use crate::cleanup::RunDir;
-use crate::container::{Container, Logging, Process, io, spec};
+use crate::container::{Container, Logging, Process, inherit, io, spec};
 use crate::network::Following;
 use crate::storage::disks::Disks;
 use crate::storage::share::Share;
@@ -268,7 +268,11 @@ impl Sandbox {
         spec::working_folder(from.spec.cwd())?;
         let mut wire = agent_api::oci_convert::process(&from.spec)?;
         spec::unlabel(&mut wire);
-        wire.Terminal = from.stdio.terminal;
+        inherit::streams(&mut wire, &from.stdio);
+        if !wire.Rlimits.is_empty() {
+            // without any it has its container's, which the guest knows
+            inherit::limits(&mut wire);
+        }
         container.add(exec, Arc::new(Process::new(from.process, from.stdio, Some(wire))))
     }
 
