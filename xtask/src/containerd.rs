@@ -116,7 +116,8 @@ impl Containerd {
         result.map(|()| log)
     }
 
-    fn log(&self) -> String {
+    /// What it and the shims have said so far.
+    pub(crate) fn log(&self) -> String {
         fs::read(self.log_path()).map(|log| String::from_utf8_lossy(&log).into_owned()).unwrap_or_default()
     }
 
