@@ -5,12 +5,13 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::fs;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
+use tokio::time::Instant;
 
 use super::output::{Deletion, Output, QUIET};
 use crate::Error;
@@ -144,8 +145,10 @@ mod tests {
         (std::fs::File::open(&path).expect("opened"), Outlet::Patient(ours))
     }
 
+    /// On a clock that goes as fast as it can, and stands while there is something to do: a slow machine changes nothing.
     fn run<F: Future>(work: F) -> F::Output {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(work)
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        builder.enable_all().start_paused(true).build().expect("a runtime").block_on(work)
     }
 
     #[test]
