@@ -16,7 +16,7 @@ xtask = cargo run --quiet --package xtask --
 .DEFAULT_GOAL := help
 # the targets share cargo's lock and one terminal: side by side they would only wait for each other
 .NOTPARALLEL:
-.PHONY: help deps build guest install run test nested bench fstest conformance soak check fmt rust
+.PHONY: help deps build guest install run test clients nested bench fstest conformance soak check fmt rust
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ run: rust deps ## run a container in a VM through a private containerd; ARGS is 
 
 test: rust deps ## formatting, lints, unit tests, then end-to-end tests in VMs (no KVM needed)
 	@$(xtask) test
+
+clients: rust deps ## nerdctl, Docker and kubelet, whole: what people run above containerd, beside runc
+	@$(xtask) client-tests
 
 nested: rust deps ## tests in a VM that has KVM (emulated) and vhost-vsock; ARGS names them, "vsock lifecycle" for example
 	@$(xtask) nested -- $(ARGS)

@@ -19,6 +19,8 @@ packages=(
     e2fsprogs erofs-utils btrfs-progs
     # the pod networks of the tests with a CRI client
     containernetworking-plugins
+    # what these and Docker publish ports with
+    iptables
 )
 packages+=("$@")
 # the caller, and the runtime that its tests are compared with: from wherever they are, since Debian's would put out Docker's

@@ -27,7 +27,7 @@ use anyhow::{Result, bail};
 
 use crate::workspace::Workspace;
 
-const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | clients | \
+const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | clients | client-tests | \
                      nested [TEST…] | bench | fstest | conformance [FOCUS] | soak [SECONDS] | check | image FILE   (see make help)";
 
 fn main() -> ExitCode {
@@ -64,6 +64,11 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
             verify::end_to_end(&workspace)?;
         }
         ("clients", []) => clients::provide(&workspace)?,
+        ("client-tests", []) => {
+            prepare(&workspace, &workspace.test_prefix())?;
+            clients::provide(&workspace)?;
+            verify::clients(&workspace)?;
+        }
         ("nested", tests) => {
             prepare(&workspace, &workspace.test_prefix())?;
             let tests = tests.strip_prefix(&["--".to_owned()]).unwrap_or(tests);

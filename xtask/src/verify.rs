@@ -1,4 +1,5 @@
-//! What `make check`, `make test`, `make bench`, `make conformance` and `make soak` run, and in which order.
+//! What `make check`, `make test`, `make clients`, `make bench`, `make conformance` and `make soak` run, and in which
+//! order.
 
 use anyhow::{Result, bail};
 
@@ -41,6 +42,23 @@ pub(crate) fn end_to_end(workspace: &Workspace) -> Result<()> {
         let mut command = cargo(workspace);
         command.args(arguments).env("KATA_PREFIX", workspace.test_prefix());
         failures::run(command.env("KATA_CLIENTS", workspace.test_clients()))
+    })
+}
+
+/// All that nerdctl, Docker and kubelet are tried with; `make test` has the shortest of it.
+pub(crate) fn clients(workspace: &Workspace) -> Result<()> {
+    if !workspace.has_end_to_end_tests() {
+        bail!("make clients is part of tests/e2e, which this checkout does not have");
+    }
+    step::timed("nerdctl, Docker and kubelet", || {
+        let mut command = cargo(workspace);
+        command.args(["test", "--package", "e2e", "--no-fail-fast"]);
+        for client in ["nerdctl", "docker", "kubelet"] {
+            command.args(["--test", client]);
+        }
+        command.args(["--", "--include-ignored", "--test-threads=1", "--nocapture"]);
+        command.env("KATA_PREFIX", workspace.test_prefix()).env("KATA_CLIENTS", workspace.test_clients());
+        failures::run(&mut command)
     })
 }
 

@@ -1,8 +1,10 @@
-//! Programs for the tests that Debian 12 does not have: other generations of containerd, and the CRI's tools. Built once
-//! for each version, from the Go module proxy, and kept outside the checkout. Owns the table of versions and the cache;
-//! go.rs knows how Go is found.
+//! Programs for the tests that Debian 12 does not have: other generations of containerd, the CRI's tools, and those that
+//! people use above containerd. Built once for each version, from the Go module proxy, and kept outside the checkout. Owns
+//! the cache; table.rs has the versions, source.rs knows what a module needs before it builds, go.rs how Go is found.
 
 mod go;
+mod source;
+mod table;
 
 use std::fs;
 use std::io::ErrorKind;
@@ -14,72 +16,7 @@ use anyhow::{Context, Result, ensure};
 use crate::workspace::Workspace;
 use crate::{cache, step};
 use go::Go;
-
-/// A Go module from which we build programs.
-struct Client {
-    /// What tests call it, whatever its version: the name of the link in [`Workspace::test_clients`].
-    role: &'static str,
-    name: &'static str,
-    version: &'static str,
-    module: &'static str,
-    programs: &'static [Program],
-    /// Variables that take the version, as upstream's Makefile sets them, with what they prefix it with.
-    stamps: &'static [(&'static str, &'static str)],
-    tags: &'static str,
-}
-
-/// One program of it.
-struct Program {
-    name: &'static str,
-    /// Shows the version, so that we see that it runs.
-    version_flag: &'static str,
-    /// Upstream keeps it as a test of a package that has nothing else.
-    is_test: bool,
-}
-
-const fn program(name: &'static str, version_flag: &'static str) -> Program {
-    Program { name, version_flag, is_test: false }
-}
-
-const CONTAINERD: &[Program] =
-    &[program("containerd", "--version"), program("ctr", "--version"), program("containerd-shim-runc-v2", "-v")];
-
-/// Without the snapshotters that need C libraries or block devices.
-const CONTAINERD_TAGS: &str = "urfave_cli_no_docs no_btrfs no_devmapper no_zfs no_aufs osusergo netgo static_build";
-
-/// Every version there is. The tools of the CRI speak the API of the newest containerd here.
-const CLIENTS: [Client; 3] = [
-    Client {
-        role: "cri-tools",
-        name: "cri-tools",
-        version: "1.37.0",
-        module: "sigs.k8s.io/cri-tools",
-        programs: &[
-            program("crictl", "--version"),
-            Program { name: "critest", version_flag: "-version", is_test: true },
-        ],
-        stamps: &[("pkg/version.Version", "")],
-        tags: "",
-    },
-    Client {
-        role: "containerd-2",
-        name: "containerd",
-        version: "2.4.2",
-        module: "github.com/containerd/containerd/v2",
-        programs: CONTAINERD,
-        stamps: &[("version.Version", "v")],
-        tags: CONTAINERD_TAGS,
-    },
-    Client {
-        role: "containerd-1.7",
-        name: "containerd",
-        version: "1.7.35",
-        module: "github.com/containerd/containerd",
-        programs: CONTAINERD,
-        stamps: &[("version.Version", "v")],
-        tags: CONTAINERD_TAGS,
-    },
-];
+use table::{CLIENTS, Client, Program};
 
 /// All of them in the cache, and links to them beside the tests' installation.
 pub(crate) fn provide(workspace: &Workspace) -> Result<()> {
@@ -121,11 +58,8 @@ fn build(missing: &[&Client], cache: &Path, work: &Path) -> Result<()> {
 
 impl Client {
     fn build(&self, go: &Go, cache: &Path, work: &Path) -> Result<()> {
-        let module = go.download(self.module, &format!("v{}", self.version))?;
-        // Go builds nothing inside its cache, and the module's own go.sum counts only where it is the main module
         let source = work.join("source");
-        cache::remove(&source)?;
-        step::run(step::command("cp").args(["-R", "--no-preserve=mode", "--"]).arg(&module).arg(&source))?;
+        source::prepare(self, go, &source)?;
         let result = work.join("result");
         cache::remove(&result)?;
         let bin = result.join("bin");
@@ -133,7 +67,15 @@ impl Client {
         for program in self.programs {
             let mut command = go.command(&source);
             let action: &[&str] = if program.is_test { &["test", "-c"] } else { &["build"] };
-            command.args(action).args(["-p", "2", "-trimpath", "-tags", self.tags, "-ldflags", &self.link_flags()]);
+            command.args(action).args(self.source.flags()).args([
+                "-p",
+                "2",
+                "-trimpath",
+                "-tags",
+                self.tags,
+                "-ldflags",
+                &self.link_flags(),
+            ]);
             command.arg("-o").arg(bin.join(program.name)).arg(format!("./cmd/{}", program.name));
             step::run(&mut command)?;
             self.check(&bin, program)?;
@@ -145,9 +87,8 @@ impl Client {
 
     fn link_flags(&self) -> String {
         let stamps = self.stamps.iter();
-        stamps.fold("-s -w".to_owned(), |flags, (symbol, prefix)| {
-            format!("{flags} -X {}/{symbol}={prefix}{}", self.module, self.version)
-        })
+        stamps
+            .fold("-s -w".to_owned(), |flags, (symbol, prefix)| format!("{flags} -X {symbol}={prefix}{}", self.version))
     }
 
     fn check(&self, bin: &Path, program: &Program) -> Result<()> {
@@ -186,10 +127,11 @@ mod tests {
 
     #[test]
     fn the_version_is_linked_in() {
-        let flags = CLIENTS[1].link_flags();
+        let containerd = CLIENTS.iter().find(|client| client.role == "containerd-2").expect("in the table");
+        let flags = containerd.link_flags();
         assert_eq!(
             flags,
-            format!("-s -w -X github.com/containerd/containerd/v2/version.Version=v{}", CLIENTS[1].version)
+            format!("-s -w -X github.com/containerd/containerd/v2/version.Version=v{}", containerd.version)
         );
     }
 
