@@ -1,6 +1,6 @@
 //! The generations of containerd that the product serves: where each is found, and how it wants to be configured.
 
-use crate::install::Install;
+use crate::{Runtime, install::Install};
 use anyhow::{Context as _, Result, bail};
 use std::path::{Path, PathBuf};
 
@@ -72,8 +72,8 @@ impl Containerd {
         Ok(Programs { daemon: program("containerd"), ctr: program("ctr"), path: first + &usual })
     }
 
-    /// Its configuration: everything below `dir`, and CRI only where it is wanted. 2.x has it in three plugins.
-    pub(crate) fn settings(self, dir: &Path, cri: bool) -> String {
+    /// Its configuration: everything below `dir`, and CRI only where it is wanted, with that runtime by default. 2.x has it in three plugins.
+    pub(crate) fn settings(self, dir: &Path, cri: Option<Runtime>) -> String {
         let (version, names) = match self {
             Containerd::Debian | Containerd::V1_7 => (2, &["io.containerd.grpc.v1.cri"][..]),
             Containerd::V2 => {
@@ -82,8 +82,8 @@ impl Containerd {
         };
         let at = |name: &str| dir.join(name).display().to_string();
         let mut disabled = Vec::new();
-        let more = if cri {
-            crate::cri::settings(self, dir) + &self.nri(dir)
+        let more = if let Some(default) = cri {
+            crate::cri::settings(self, dir, default) + &self.nri(dir)
         } else {
             // its socket is the machine's; only 2.x opens it unasked
             disabled.push("io.containerd.nri.v1.nri");

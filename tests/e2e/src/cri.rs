@@ -17,7 +17,7 @@ pub const BRIDGE: &str = "kecri0";
 pub const HOST: (&str, &str) = ("10.88.77.1", "fd88:77::1");
 
 /// Where Debian has CNI's plugins.
-const PLUGINS: &str = "/usr/lib/cni";
+pub(crate) const PLUGINS: &str = "/usr/lib/cni";
 
 /// Talks to one node.
 #[derive(Debug)]
@@ -68,7 +68,7 @@ pub fn with_cri(setup: NodeSetup, network: Network, test: impl FnOnce(&Cri<'_>) 
 }
 
 /// The text that makes containerd serve CRI with both runtimes.
-pub(crate) fn settings(containerd: Containerd, dir: &Path) -> String {
+pub(crate) fn settings(containerd: Containerd, dir: &Path, default: Runtime) -> String {
     let (cri, pause, plugins) = match containerd {
         Containerd::Debian | Containerd::V1_7 => {
             let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
@@ -85,8 +85,9 @@ pub(crate) fn settings(containerd: Containerd, dir: &Path) -> String {
         "{pause}disable_apparmor = true\n\
          restrict_oom_score_adj = true\n\
          [{cri}.cni]\n{plugins}\nconf_dir = {:?}\n\
-         [{cri}.containerd]\ndefault_runtime_name = \"runc\"\n",
+         [{cri}.containerd]\ndefault_runtime_name = {:?}\n",
         dir.join("cni").display().to_string(),
+        default.tag(),
     );
     for runtime in crate::BOTH {
         let (tag, name, guest_only) = (runtime.tag(), runtime.name(), runtime == Runtime::Kata);

@@ -26,7 +26,7 @@ pub struct Inventory {
 impl Inventory {
     /// Counts.
     pub fn take(node: &Node) -> Result<Self> {
-        let mut things = Leaks::look(node.tag()).counts();
+        let mut things = Leaks::look(node.tag(), node.dir()).counts();
         things.insert(CONTAINERDS_FILES.into(), node.open_files()?);
         let processes = processes::of_node(node.tag());
         let children = processes.iter().filter(|process| process.name != "containerd");

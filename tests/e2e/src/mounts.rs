@@ -3,9 +3,9 @@
 use nix::mount::{MntFlags, umount2};
 use std::{ffi::OsString, fs, os::unix::ffi::OsStringExt as _, path::PathBuf};
 
-/// The kernel's list, whatever bytes a container has named its folders with.
+/// The kernel's list for this thread, which may have a namespace of its own, whatever bytes a container has named its folders with.
 pub fn table() -> Vec<u8> {
-    fs::read("/proc/self/mountinfo").unwrap_or_default()
+    fs::read("/proc/thread-self/mountinfo").unwrap_or_default()
 }
 
 /// Takes them off, the newest first.

@@ -49,6 +49,8 @@ pub struct NodeSetup {
     pub config: Option<String>,
     /// Serve CRI too.
     pub cri: bool,
+    /// Pods that name no runtime are VMs.
+    pub is_kata_default: bool,
     /// Which containerd to run; Debian's unless told otherwise.
     pub containerd: Containerd,
     /// More lines for containerd's own configuration.
@@ -98,11 +100,13 @@ pub fn with_node_setup(setup: NodeSetup, test: impl FnOnce(&Node) -> Result<()>)
     let _alone = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| anyhow!("locking kata-e2e.lock: {e}"))?;
     let install = Install::locate()?;
     let tag = format!("{}-{}", std::process::id(), word());
-    let before = Leaks::look(&tag);
-    let node = Node::start(install, tag, setup)?;
+    // short, because containerd makes sockets below it; on a file system that overlay can use as upper layer
+    let dir = tempfile::Builder::new().prefix("ke").tempdir_in("/var/tmp")?;
+    let before = Leaks::look(&tag, dir.path());
+    let node = Node::start(install, tag, dir, setup)?;
     let tested = test(&node);
     let left = match &tested {
-        Ok(()) => node.expect_empty().and_then(|()| Leaks::expect_none_since(&before, &node.tag, SETTLE)),
+        Ok(()) => node.expect_empty().and_then(|()| Leaks::expect_none_since(&before, &node.tag, node.dir(), SETTLE)),
         Err(_) => Ok(()),
     };
     let log = node.log.lines_from(0);
@@ -136,9 +140,7 @@ fn word() -> u32 {
 }
 
 impl Node {
-    fn start(install: Install, tag: String, setup: NodeSetup) -> Result<Self> {
-        // short, because containerd makes sockets below it; on a file system that overlay can use as upper layer
-        let dir = tempfile::Builder::new().prefix("ke").tempdir_in("/var/tmp")?;
+    fn start(install: Install, tag: String, dir: tempfile::TempDir, setup: NodeSetup) -> Result<Self> {
         let config = match setup.config {
             None if !Install::wants_templates() => install.config(),
             given => {
@@ -149,7 +151,9 @@ impl Node {
             }
         };
         let containerd = setup.containerd;
-        fs::write(dir.path().join("containerd.toml"), containerd.settings(dir.path(), setup.cri) + &setup.settings)?;
+        let default = if setup.is_kata_default { Runtime::Kata } else { Runtime::Runc };
+        let cri = setup.cri.then_some(default);
+        fs::write(dir.path().join("containerd.toml"), containerd.settings(dir.path(), cri) + &setup.settings)?;
         let log = Journal::default();
         let programs = containerd.programs(&install)?;
         let daemon = Mutex::new(launch(&programs, dir.path(), &tag, &config, &log)?);
@@ -180,7 +184,7 @@ impl Node {
 
     /// containerd's address.
     pub fn address(&self) -> String {
-        self.dir.path().join("c.sock").display().to_string()
+        address(self.dir())
     }
 
     /// Which containerd this is.
@@ -325,10 +329,9 @@ impl Node {
         }
     }
 
-    /// Run folders of this node's sandboxes: their names end with a hash of containerd's address.
+    /// Run folders of this node's sandboxes.
     fn sandboxes(&self) -> Vec<PathBuf> {
-        let digest = Sha256::digest(self.address());
-        let end = digest.iter().take(4).fold("@".to_owned(), |text, byte| text + &format!("{byte:02x}"));
+        let end = sandboxes_end(&self.address());
         let all = fs::read_dir(SANDBOXES).into_iter().flatten().flatten().map(|entry| entry.path());
         all.filter(|path| path.to_string_lossy().ends_with(&end)).collect()
     }
@@ -340,8 +343,18 @@ impl Drop for Node {
     }
 }
 
+/// The address of the containerd that has everything in a folder.
+pub(crate) fn address(dir: &Path) -> String {
+    dir.join("c.sock").display().to_string()
+}
+
+/// How the names of its sandboxes' run folders end: with a hash of its address.
+pub(crate) fn sandboxes_end(address: &str) -> String {
+    Sha256::digest(address).iter().take(4).fold("@".to_owned(), |text, byte| text + &format!("{byte:02x}"))
+}
+
 /// Starts containerd and returns when it serves.
-fn launch(programs: &Programs, dir: &Path, tag: &str, config: &Path, log: &Journal) -> Result<Child> {
+pub(crate) fn launch(programs: &Programs, dir: &Path, tag: &str, config: &Path, log: &Journal) -> Result<Child> {
     let from = log.len();
     let mut child = Command::new(&programs.daemon)
         .arg("--config")

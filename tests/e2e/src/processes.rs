@@ -33,6 +33,14 @@ pub struct Process {
 }
 
 impl Process {
+    /// Whether it belongs to the node with this mark, or may do so since nobody else is known.
+    pub fn may_be_of(&self, tag: &str) -> bool {
+        match &self.node {
+            Some(node) => node == tag,
+            None => self.name == ANCHOR || self.command.contains(crate::node::NAMESPACE),
+        }
+    }
+
     /// Sends SIGKILL.
     pub fn kill(&self) -> Result<()> {
         kill(Pid::from_raw(self.pid), Signal::SIGKILL).with_context(|| format!("killing {} {}", self.name, self.pid))
@@ -59,7 +67,17 @@ pub fn of_node(tag: &str) -> Vec<Process> {
     all().into_iter().filter(|p| p.node.as_deref() == Some(tag)).collect()
 }
 
-fn look(pid: i32) -> Option<Process> {
+/// The node that a process belongs to, where its environment says so.
+pub(crate) fn mark(pid: i32) -> Option<String> {
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let mut marks = environment
+        .split(|b| *b == 0)
+        .filter_map(|v| std::str::from_utf8(v).ok()?.strip_prefix(MARK)?.strip_prefix('='));
+    marks.next().map(str::to_owned)
+}
+
+/// What is known of a process, where it is one of these.
+pub(crate) fn look(pid: i32) -> Option<Process> {
     let raw = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let args: Vec<_> = raw.split(|b| *b == 0).map(String::from_utf8_lossy).collect();
     let name = args.first()?.rsplit('/').next()?.to_owned();
@@ -73,16 +91,6 @@ fn look(pid: i32) -> Option<Process> {
         _ => mark(pid),
     };
     Some(Process { pid, name, command: args.join(" ").trim_end().to_owned(), node })
-}
-
-/// The node in a process's environment.
-fn mark(pid: i32) -> Option<String> {
-    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    environment
-        .split(|b| *b == 0)
-        .filter_map(|v| std::str::from_utf8(v).ok()?.strip_prefix(MARK)?.strip_prefix('='))
-        .map(str::to_owned)
-        .next()
 }
 
 fn parent(pid: i32) -> Option<i32> {

@@ -1,5 +1,7 @@
 //! What is on the machine that the product could have left behind, before and after.
 
+mod others;
+
 use crate::processes;
 use anyhow::{Result, bail};
 use std::{
@@ -9,6 +11,8 @@ use std::{
     path::Path,
     time::{Duration, Instant},
 };
+
+use others::Owner;
 
 /// Folders and files that are shared by all sandboxes and stay until the next boot.
 const LASTING: [&str; 10] = [
@@ -30,45 +34,61 @@ const PLACES: [&str; 3] = ["/run/kata-containers", "/run/vc", "/run/containerd/s
 /// The one kind whose name is of two words.
 const NAMESPACE: &str = "network namespace";
 
+/// Where they have names.
+const NAMESPACES: &str = "/run/netns";
+
 /// Everything found at one moment.
 #[derive(Debug, Clone, Default)]
 pub struct Leaks {
     found: BTreeSet<String>,
-    /// Cgroups of others. They do not count, nor do they begin to when somebody else moves in.
+    /// What others have. It does not count, nor does it begin to when they leave it.
     of_others: BTreeSet<String>,
 }
 
 impl Leaks {
-    /// Looks around. `tag` names the node: processes that are another's do not count, nor do sockets that are served.
-    pub fn look(tag: &str) -> Self {
+    /// Looks around, for a node whose processes have the mark `tag`, and whose containerd has everything in `dir`. What
+    /// is another containerd's does not count, nor do sockets that are served.
+    pub fn look(tag: &str, dir: &Path) -> Self {
+        let sandboxes = crate::node::sandboxes_end(&crate::node::address(dir));
+        let owner = Owner { tag, dir, sandboxes: &sandboxes };
         let (mut found, mut of_others) = (BTreeSet::new(), BTreeSet::new());
         for process in processes::all() {
-            let ours = match &process.node {
-                Some(node) => node == tag,
-                None => process.name == processes::ANCHOR || process.command.contains(crate::node::NAMESPACE),
-            };
-            if ours {
+            if process.may_be_of(tag) {
                 let shown: String = process.command.chars().take(200).collect();
                 found.insert(format!("process {} {shown}", process.pid));
             }
         }
-        for line in String::from_utf8_lossy(&crate::mounts::table()).lines() {
-            found.insert(format!("mount {}", line.split(' ').nth(4).unwrap_or(line)));
-        }
-        for (kind, dir) in [("link", "/sys/class/net"), (NAMESPACE, "/run/netns")] {
-            for name in names(Path::new(dir)) {
-                found.insert(format!("{kind} {name}"));
+        let mut namespaces_of_others = BTreeSet::new();
+        for name in names(Path::new(NAMESPACES)) {
+            let path = Path::new(NAMESPACES).join(&name);
+            let thing = format!("{NAMESPACE} {name}");
+            if owner.is_namespace_of_others(&path) {
+                namespaces_of_others.insert(path);
+                of_others.insert(thing);
+            } else {
+                found.insert(thing);
             }
+        }
+        for line in String::from_utf8_lossy(&crate::mounts::table()).lines() {
+            let point = line.split(' ').nth(4).unwrap_or(line);
+            let theirs = owner.is_of_others(Path::new(point)) || namespaces_of_others.contains(Path::new(point));
+            let set = if theirs { &mut of_others } else { &mut found };
+            set.insert(format!("mount {point}"));
+        }
+        for name in names(Path::new("/sys/class/net")) {
+            let set = if Owner::is_link_of_others(&name) { &mut of_others } else { &mut found };
+            set.insert(format!("link {name}"));
         }
         for name in names(Path::new("/sys/block")) {
             // those that nothing is behind are the kernel's
             if let Ok(file) = fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")) {
-                found.insert(format!("loop-device {name} {}", file.trim()));
+                let set = if owner.is_of_others(Path::new(file.trim())) { &mut of_others } else { &mut found };
+                set.insert(format!("loop-device {name} {}", file.trim()));
             }
         }
-        cgroups(Path::new("/sys/fs/cgroup"), &mut found, &mut of_others);
+        cgroups(Path::new("/sys/fs/cgroup"), owner, &mut found, &mut of_others);
         for place in PLACES {
-            files(Path::new(place), &mut found);
+            files(Path::new(place), owner, &mut found);
         }
         Self { found, of_others }
     }
@@ -85,10 +105,10 @@ impl Leaks {
     }
 
     /// Fails when there is something that was not there `before`, after giving it `limit` to go.
-    pub fn expect_none_since(before: &Self, tag: &str, limit: Duration) -> Result<()> {
+    pub fn expect_none_since(before: &Self, tag: &str, dir: &Path, limit: Duration) -> Result<()> {
         let end = Instant::now() + limit;
         loop {
-            let now = Self::look(tag);
+            let now = Self::look(tag, dir);
             let is_new = |thing: &&String| !before.found.contains(*thing) && !before.of_others.contains(*thing);
             let left: Vec<_> = now.found.iter().filter(is_new).cloned().collect();
             if left.is_empty() {
@@ -108,30 +128,31 @@ fn names(dir: &Path) -> Vec<String> {
     entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect()
 }
 
-fn cgroups(dir: &Path, found: &mut BTreeSet<String>, of_others: &mut BTreeSet<String>) {
+fn cgroups(dir: &Path, owner: Owner<'_>, found: &mut BTreeSet<String>, of_others: &mut BTreeSet<String>) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for entry in entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
         let path = entry.path();
         // runc leaves the folder of containerd's namespace for the next container, with nothing in it
         let lasts = [crate::node::NAMESPACE, crate::node::CRI_NAMESPACE].iter().any(|name| path.ends_with(name));
         if !lasts {
-            let set = if is_of_others(&path) { &mut *of_others } else { &mut *found };
+            let set = if owner.is_cgroup_of_others(&path) { &mut *of_others } else { &mut *found };
             set.insert(format!("cgroup {}", path.display()));
         }
         // whoever is in it, what is below counts for itself
-        cgroups(&path, found, of_others);
+        cgroups(&path, owner, found, of_others);
     }
 }
 
-fn files(path: &Path, found: &mut BTreeSet<String>) {
+fn files(path: &Path, owner: Owner<'_>, found: &mut BTreeSet<String>) {
     let Ok(meta) = fs::symlink_metadata(path) else { return };
-    // templates are made to stay
-    if path.ends_with("vc/vm") {
+    // templates are made to stay, and others' are others'
+    if path.ends_with("vc/vm") || owner.is_of_others(path) {
         return;
     }
     let shown = path.display().to_string();
     // a served socket counts as its process
-    let served = meta.file_type().is_socket() && fs::read_to_string("/proc/net/unix").is_ok_and(|u| u.contains(&shown));
+    let served = meta.file_type().is_socket()
+        && fs::read_to_string("/proc/thread-self/net/unix").is_ok_and(|u| u.contains(&shown));
     // a probe's answer for each guest of this machine, and for each virtiofsd
     let answers = ["kata-containers/kvm-probe", "kata-containers/virtiofsd"];
     let answer = path.parent().is_some_and(|parent| answers.iter().any(|one| parent.ends_with(one)));
@@ -140,24 +161,7 @@ fn files(path: &Path, found: &mut BTreeSet<String>) {
     }
     if meta.is_dir() {
         for name in names(path) {
-            files(&path.join(name), found);
+            files(&path.join(name), owner, found);
         }
     }
-}
-
-/// What runs beside the tests has cgroups too, which come and go: those that hold processes of others alone. The root of
-/// a tree is there whoever is in it.
-fn is_of_others(path: &Path) -> bool {
-    let has = |file: &str| path.join(file).exists();
-    // cgroups(7): version 1 has this file in roots alone, version 2 the last one in all others
-    if has("release_agent") || (has("cgroup.controllers") && !has("cgroup.events")) {
-        return true;
-    }
-    let pids = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
-    let is_other = |pid: &str| {
-        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| {
-            !["qemu-system", "virtiofsd", "containerd-shim"].iter().any(|ours| name.starts_with(ours))
-        })
-    };
-    !pids.is_empty() && pids.lines().all(is_other)
 }
