@@ -233,6 +233,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn an_exec_has_its_containers_limits_unless_it_says_some() {
+        let limit = |soft| oci::POSIXRlimit { Type: "RLIMIT_CORE".into(), Soft: soft, ..Default::default() };
+        let of_container = oci::Process {
+            Rlimits: vec![limit(1)],
+            Capabilities: Some(oci::LinuxCapabilities { Bounding: vec!["CAP_KILL".into()], ..Default::default() })
+                .into(),
+            ..Default::default()
+        };
+        let silent = completed(&oci::Process::default(), &of_container);
+        assert_eq!((silent.Rlimits, silent.Capabilities.Bounding.len()), (vec![limit(1)], 1));
+        let own = oci::Process {
+            Rlimits: vec![limit(2)],
+            Capabilities: Some(oci::LinuxCapabilities::default()).into(),
+            ..Default::default()
+        };
+        let own = completed(&own, &of_container);
+        assert_eq!((own.Rlimits, own.Capabilities.Bounding.len()), (vec![limit(2)], 0));
+    }
+
+    #[test]
     fn the_last_word_decides_whether_a_cgroup_is_divided() {
         let divided = |kind: &str, options: &[&str]| {
             let options = options.iter().map(ToString::to_string).collect();

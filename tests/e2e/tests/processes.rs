@@ -208,11 +208,19 @@ fn no_input_is_the_end_of_input() -> Result<()> {
 
         // as CRI's exec probes
         let bundle = Bundle::make(node, "input", &["/bin/sleep", "1000"])?;
+        let mut spec = specification(&["/bin/sleep", "1000"]);
+        // more than the guest's kernel allows by itself
+        spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 77, "hard": 2_000_000}]);
+        bundle.write(&spec)?;
         let shim = Shim::start(node, "input", &bundle)?;
         shim.create("input")?;
         shim.start_container("input")?;
         let code = shim.exec("input", "probe", &["/bin/sh", "-c", "cat; exit 5"])?;
         ensure!(code == 5, "exit code {code}");
+        // what an exec does not say is its container's
+        let limited = "test \"$(ulimit -Sn) $(ulimit -Hn)\" = '77 2000000'";
+        let code = shim.exec("input", "limited", &["/bin/sh", "-c", limited])?;
+        ensure!(code == 0, "exit code {code}");
         shim.kill("input", 9)?;
         shim.wait("input")?;
         shim.delete("input")?;
