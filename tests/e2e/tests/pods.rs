@@ -240,6 +240,60 @@ fn a_pod_counts_for_its_cgroup() -> Result<()> {
     with_cri(NodeSetup { config: Some(config), ..NodeSetup::default() }, Network::default(), processors)
 }
 
+/// containerd reads the pod's interface in its namespace, kubelet (cAdvisor) what `/proc` shows of the sandbox's process.
+#[test]
+fn network_statistics_are_the_pods() -> Result<()> {
+    const AMOUNT: u64 = 1 << 20;
+    let counted = |cri: &Cri<'_>, pod: &str| -> Result<(u64, u64)> {
+        let stats: Value = serde_json::from_str(&cri.say(["statsp", "-o", "json", "--id", pod])?)?;
+        let number = |name: &str| -> Result<u64> {
+            let at = format!("/stats/0/linux/network/defaultInterface/{name}/value");
+            let number = stats.pointer(&at).and_then(|v| v.as_u64().or_else(|| v.as_str()?.parse().ok()));
+            number.with_context(|| format!("no {at} in {stats}"))
+        };
+        let name = stats.pointer("/stats/0/linux/network/defaultInterface/name").and_then(Value::as_str);
+        ensure!(name == Some("eth0"), "{name:?} in {stats}");
+        Ok((number("rxBytes")?, number("txBytes")?))
+    };
+    with_pods(|cri| {
+        let placed = json!({"linux": {"cgroup_parent": "/kata-e2e-parent"}});
+        let pod = cri.run_pod(Runtime::Kata, "netstats", &placed)?;
+        let one = cri.run(
+            &pod,
+            "one",
+            &["nc", "-ll", "-p", "7777", "-e", "sh", "-c", "head -c 1048576 | wc -c; head -c 1048576 /dev/zero"],
+            &none(),
+        )?;
+        let before = counted(cri, &pod.id)?;
+        let (v4, _) = cri.addresses(&pod)?;
+        let mut stream = Cri::until(|| Ok((cri.sh(&one, "netstat -ltn")?.contains(":7777"), String::new())))
+            .and_then(|_| Ok(TcpStream::connect((v4.as_str(), 7777))?))?;
+        stream.write_all(&vec![0; AMOUNT as usize])?;
+        let mut back = Vec::new();
+        stream.read_to_end(&mut back)?;
+        ensure!(back.len() as u64 > AMOUNT, "{} bytes came back", back.len());
+        let after = counted(cri, &pod.id)?;
+        let (rx, tx) = (after.0 - before.0, after.1 - before.1);
+        println!("{}: {rx} bytes in, {tx} out", cri.node.containerd().name());
+        for (way, bytes) in [("in", rx), ("out", tx)] {
+            ensure!((AMOUNT..2 * AMOUNT).contains(&bytes), "{bytes} bytes {way} for {AMOUNT}");
+        }
+        let shown = cri.inspect("inspectp", &pod.id)?;
+        let pid = shown.pointer("/info/pid").and_then(Value::as_u64).context("a process of the sandbox")?;
+        let devices = std::fs::read_to_string(format!("/proc/{pid}/net/dev"))?;
+        let line =
+            devices.lines().find_map(|line| line.trim().strip_prefix("eth0:")).with_context(|| devices.clone())?;
+        let fields: Vec<u64> = line.split_whitespace().filter_map(|field| field.parse().ok()).collect();
+        // the host's own eth0 would be far off
+        let is_near = |now: u64, before: u64| (before..before + AMOUNT / 2).contains(&now);
+        ensure!(
+            fields.len() == 16 && is_near(fields[0], after.0) && is_near(fields[8], after.1),
+            "{after:?}, but {line}"
+        );
+        cri.remove(&pod)
+    })
+}
+
 #[test]
 fn a_limit_of_memory_is_kept_and_told() -> Result<()> {
     with_pods(|cri| {
