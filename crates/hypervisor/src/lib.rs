@@ -42,6 +42,12 @@ pub trait Hypervisor: Send + Sync {
     /// The VMM cannot be started. Nothing is left running.
     async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error>;
 
+    /// What the VMM takes of the host's memory beside that of a guest which boots like this, at most, MiB.
+    ///
+    /// # Errors
+    /// As [`Hypervisor::launch`].
+    async fn overhead_mib(&self, boot: &Boot) -> Result<u64, Error>;
+
     /// All that shapes the state of a VM like this one, devices and folders aside, as a text of a few dozen characters: a
     /// saved VM can be cloned for every spec with the same text, and for no other.
     ///

@@ -4,12 +4,16 @@
 //! systemd (`a-b.slice:prefix:name`). Version 1 has a tree for each controller, version 2 one for all
 //! (kernel: Documentation/admin-guide/cgroup-v1 and cgroup-v2.rst).
 
+mod memory;
+
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use crate::Error;
 use crate::cleanup::{RunDir, Step};
+
+pub(crate) use memory::MemoryLimit;
 
 /// Where the parts of a VM count that are not its processors, when only those are to count for the pod (Kata's name).
 const OVERHEAD: &str = "kata_overhead";

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxMemory, LinuxResources, Spec};
 
 use crate::{ContainerId, Error};
 
@@ -113,10 +113,16 @@ impl Limits {
         }
     }
 
-    fn own(spec: &Spec) -> Self {
+    /// Of one container.
+    pub(crate) fn own(spec: &Spec) -> Self {
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        let memory = resources.and_then(|all| all.memory().as_ref()).and_then(oci_spec::runtime::LinuxMemory::limit);
-        let cpu = resources.and_then(|all| all.cpu().as_ref());
+        resources.map(Self::of_resources).unwrap_or_default()
+    }
+
+    /// As a specification has them, or an update.
+    pub(crate) fn of_resources(resources: &LinuxResources) -> Self {
+        let memory = resources.memory().as_ref().and_then(LinuxMemory::limit);
+        let cpu = resources.cpu().as_ref();
         Self {
             memory: memory.and_then(|bytes| u64::try_from(bytes).ok()).unwrap_or_default(),
             // shares say nothing about a container alone: Docker's default of 1024 is no wish for a processor
@@ -125,11 +131,14 @@ impl Limits {
     }
 }
 
+/// The kernel's, microseconds: of a quota that has none of its own.
+const USUAL_PERIOD: u64 = 100_000;
+
 /// A quota below zero is kubelet's static CPU manager: whole processors, told as shares of 1024 each.
 fn processors(quota: Option<i64>, period: Option<u64>, shares: Option<u64>) -> u64 {
-    match (quota, period) {
+    match (quota, period.filter(|period| *period > 0).unwrap_or(USUAL_PERIOD)) {
         (Some(quota), _) if quota < 0 => shares.map_or(0, |shares| shares.div_ceil(1024)),
-        (Some(quota), Some(period)) if period > 0 => quota.unsigned_abs().div_ceil(period),
+        (Some(quota), period) => quota.unsigned_abs().div_ceil(period),
         _ => 0,
     }
 }
@@ -176,6 +185,7 @@ mod tests {
         assert_eq!(limits(&all), Limits { memory: 1 << 30, vcpus: 3 });
         let pinned = [("io.kubernetes.cri.sandbox-cpu-quota", "-1"), all[3]];
         assert_eq!(limits(&pinned).vcpus, 4);
+        assert_eq!(limits(&[("io.kubernetes.cri.sandbox-cpu-quota", "150000")]).vcpus, 2);
         assert_eq!(limits(&[]), Limits::default());
         assert_eq!(limits(&[("io.kubernetes.cri.sandbox-memory", "-5")]).memory, 0);
     }

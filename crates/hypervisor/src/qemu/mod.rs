@@ -47,6 +47,9 @@ use crate::{
 /// each translated block) of that heap too, which is all that GLib since 2.76 can do. 0.8 MiB of each machine.
 const ALLOCATION: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("G_SLICE", "always-malloc")];
 
+/// What QEMU itself takes at most beside the guest's memory and translated code, MiB (docs/design/014-pod-memory.md).
+const OWN_MIB: u64 = 24;
+
 /// What the driver must know, from the configuration.
 #[derive(Debug, Clone)]
 pub struct QemuSettings {
@@ -334,6 +337,15 @@ fn folders(spec: &VmSpec, bridge: &mut Bridge) -> Result<Vec<device::Options>, E
 impl Hypervisor for Qemu {
     fn name(&self) -> &'static str {
         "qemu"
+    }
+
+    async fn overhead_mib(&self, boot: &Boot) -> Result<u64, Error> {
+        // QEMU's own choice when it is told none: up to 1 GiB
+        let buffer = if self.settings.tcg_buffer_mib == 0 { 1024 } else { u64::from(self.settings.tcg_buffer_mib) };
+        Ok(match self.accelerator(boot).await? {
+            Accelerator::Kvm => OWN_MIB,
+            Accelerator::Tcg => OWN_MIB + buffer,
+        })
     }
 
     async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, Error> {

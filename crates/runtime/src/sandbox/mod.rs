@@ -2,6 +2,7 @@
 
 mod disks;
 mod make;
+mod memory;
 mod resolver;
 mod start;
 mod stop;
@@ -18,17 +19,18 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use agent_api::{agent as api, oci};
-use hypervisor::{Hypervisor, Vm};
+use hypervisor::{Hypervisor, Size, Vm};
 use tokio::sync::mpsc;
 
 use crate::agent_client::AgentClient;
 use crate::cleanup::RunDir;
 use crate::container::{Container, Logging, Process, inherit, io, spec};
 use crate::network::Following;
+use crate::pod::Limits;
 use crate::storage::disks::Disks;
 use crate::storage::share::Share;
 use crate::storage::shm::Shm;
-use crate::{ContainerId, Error, ExecSpec, Exit, ProcessRef, ProcessView, Status};
+use crate::{ContainerId, Error, ExecSpec, Exit, ProcessRef, ProcessView, Status, sizing};
 
 /// What a sandbox needs from outside.
 pub struct Env {
@@ -61,7 +63,7 @@ pub enum Event {
         /// As [`Sandbox::pid`] of its container.
         pid: u32,
     },
-    /// The guest's kernel killed a process of the container for want of memory.
+    /// The guest's kernel killed a process of the container for want of memory, or the host's kernel the whole VM.
     Oom(ContainerId),
 }
 
@@ -71,6 +73,9 @@ pub struct Sandbox(Arc<Inner>);
 
 struct Inner {
     env: Env,
+    /// What the VM was started with.
+    size: Size,
+    memory: memory::HostMemory,
     agent: AgentClient,
     namespace: crate::network::Namespace,
     containers: Mutex<HashMap<ContainerId, Slot>>,
@@ -491,7 +496,9 @@ impl Sandbox {
     /// # Errors
     /// [`Error::NotFound`], a limit that the guest cannot keep, or what the guest said.
     pub async fn update(&self, id: &ContainerId, limits: &oci_spec::runtime::LinuxResources) -> Result<(), Error> {
-        self.container(id)?;
+        let container = self.container(id)?;
+        let had = spec::read(&container.bundle).map(|spec| Limits::own(&spec)).unwrap_or_default();
+        sizing::check_update(self.0.size, had, Limits::of_resources(limits))?;
         let mut resources = agent_api::oci_convert::resources(limits)?;
         spec::for_guest_resources(&mut resources)?;
         let request = api::UpdateContainerRequest {

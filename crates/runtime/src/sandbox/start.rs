@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use agent_api::agent as api;
-use hypervisor::Vm;
+use hypervisor::{Size, Vm};
 use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, mpsc};
 
+use super::memory::HostMemory;
 use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, disks, resolver, up, watch};
 use crate::agent_client::{AgentClient, VmWatch};
 use crate::anchor::Anchor;
@@ -45,12 +46,27 @@ impl Sandbox {
             () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
         };
         match booted {
-            Ok(Booted { vm, share, agent, container, outputs, namespace, network, forwarding, shm, disks }) => {
+            Ok(Booted {
+                vm,
+                size,
+                memory,
+                share,
+                agent,
+                container,
+                outputs,
+                namespace,
+                network,
+                forwarding,
+                shm,
+                disks,
+            }) => {
                 let following = network.follow(&agent, &vm);
                 let init = Arc::clone(&container.init);
                 let containers = HashMap::from([(first.id.clone(), Slot::Made(Arc::new(container)))]);
                 let inner = Arc::new(Inner {
                     env,
+                    size,
+                    memory,
                     agent,
                     namespace,
                     containers: Mutex::new(containers),
@@ -93,6 +109,8 @@ pub struct FailedStart {
 /// A pod that runs, with its first container made.
 struct Booted {
     vm: Arc<dyn Vm>,
+    size: Size,
+    memory: HostMemory,
     share: Share,
     agent: AgentClient,
     container: crate::container::Container,
@@ -132,7 +150,9 @@ async fn boot(
     let (ids, plugged) = disks.assign(&blocks.sources)?;
     let blocks = blocks.placed(ids);
     let cgroup = host_cgroup(&env.config, id, oci, run)?.map(Arc::new);
+    let memory = HostMemory::of(env, cgroup.clone()).await?;
     let size = sizing::plan(config, Limits::of(oci, &role));
+    let size = memory.room.as_ref().map_or(Ok(size), |room| sizing::fit(size, room))?;
     // disks have their places where things can come; and a pod's other containers may bring some
     let is_changing = network.may_change() || !plugged.is_empty() || role == Role::Sandbox;
     let devices = network.take_devices().into_iter().chain(plugged).collect();
@@ -152,7 +172,7 @@ async fn boot(
         let (mut share, shared) = Share::start(config, run).await?;
         trace.step("virtiofsd-started");
         let up = up::bring_up(wanted, &mut share, shared, run, trace, prepare).await;
-        (up.map_err(|error| blocks.explain(error))?, share)
+        (up.map_err(|error| memory.explain(blocks.explain(error)))?, share)
     };
     let up::Up { vm, agent, prepared, is_clone, has_share } = up;
 
@@ -170,11 +190,12 @@ async fn boot(
         trace.step("container-created");
         Ok::<_, Error>(made)
     };
-    let (container, outputs) = up::while_served(&share, VmWatch::new(vm.as_ref()), guest).await?;
+    let (container, outputs) =
+        up::while_served(&share, VmWatch::new(vm.as_ref()), guest).await.map_err(|error| memory.explain(error))?;
     share.watcher().follow(&agent);
     let is_reachable = role == Role::Sandbox && !env.config.runtime.disable_new_netns;
     let forwarding = if is_reachable { network::forward(oci, &agent) } else { None };
-    Ok(Booted { vm, share, agent, container, outputs, namespace, network, forwarding, shm, disks })
+    Ok(Booted { vm, size, memory, share, agent, container, outputs, namespace, network, forwarding, shm, disks })
 }
 
 /// Where the pod counts on the host; `None` for one that names no place.

@@ -12,6 +12,8 @@ use crate::{ContainerId, Error};
 
 /// Exit status of a process whose VM is gone (what containerd uses when it does not know).
 const LOST: u32 = 255;
+/// Exit status of a process that was killed.
+const KILLED: u32 = 128 + libc::SIGKILL as u32;
 
 /// Copies its output and tells its end. For a container's first process that begins before the start, which then has
 /// less to wait for.
@@ -44,7 +46,7 @@ fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
                 if process.exit().is_none() {
                     tracing::error!(container = %process.name.container, %error, "the process is lost");
                 }
-                LOST
+                lost(&inner, &process)
             }
         };
         // a quick one ends before the answer to its start has been seen
@@ -62,6 +64,19 @@ fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
             end_execs(&inner, &process.name.container);
         }
     });
+}
+
+/// The status of a process whose VM is gone, after the reason was told where it is known: the host's kernel had to kill the
+/// VM, which stands for all that ran in it.
+fn lost(inner: &Inner, process: &Process) -> u32 {
+    if !inner.memory.is_killed() {
+        return LOST;
+    }
+    if process.exit().is_none() && process.name.exec.is_none() {
+        tracing::error!(container = %process.name.container, "the host killed the virtual machine: {}", inner.memory);
+        let _ = inner.events.send(Event::Oom(process.name.container.clone()));
+    }
+    KILLED
 }
 
 /// With a container's first process its others end; each has its own waiter, except those that were never started.
