@@ -22,6 +22,7 @@ mod ownership;
 mod params;
 mod pci;
 mod port;
+mod priority;
 mod process;
 mod reaper;
 mod resolver;

@@ -28,6 +28,7 @@ use crate::network::Network;
 use crate::oom::OomWatch;
 use crate::params::Params;
 use crate::port::Ports;
+use crate::priority;
 use crate::reaper::Reaper;
 use crate::resolver::Names;
 use crate::sandbox::Sandbox;
@@ -46,6 +47,9 @@ pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Err
     crate::log::debug("listening");
     init::finish().map_err(Error::failed("preparing the guest"))?;
     transport::serve_log(params);
+    if let Err(error) = priority::raise() {
+        crate::log::warn(&format!("the agent runs as its containers do: {error}"));
+    }
     let reaper = Reaper::start().map_err(Error::failed("reaper"))?;
     let oom = OomWatch::start().map_err(Error::failed("memory watch"))?;
     let sandbox = Arc::new(Sandbox::new(reaper, oom, params.hotplug_timeout));
@@ -163,7 +167,14 @@ impl AgentService for Service {
             }
             return Ok(Empty::new());
         }
-        container.process(&request.container_id, &request.exec_id)?.signal(request.signal)?;
+        let process = container.process(&request.container_id, &request.exec_id)?;
+        if request.signal == libc::SIGKILL as u32 && Arc::ptr_eq(&process, &container.init()) {
+            // with it all others end, but not before it has its turn, and till then they make more
+            if let Err(error) = container.cgroup.kill() {
+                crate::log::debug(&error.to_string());
+            }
+        }
+        process.signal(request.signal)?;
         Ok(Empty::new())
     }
 
