@@ -1,5 +1,5 @@
 /* Tries what programs may expect of a file system and prints a line of each: the same on every one that is as it should
- * be. `program FOLDER`, `program hold|try|wait flock|fcntl|ofd|map FILE`, `program give|show FILE`. */
+ * be. `program FOLDER`, `program hold|try|wait flock|fcntl|ofd|map FILE`, `program give|show|append|words FILE`. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
@@ -336,6 +336,89 @@ static void memory(void) {
     printf("syncfs: %s\n", TRY(syncfs(folder)));
 }
 
+enum { SIZE = 8192 };
+static void show_parts(int file) {
+    char text[SIZE + 16] = {0};
+    long length = pread(file, text, sizeof text - 1, 0);
+    printf("size %ld: %c %s %s\n", length, text[0], text + 4096, text + SIZE);
+}
+
+/* What is written through the shared map of a file that is open to append belongs where it is mapped, and what is
+ * written by write(2) to its end. */
+static void append_map(const char *name) {
+    int file = open(name, O_RDWR | O_CREAT | O_TRUNC | O_APPEND, 0644);
+    printf("sized: %s\n", TRY(ftruncate(file, SIZE)));
+    char *map = mmap(0, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    printf("map of an appending file: %s\n", map == MAP_FAILED ? err(-1) : "ok");
+    if (map == MAP_FAILED) return;
+    memset(map, 'a', SIZE);
+    printf("msync: %s\n", TRY(msync(map, SIZE, MS_SYNC)));
+    show("is as large as before", name);
+    printf("appended: %zd\n", write(file, "end", 3));
+    strcpy(map + 4096, "again");
+    /* one more that appends, opened last and never mapped */
+    int other = open(name, O_RDWR | O_APPEND);
+    printf("appended by another: %zd\n", write(other, "+", 1));
+    munmap(map, SIZE), close(file);
+    file = open(name, O_RDWR | O_APPEND);
+    show_parts(file);
+    /* mapped to be read, made writable later; a child goes on with it when the file is closed */
+    map = mmap(0, SIZE, PROT_READ, MAP_SHARED, file, 4096);
+    printf("made writable: %s\n", TRY(mprotect(map, SIZE, PROT_READ | PROT_WRITE)));
+    close(file), close(other);
+    pid_t child = fork();
+    if (!child) { strcpy(map, "child"); _exit(0); }
+    waitpid(child, 0, 0);
+    munmap(map, SIZE);
+    file = open(name, O_RDONLY);
+    show_parts(file);
+    close(file);
+}
+
+static void append_held(const char *name) {
+    char text[4097] = {0};
+    /* of one who could not open it again */
+    int file = open(name, O_RDWR | O_CREAT | O_TRUNC | O_APPEND, 0644);
+    ftruncate(file, 4096), chmod(name, 0);
+    fflush(stdout);
+    pid_t child = fork();
+    if (!child) {
+        if (setgid(99) || setuid(99)) _exit(9);
+        char *map = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        if (map == MAP_FAILED) _exit(errno);
+        strcpy(map, "held");
+        _exit(0);
+    }
+    int status;
+    waitpid(child, &status, 0);
+    long length = pread(file, text, 4096, 0);
+    printf("not mine: %d, size %ld: %s\n", status, length, text);
+    close(file);
+    /* without a name */
+    file = open(name, O_RDWR | O_APPEND);
+    unlink(name);
+    char *map = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    printf("map without a name: %s\n", map == MAP_FAILED ? err(-1) : "ok");
+    if (map != MAP_FAILED) {
+        strcpy(map, "nameless");
+        msync(map, 4096, MS_SYNC);
+        munmap(map, 4096);
+    }
+    length = pread(file, text, 4096, 0);
+    printf("after it size %ld: %s\n", length, text);
+    close(file);
+}
+
+/* Appends each line that comes to a file that stays open. */
+static int words(const char *name) {
+    char line[100];
+    int file = open(name, O_RDWR | O_CREAT | O_APPEND, 0644);
+    setlinebuf(stdout);
+    while (fgets(line, sizeof line, stdin))
+        printf("%s\n", write(file, line, strlen(line)) == (ssize_t)strlen(line) ? "written" : err(-1));
+    return 0;
+}
+
 static void others(void) {
     printf("fifo: %s\n", TRY(mkfifo("fifo", 0640)));
     show("fifo", "fifo");
@@ -388,9 +471,12 @@ static int locks(const char *what, const char *kind, const char *name) {
 
 int main(int argc, char **argv) {
     if (argc == 4) return locks(argv[1], argv[2], argv[3]);
+    if (argc == 3 && !strcmp(argv[1], "append")) return append_map(argv[2]), append_held("held"), 0;
+    if (argc == 3 && !strcmp(argv[1], "words")) return words(argv[2]);
     if (argc == 3) return access_list(argv[1], argv[2]);
     if (argc != 2 || chdir(argv[1])) return 1;
     umask(022);
     owners(), times(), attributes(), lists(), links(), renames(), large(), memory(), others();
+    append_map("appended"), append_held("held");
     return 0;
 }

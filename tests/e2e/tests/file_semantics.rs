@@ -3,14 +3,15 @@
 
 use anyhow::{Result, ensure};
 use e2e::{
-    BOTH, NodeSetup,
+    BOTH, Node, NodeSetup, Runtime,
     compile::compile,
     cri::{Network, with_cri},
     ctr::Invocation,
-    with_node,
+    install::Install,
+    with_node, with_node_setup,
 };
 use serde_json::json;
-use std::{fs, os::unix::fs::PermissionsExt as _};
+use std::{fs, io::Write as _, os::unix::fs::PermissionsExt as _};
 
 const PROGRAM: &str = include_str!("file_semantics.c");
 
@@ -44,6 +45,69 @@ fn a_program_sees_the_same_as_with_runc() -> Result<()> {
         );
         Ok(())
     })
+}
+
+/// A container with two logs that stay open, and what it said of the maps of files that append.
+const APPENDS: &str = "
+    cp /data/program /bin/program && chmod 755 /bin/program && mkdir /work && cd /work || exit 1
+    (program append root; cd /data && program append volume) > /data/said 2>&1
+    cd /dev/shm && mkfifo shell words done && exec 7<>shell 8<>words 9<>done 3>>/data/shell.log
+    program words /data/words.log <&8 >&9 & touch /data/ready
+    while read word <&7; do echo $word >&3; echo written >&9; done";
+
+/// Returns what was said.
+fn append(node: &Node, runtime: Runtime) -> Result<String> {
+    let folder = node.dir().join(runtime.tag());
+    fs::create_dir(&folder)?;
+    fs::write(folder.join("program"), compile(node.dir(), "semantics", PROGRAM)?)?;
+    let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", folder.display());
+    node.detached(runtime, runtime.tag(), &["--mount", &mount], &["sh", "-c", APPENDS])?;
+    let logs = ["shell.log", "words.log"].map(|name| folder.join(name));
+    let write = |word: &str, wanted: &str| {
+        let script = format!(
+            "until [ -e /data/ready ]; do sleep 0.1; done; exec 6</dev/shm/done; \
+             for to in shell words; do echo {word} > /dev/shm/$to; read said <&6; echo $said; done"
+        );
+        let said = node.exec(runtime.tag(), word, &[], &["sh", "-c", &script]).output()?.ok()?.text();
+        let found = [fs::read_to_string(&logs[0])?, fs::read_to_string(&logs[1])?];
+        ensure!(said == "written\nwritten" && found == [wanted, wanted], "{runtime:?} {word}: {said:?} {found:?}");
+        Ok(())
+    };
+    write("one", "one\n")?;
+    for log in &logs {
+        fs::File::options().write(true).open(log)?.set_len(0)?;
+    }
+    write("two", "two\n")?;
+    for log in &logs {
+        fs::File::options().append(true).open(log)?.write_all(b"host\n")?;
+    }
+    write("three", "two\nhost\nthree\n")?;
+    node.remove(runtime.tag())?;
+    // what is mapped is on the host, too
+    let mapped = fs::read(folder.join("volume"))?;
+    Ok(format!("{}host: {} {:?}", fs::read_to_string(folder.join("said"))?, mapped.len(), mapped.get(4096..4102)))
+}
+
+#[test]
+fn what_is_appended_or_mapped_of_an_appending_file_goes_where_it_belongs() -> Result<()> {
+    let mut runc = String::new();
+    for kind in ["virtio-9p", "virtio-fs"] {
+        let config = Some(Install::locate()?.config_with(&[("shared_fs", kind.into())])?);
+        with_node_setup(NodeSetup { config, ..NodeSetup::default() }, |node| {
+            if runc.is_empty() {
+                runc = append(node, Runtime::Runc)?;
+            }
+            let kata = append(node, Runtime::Kata)?;
+            // docs/filesystem.md: by 9p a file without a name cannot be opened again
+            let differs =
+                |said: &&str| kind == "virtio-9p" && ["map without", "after it"].iter().any(|a| said.starts_with(a));
+            let of = |said: &str| said.lines().filter(|line| !differs(line)).map(str::to_owned).collect::<Vec<_>>();
+            ensure!(of(&runc) == of(&kata), "runc:\n{runc}\n{kind}:\n{kata}");
+            Ok(())
+        })?;
+    }
+    ensure!(runc.contains("size 8196: a child end+"), "{runc}");
+    Ok(())
 }
 
 #[test]
