@@ -235,6 +235,8 @@ impl Sandbox {
     pub(crate) fn start_container(&self, id: &str) -> Result<(), Error> {
         let container = self.container(id)?;
         self.oom.add(id, container.cgroup.memory_events());
+        // what the host has changed since the container was made is seen by its first process
+        storage::renew();
         container.start()
     }
 
@@ -260,6 +262,7 @@ impl Sandbox {
     pub(crate) async fn exec(&self, request: &api::ExecProcessRequest) -> Result<(), Error> {
         check_id("exec", &request.exec_id)?;
         let process = request.process.as_ref().ok_or_else(|| Error::Invalid("the exec has no process".into()))?;
+        storage::renew();
         self.container(&request.container_id)?.exec(&request.exec_id, process, &self.reaper).await
     }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use agent_api::agent::Storage;
 use agent_api::storage::{CREATE_DIRECTORY, MORE_DEVICE, READ_ONLY};
 use agent_api::{oci, paths};
+use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -126,6 +127,19 @@ pub(crate) fn disconnect(point: &str) {
     }
 }
 
+/// Has the guest's kernel ask the host again before it believes what it knows of files, and forget what it knows of the
+/// share itself that nobody uses. A remount does both: the first by `guest/kernel/patches/0017`, with virtio-fs. By 9p
+/// nothing is known for longer than it is used.
+pub(crate) fn renew() {
+    let done = mount(None::<&str>, paths::SHARED, None::<&str>, MsFlags::MS_REMOUNT, None::<&str>);
+    // a pod with disks alone has no share
+    if let Err(errno) = done
+        && ![Errno::EINVAL, Errno::ENOENT].contains(&errno)
+    {
+        crate::log::warn(&format!("remounting the share: {errno}; changes of the host's may be seen late"));
+    }
+}
+
 /// The volumes in the share that containers have, and how many have each.
 ///
 /// The guest's kernel makes a file system of a mount in the share when somebody goes there, another one in each
@@ -154,7 +168,7 @@ impl Entered {
         sources
     }
 
-    /// What nobody has any more must not be kept in use on the host.
+    /// What nobody has any more must not be kept in use on the host: of a container whose mounts are gone.
     pub(crate) fn leave(&self, sources: &[String]) {
         let mut counts = self.counts();
         for source in sources {
@@ -165,6 +179,8 @@ impl Entered {
                 disconnect(source);
             }
         }
+        // the places that they had in the share are known until then, and open in the host's daemon
+        renew();
     }
 
     fn counts(&self) -> MutexGuard<'_, HashMap<String, usize>> {
