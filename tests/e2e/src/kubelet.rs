@@ -160,11 +160,6 @@ impl<'a> Kubelet<'a> {
         serde_json::from_str(&shown).with_context(|| name.to_owned())
     }
 
-    /// What it measures.
-    pub fn summary(&self) -> Result<Value> {
-        Ok(serde_json::from_str(&ports::get_path("127.0.0.1", PORT, "/stats/summary")?)?)
-    }
-
     /// Asks until the answer is good; kubelet tells such things only to those who ask.
     pub fn until(&self, ask: impl Fn() -> Result<(bool, String)>) -> Result<String> {
         let end = Instant::now() + LIMIT;
