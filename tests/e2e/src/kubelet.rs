@@ -17,7 +17,7 @@ use nix::{
 use serde_json::{Value, json};
 use std::{
     fs::{self, File},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -58,11 +58,18 @@ const GROUP: &str = crate::node::CRI_NAMESPACE;
 
 fn remove_groups() {
     for controller in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-        let all = controller.path().join(GROUP).join("kubepods");
-        for group in [all.join("burstable"), all.join("besteffort"), all] {
-            let _ = fs::remove_dir(group);
+        remove_group(&controller.path().join(GROUP).join("kubepods"));
+    }
+}
+
+/// A kubelet that ends leaves a pod's empty group for the next one to remove. One with processes cannot be removed.
+fn remove_group(group: &Path) {
+    for entry in fs::read_dir(group).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_group(&entry.path());
         }
     }
+    let _ = fs::remove_dir(group);
 }
 
 impl<'a> Kubelet<'a> {
