@@ -261,3 +261,20 @@ fn calls_that_a_profile_cannot_know_do_not_exist() -> Result<()> {
         Ok(())
     })
 }
+
+/// The pattern is the guest's kernel's own, so that there is nothing to compare with.
+#[test]
+fn a_core_file_is_where_the_pattern_says() -> Result<()> {
+    with_node(|node| {
+        let script = "ulimit -c unlimited && cat /proc/sys/kernel/core_pattern && cd /tmp && \
+             { sleep 1000 & kill -SEGV $!; wait $!; echo $?; } && ls /tmp && head -c 4 /tmp/core* | od -An -c";
+        let done = node.run(Runtime::Kata, "c1", &[], &["sh", "-c", script]).output()?.ok()?;
+        let text = done.text();
+        let lines: Vec<_> = text.lines().map(str::trim).collect();
+        ensure!(
+            lines.len() == 4 && lines[..3] == ["core", "139", "core"] && lines[3].starts_with("177   E   L   F"),
+            "{text}"
+        );
+        Ok(())
+    })
+}
