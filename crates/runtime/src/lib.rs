@@ -31,5 +31,5 @@ pub use driver::driver;
 pub use error::Error;
 pub use hypervisor::Size;
 pub use id::{ContainerId, ExecId};
-pub use sandbox::{Env, Event, FailedStart, Sandbox, SandboxSpec, Started};
+pub use sandbox::{Deleted, Env, Event, FailedStart, Sandbox, SandboxSpec, Started};
 pub use storage::rootfs::RootfsMount;

@@ -19,7 +19,8 @@ use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
 use runtime::cleanup::RunDir;
 use runtime::trace::Trace;
 use runtime::{
-    ContainerId, ContainerSpec, Env, Error, ExecSpec, FailedStart, ProcessRef, RootfsMount, Sandbox, SandboxSpec, Stdio,
+    ContainerId, ContainerSpec, Deleted, Env, Error, ExecSpec, FailedStart, ProcessRef, RootfsMount, Sandbox,
+    SandboxSpec, Stdio,
 };
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -289,9 +290,7 @@ impl Task for TaskService {
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Rpc<DeleteResponse> {
         let name = convert::process(&request.id, &request.exec_id)?;
         let sandbox = self.sandbox()?;
-        sandbox.settled(&name.container).await;
-        let pid = sandbox.pid(&name.container).map_err(plain)?;
-        let exit = sandbox.delete(&name).await.map_err(plain)?;
+        let Deleted { pid, exit } = sandbox.delete(&name).await.map_err(plain)?;
         let (status, at) = exit.map_or((0, std::time::SystemTime::now()), |exit| (exit.status, exit.at));
         if name.exec.is_none() {
             let deleted = event::TaskDelete {

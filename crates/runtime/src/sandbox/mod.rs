@@ -96,6 +96,15 @@ struct Inner {
 #[derive(Debug)]
 pub struct Started(#[expect(dead_code, reason = "held")] tokio::sync::OwnedMutexGuard<()>);
 
+/// A process that has been taken away.
+#[derive(Debug, Clone, Copy)]
+pub struct Deleted {
+    /// As [`Sandbox::pid`] of its container was.
+    pub pid: u32,
+    /// `None` for one that never ran.
+    pub exit: Option<Exit>,
+}
+
 /// A container's place, taken before the container is made, so that of two equal creates one is refused.
 enum Slot {
     /// Until this ends.
@@ -344,11 +353,14 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`Error::WrongState`] while it runs.
-    pub async fn delete(&self, name: &ProcessRef) -> Result<Option<Exit>, Error> {
+    pub async fn delete(&self, name: &ProcessRef) -> Result<Deleted, Error> {
         let (sandbox, name) = (self.clone(), name.clone());
         to_the_end("deleting", async move {
             sandbox.settled(&name.container).await;
-            sandbox.delete_now(&name).await
+            // with the container it is forgotten
+            let pid = sandbox.pid(&name.container)?;
+            let exit = sandbox.delete_now(&name).await?;
+            Ok(Deleted { pid, exit })
         })
         .await
     }
