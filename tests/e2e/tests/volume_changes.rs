@@ -165,7 +165,9 @@ fn a_removed_containers_files_are_let_go_of() -> Result<()> {
     with_cri(NodeSetup::default(), Network::default(), |cri| {
         for runtime in BOTH {
             let pod = cri.run_pod(runtime, &format!("gone-{}", runtime.tag()), &json!({}))?;
-            cri.run(&pod, "stays", &FOREVER, &json!({}))?;
+            let stays = cri.run(&pod, "stays", &FOREVER, &json!({}))?;
+            // its program is open from here on
+            cri.sh(&stays, &format!("until grep -qx {} /proc/[0-9]*/comm; do :; done", FOREVER[0]))?;
             let before = (runtime == Runtime::Kata).then(|| open_files(cri)).transpose()?;
             for round in 0..3 {
                 let disk = Disk::new(cri.node.dir(), &format!("disk-{}-{round}", runtime.tag()))?;

@@ -71,6 +71,10 @@ impl Leaks {
         }
         for line in String::from_utf8_lossy(&crate::mounts::table()).lines() {
             let point = line.split(' ').nth(4).unwrap_or(line);
+            // iproute2 makes it with the first `ip netns add` after a boot
+            if point == NAMESPACES {
+                continue;
+            }
             let theirs = owner.is_of_others(Path::new(point)) || namespaces_of_others.contains(Path::new(point));
             let set = if theirs { &mut of_others } else { &mut found };
             set.insert(format!("mount {point}"));
