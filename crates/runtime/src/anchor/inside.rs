@@ -1,24 +1,26 @@
 //! What an anchor does: it leaves the host's root, takes the container's, drops all privilege, and waits for its end.
 //!
 //! Runs as a process of its own, the first of its PID namespace: the shim's program, called as [`super::NAME`].
-#![allow(unsafe_code, reason = "capset, move_mount and the inherited socket have no safe wrapper")]
+#![allow(unsafe_code, reason = "capset and the inherited socket have no safe wrapper")]
 
+use std::ffi::CStr;
 use std::io::{self, IoSliceMut, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
-use nix::unistd::{chdir, pivot_root};
+use nix::sys::stat::Mode;
+use nix::unistd::{chdir, mkdir, pivot_root};
 
 use super::clone::SOCKET;
+use crate::storage::tree;
 
 /// Its answer when it stands.
 pub(super) const DONE: &[u8] = b"\0";
 
 /// The folder of the empty root where the container's root file system is put before it becomes the root.
-const PLACE: &str = "rootfs";
+const PLACE: &CStr = c"rootfs";
 
 /// Whether this process was called to be an anchor.
 pub fn is_wanted() -> bool {
@@ -50,9 +52,7 @@ fn stand(socket: &UnixStream) -> io::Result<()> {
     nix::sys::prctl::set_name(c"kata-anchor")?;
     leave_the_host().map_err(named("leaving the host's root"))?;
     if let Some(root) = receive(socket)? {
-        attach(&root, Path::new("/").join(PLACE).as_path())
-            .and_then(|()| enter(PLACE))
-            .map_err(named("the container's root file system"))?;
+        tree::attach(&root, PLACE).and_then(|()| enter(PLACE)).map_err(named("the container's root file system"))?;
     }
     give_up_privilege().map_err(named("dropping capabilities"))
 }
@@ -70,13 +70,13 @@ fn leave_the_host() -> io::Result<()> {
     let plain = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("empty"), at, Some("tmpfs"), plain, Some("size=4k,nr_inodes=2,mode=0755"))?;
     chdir(at)?;
-    std::fs::create_dir(PLACE)?;
+    mkdir(PLACE, Mode::from_bits_truncate(0o755))?;
     mount(none, at, none, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | plain, none)?;
-    enter(".")
+    enter(c".")
 }
 
 /// Makes a mount the root, and nothing of what was the root before stays.
-fn enter(new: &str) -> io::Result<()> {
+fn enter(new: &CStr) -> io::Result<()> {
     chdir(new)?;
     // the old root goes on top of the new one, from where it is taken off (pivot_root(2))
     pivot_root(".", ".")?;
@@ -102,16 +102,6 @@ fn receive(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
         }
     }
     Ok(root)
-}
-
-fn attach(root: &OwnedFd, at: &Path) -> io::Result<()> {
-    let at = std::ffi::CString::new(at.as_os_str().as_encoded_bytes())?;
-    let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
-    // SAFETY: an open descriptor and paths that end with zero.
-    let done = unsafe {
-        libc::syscall(libc::SYS_move_mount, root.as_raw_fd(), c"".as_ptr(), libc::AT_FDCWD, at.as_ptr(), flags)
-    };
-    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Nobody needs this process to be able to do anything.

@@ -129,7 +129,8 @@ fn change(tree: &OwnedFd, attributes: &libc::mount_attr, recursive: bool) -> io:
     check(done).map(drop)
 }
 
-fn attach(tree: &OwnedFd, to: &CStr) -> io::Result<()> {
+/// Puts a tree that is nowhere on `to`.
+pub(crate) fn attach(tree: &OwnedFd, to: &CStr) -> io::Result<()> {
     let flags = libc::MOVE_MOUNT_F_EMPTY_PATH;
     // SAFETY: an open descriptor and paths that end with zero.
     let done = unsafe {
