@@ -162,7 +162,7 @@ impl Docker<'_> {
 
     /// What the host looks like, but for what containerd and dockerd keep in the node's folder.
     pub fn host(&self) -> Result<Host> {
-        Host::look(&[self.node.dir()])
+        Host::settled(&[self.node.dir()])
     }
 
     /// Fails unless the host is as it was, but for what the client leaves with each runtime.

@@ -83,6 +83,20 @@ impl Host {
         Ok(Self(topics))
     }
 
+    /// Looks until two looks in a row are the same: what was ended just before may still be going.
+    pub fn settled(daemons: &[&Path]) -> Result<Self> {
+        let end = Instant::now() + SETTLE;
+        let mut seen = Self::look(daemons)?;
+        loop {
+            std::thread::sleep(Duration::from_millis(200));
+            let again = Self::look(daemons)?;
+            if again == seen || Instant::now() > end {
+                return Ok(again);
+            }
+            seen = again;
+        }
+    }
+
     /// What has become different since: lines that begin with the topic, and `-` or `+`.
     pub fn changes(&self, now: &Self) -> BTreeSet<String> {
         let mut changes = BTreeSet::new();
@@ -154,7 +168,8 @@ fn steady(line: &str) -> Option<String> {
             kept.push(word);
         }
     }
-    // neighbours and the state of a bridge without a port are the kernel's
+    // a bridge that lost its last port has no carrier, which the kernel says a second later, of its routes too
+    kept.retain(|word| *word != "linkdown");
     let line = kept.join(" ").replace("<NO-CARRIER,", "<").replace(",LOWER_UP>", ">");
     (!line.contains("fe80:")).then_some(line)
 }
@@ -187,6 +202,7 @@ mod tests {
             (":INPUT ACCEPT [12:345]", Some(":INPUT ACCEPT")),
             ("2: eth0 inet 10.0.0.1/24 valid_lft 10sec preferred_lft forever", Some("2: eth0 inet 10.0.0.1/24")),
             ("2: eth0 inet6 fe80::1/64 scope link", None),
+            ("172.17.0.0/16 dev docker0 src 172.17.0.1 linkdown", Some("172.17.0.0/16 dev docker0 src 172.17.0.1")),
         ] {
             assert_eq!(steady(line).as_deref(), kept, "{line}");
         }

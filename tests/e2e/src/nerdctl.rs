@@ -66,7 +66,7 @@ impl Nerdctl<'_> {
 
     /// What the host looks like, but for what containerd and nerdctl keep in the node's folder.
     pub fn host(&self) -> Result<Host> {
-        Host::look(&self.own())
+        Host::settled(&self.own())
     }
 
     /// Fails unless the host is as it was, but for what the client leaves with each runtime.
