@@ -75,9 +75,18 @@ pub enum Error {
     /// The VMM is gone.
     #[error("the VMM is gone")]
     Gone,
-    /// KVM was demanded and does not work.
-    #[error("accelerator = \"kvm\" is set, but {0}: set it to \"auto\" or \"tcg\", or mend KVM on this host")]
-    NoKvm(String),
+    /// A setting asks for what this host does not have.
+    #[error("{key} = {value:?} is set, but {why}: {remedy}")]
+    Setting {
+        /// The configuration's key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What is in the way.
+        why: String,
+        /// What to do.
+        remedy: &'static str,
+    },
     /// The operating system refused.
     #[error("{what}: {source}")]
     System {

@@ -9,6 +9,7 @@
 
 pub mod console;
 mod error;
+mod guest_kernel;
 pub mod helper;
 mod holes;
 pub mod pidfd;
@@ -26,7 +27,7 @@ pub use console::Console;
 pub use error::Error;
 pub use holes::next_data;
 pub use spec::{
-    Begin, Boot, Channel, Device, Disk, DiskAddress, FileServer, HostDevice, Image, MemoryWay, NetDevice, Root,
+    Begin, Boot, Channel, Device, Disk, DiskAddress, FileServer, Hello, HostDevice, Image, MemoryWay, NetDevice, Root,
     SharedDir, Size, Snapshot, Verity, VmSpec,
 };
 

@@ -21,6 +21,17 @@ pub struct Boot {
     pub root: Root,
     /// Added after the driver's own parameters.
     pub kernel_params: String,
+    /// How a guest that is only tried says that it runs; without, its console is watched.
+    pub hello: Option<Hello>,
+}
+
+/// How a guest says that it runs.
+#[derive(Debug, Clone)]
+pub struct Hello {
+    /// It writes to the virtio-serial port of this name…
+    pub port: &'static str,
+    /// …with these kernel parameters besides.
+    pub kernel_params: String,
 }
 
 /// The guest's root file system.

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use super::tcg;
 use crate::Boot;
 
 /// What runs the guest's instructions.
@@ -31,13 +32,11 @@ impl Accelerator {
         }
     }
 
-    /// With the features that it must not have.
+    /// QEMU's name of the processor model.
     pub(super) fn cpu_model(self) -> &'static str {
         match self {
             Self::Kvm => "host",
-            // with these, kernel and C library copy and clear by `rep movsb` and `rep stosb`, of which QEMU does a byte at
-            // a time; without, they take eight bytes
-            Self::Tcg => "max,erms=off,fsrm=off",
+            Self::Tcg => tcg::CPU_MODEL,
         }
     }
 }
@@ -133,6 +132,7 @@ mod tests {
                 kernel: format!("/k{number}").into(),
                 root: Root::Initrd("/i".into()),
                 kernel_params: String::new(),
+                hello: None,
             };
             Memory::new(dir.path(), Path::new("/q"), &boot)
         };
@@ -151,6 +151,7 @@ mod tests {
             kernel: kernel.into(),
             root: Root::Initrd("/i".into()),
             kernel_params: String::new(),
+            hello: None,
         };
         let memory = Memory::new(dir.path(), Path::new("/q"), &boot("/k"));
         assert_eq!(memory.recall(), None);

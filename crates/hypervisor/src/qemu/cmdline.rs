@@ -9,7 +9,8 @@ use super::disk::{self, DiskDriver, Disks, Way};
 use super::pci::{self, Bridge};
 use super::pmem;
 use super::root::RootArguments;
-use super::snapshot;
+use super::{snapshot, tcg};
+use crate::guest_kernel;
 use crate::{Channel, Device, FileServer, SharedDir, VmSpec};
 
 /// What the child inherits: the kernel, the root and its ends of the sockets that the driver made.
@@ -48,50 +49,17 @@ impl Memory {
     }
 }
 
-/// Kernel parameters that every guest of ours gets.
-///
-/// `dummy.numdummies=0`: no interface that nobody asked for.
-/// `panic=-1`: a panic resets at once, and QEMU ends on a reset (`-no-reboot`): that is how the host learns of it.
-/// `oops=panic`: a kernel that has lost its way does not go on half alive, with calls that never return.
-/// `no_timer_check` and `tsc=reliable`: emulated timers are what they say, checking them costs tens of milliseconds.
-/// `cryptomgr.notests`, `rcupdate.rcu_expedited=1`, `i8042.*`, `net.ifnames`: as Kata's guests boot.
-const KERNEL_PARAMS: &str = "console=ttyS0 panic=-1 oops=panic reboot=t no_timer_check tsc=reliable \
-    rcupdate.rcu_expedited=1 cryptomgr.notests noreplace-smp pci=lastbus=0 net.ifnames=0 dummy.numdummies=0 random.trust_cpu=on";
+/// Kernel parameters of this machine: its console and the way it resets (QEMU ends on a reset, `-no-reboot`), emulated timers
+/// that are what they say (checking them costs tens of milliseconds), one bus to look at.
+const KERNEL_PARAMS: &str = "console=ttyS0 reboot=t no_timer_check tsc=reliable noreplace-smp pci=lastbus=0";
 
 /// For devices whose requests are few and small: they are served where they are made, and QEMU's loop need not look at a
 /// descriptor for each of their queues, seven of 23, in every round trip of a network.
 const AT_ONCE: &str = "ioeventfd=off";
 
-/// Under TCG with one processor: a packet that has been sent is taken back with the next one, not by an interrupt of its own,
-/// which under a translator costs as much as the packet (with two, another takes it meanwhile). A socket then does not know
-/// what of its own is still in the card's queue, as with the veth of a container; memory that a program lends
-/// (`MSG_ZEROCOPY`) is copied (drivers/net/virtio_net.c, and our kernel's patch 0014).
-const NO_WORD_OF_THE_SENT: &str = " virtio_net.napi_tx=0";
-
-/// What the kernel must not use of QEMU's translator: before QEMU 8.0 a `cmpxchg16b` that does not find what it expects leaves
-/// garbage in the flags (target/i386, helper_cmpxchg16b works with a stale CC_OP), and an interrupt right after it brings
-/// them back by IRET. In the kernel's allocator that was a double fault, once in some fifty guests busy with a network.
-/// Programs still find the instruction in CPUID.
-const BROKEN: &str = "cx16";
-
-/// `configured`, with that. The kernel takes the last of several lists, so there must be one.
-fn without_broken(configured: &str) -> String {
-    const KEY: &str = "clearcpuid=";
-    match configured.rsplit_once(KEY) {
-        Some((before, after)) => format!("{before}{KEY}{BROKEN},{after}"),
-        None => format!("{KEY}{BROKEN} {configured}"),
-    }
-}
-
 /// The kernel asks a new SCSI controller for each of its 256 units, of which all but some are missing and take 20 ms each. The
 /// agent asks for those that it needs.
 const ONE_BY_ONE: &str = " scsi_mod.scan=manual";
-
-/// Memory up to which a guest gets [`SMALL`], MiB.
-const SMALL_MIB: u64 = 1024;
-/// An eighth of the kernel's own tables of names and inodes, which are cleared at boot: half a MiB, for files by the
-/// hundred thousand.
-const SMALL: &str = " dhash_entries=8192 ihash_entries=4096";
 
 /// All arguments after the program's name.
 pub(super) fn arguments(
@@ -104,9 +72,8 @@ pub(super) fn arguments(
 ) -> Vec<String> {
     let mut args = Args(Vec::with_capacity(64));
     let size = spec.size;
-    // the translator has no deadline timer, so the kernel would measure the local timer for 100 ms; one processor does as
-    // well with the machine's own, and that sleeps longer than the old one
-    let no_local_timer = accelerator == Accelerator::Tcg && size.vcpus == 1;
+    let is_translated = accelerator == Accelerator::Tcg;
+    let has_hpet = is_translated && tcg::has_no_local_timer(size);
     args.pair("-name", format!("kata-{},debug-threads=on", escape(&spec.id)));
     args.pair(
         "-machine",
@@ -115,15 +82,12 @@ pub(super) fn arguments(
             settings.machine,
             // QEMU's own default is on
             if spec.merge { "on" } else { "off" },
-            if no_local_timer { "on" } else { "off" },
+            if has_hpet { "on" } else { "off" },
         ),
     );
     match accelerator {
         Accelerator::Kvm => args.pair("-accel", "kvm"),
-        Accelerator::Tcg if settings.tcg_buffer_mib > 0 => {
-            args.pair("-accel", format!("tcg,tb-size={}", settings.tcg_buffer_mib));
-        }
-        Accelerator::Tcg => args.pair("-accel", "tcg"),
+        Accelerator::Tcg => args.pair("-accel", tcg::option(settings.tcg_buffer_mib)),
     }
     let model = accelerator.cpu_model();
     match settings.cpu_features.trim_matches(',') {
@@ -151,21 +115,14 @@ pub(super) fn arguments(
         for (name, value) in &root.arguments {
             args.pair(name, value.clone());
         }
-        let quiet = if spec.debug { "" } else { " quiet" };
-        let timer = if no_local_timer { " noapictimer" } else { "" };
-        let configured = &spec.boot.kernel_params;
-        let configured = if accelerator == Accelerator::Tcg { without_broken(configured) } else { configured.clone() };
-        let sent = if accelerator == Accelerator::Tcg && size.vcpus == 1 { NO_WORD_OF_THE_SENT } else { "" };
-        let tsc = inherited.tsc_khz.map(|rate| format!(" tsc_early_khz={rate}")).unwrap_or_default();
-        let tables = if size.memory_mib <= SMALL_MIB { SMALL } else { "" };
+        let (own, configured) = if is_translated {
+            (tcg::kernel_params(size, inherited.tsc_khz), tcg::without_broken(&spec.boot.kernel_params))
+        } else {
+            (String::new(), spec.boot.kernel_params.clone())
+        };
         let units = if settings.disks.driver == DiskDriver::Scsi { ONE_BY_ONE } else { "" };
-        args.pair(
-            "-append",
-            format!(
-                "{KERNEL_PARAMS}{tables}{units}{timer}{tsc}{sent}{quiet} nr_cpus={}{} {configured}",
-                size.vcpus, root.kernel_params
-            ),
-        );
+        let every = guest_kernel::params(spec);
+        args.pair("-append", format!("{KERNEL_PARAMS}{own}{units} {every}{} {configured}", root.kernel_params));
     } else {
         // told where the state is once the memory is there
         args.pair("-incoming", "defer");
@@ -287,6 +244,7 @@ mod tests {
                 kernel: "/k,x".into(),
                 root: Root::Initrd("/i,x".into()),
                 kernel_params: "agent.log=debug".into(),
+                hello: None,
             },
             size: Size { vcpus: 2, memory_mib },
             channel: Channel::Serial { port: "agent.0" },
@@ -330,7 +288,8 @@ mod tests {
             "-initrd /proc/self/fd/7 ",
             "-smp 2",
             "socket,id=agent,fd=5",
-            "tsc_early_khz=2000000 quiet nr_cpus=2 clearcpuid=cx16 agent.log=debug",
+            " pci=lastbus=0 tsc_early_khz=2000000 panic=-1 ",
+            " quiet nr_cpus=2 clearcpuid=cx16 agent.log=debug",
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");
         }
@@ -346,22 +305,6 @@ mod tests {
                 .join(" ");
         assert!(line.contains("memory-backend-file,id=mem,size=512M,mem-path=/proc/self/fd/8,share=off "), "{line}");
         assert!(line.contains("-incoming defer") && !line.contains("-kernel") && !line.contains("-append"), "{line}");
-    }
-
-    #[test]
-    fn one_processor_is_not_told_of_what_is_sent() {
-        let told = |vcpus| {
-            let mut spec = spec(512);
-            spec.size.vcpus = vcpus;
-            !line(&QemuSettings::default(), &spec).contains(NO_WORD_OF_THE_SENT)
-        };
-        assert!(!told(1) && told(2));
-    }
-
-    #[test]
-    fn what_is_broken_is_left_out_beside_what_is_configured() {
-        assert_eq!(without_broken("a=1"), "clearcpuid=cx16 a=1");
-        assert_eq!(without_broken("clearcpuid=x a clearcpuid=avx2 b"), "clearcpuid=x a clearcpuid=cx16,avx2 b");
     }
 
     #[test]

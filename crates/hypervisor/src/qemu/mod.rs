@@ -14,7 +14,7 @@ mod probe;
 mod qmp;
 mod root;
 mod snapshot;
-mod tsc;
+mod tcg;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -122,7 +122,12 @@ impl Qemu {
             (accelerator, reason)
         };
         if self.settings.wanted == Wanted::Kvm && accelerator != Accelerator::Kvm {
-            return Err(Error::NoKvm(reason));
+            return Err(Error::Setting {
+                key: "accelerator",
+                value: "kvm".into(),
+                why: reason,
+                remedy: "set it to \"auto\" or \"tcg\", or repair KVM on this host",
+            });
         }
         Ok(accelerator)
     }
@@ -130,7 +135,7 @@ impl Qemu {
     /// The rate of the guest's counter, where only the host knows it.
     async fn tsc_khz(&self, accelerator: Accelerator) -> Option<u64> {
         match accelerator {
-            Accelerator::Tcg => tsc::rate(&self.settings.state_dir).await,
+            Accelerator::Tcg => tcg::rate(&self.settings.state_dir).await,
             Accelerator::Kvm => None,
         }
     }
@@ -172,7 +177,10 @@ impl Qemu {
             console: console_child.as_raw_fd(),
             channel: channel_child.as_ref().map(AsRawFd::as_raw_fd),
         };
-        let pages = pages(accelerator, &inherited.memory);
+        let pages = match accelerator {
+            Accelerator::Kvm => Pages::AsHost,
+            Accelerator::Tcg => tcg::pages(&inherited.memory),
+        };
         let spec = VmSpec { begin: Begin::Boot, ..spec };
         let args = cmdline::arguments(&self.settings, accelerator, &spec, &bridge, &disks, &inherited);
         tracing::debug!(program = %self.settings.path.display(), ?args, "starting QEMU");
@@ -279,16 +287,6 @@ fn memory(begin: Begin, passed: &mut Vec<OwnedFd>) -> std::io::Result<(cmdline::
     Ok((cmdline::Memory::File { path, is_shared }, restore))
 }
 
-/// QEMU's translator asks for huge pages for its code, and QEMU for a table that is nearly empty: 4 MiB of a pod that nobody
-/// needs, and no program in it was slower without (docs/design/003-memory.md). A clone with copied memory is there for its
-/// speed: small pages cost it 3 %.
-fn pages(accelerator: Accelerator, memory: &cmdline::Memory) -> Pages {
-    match (accelerator, memory) {
-        (Accelerator::Kvm, _) | (Accelerator::Tcg, cmdline::Memory::File { is_shared: true, .. }) => Pages::AsHost,
-        (Accelerator::Tcg, _) => Pages::Small,
-    }
-}
-
 /// The bridge of a VM that can change, with the places of its cards, and its disks. What belongs to the host stays on the
 /// root bus, as a part of the machine.
 fn places(settings: &QemuSettings, spec: &VmSpec) -> Result<(Bridge, Disks), Error> {
@@ -340,11 +338,9 @@ impl Hypervisor for Qemu {
     }
 
     async fn overhead_mib(&self, boot: &Boot) -> Result<u64, Error> {
-        // QEMU's own choice when it is told none: up to 1 GiB
-        let buffer = if self.settings.tcg_buffer_mib == 0 { 1024 } else { u64::from(self.settings.tcg_buffer_mib) };
         Ok(match self.accelerator(boot).await? {
             Accelerator::Kvm => OWN_MIB,
-            Accelerator::Tcg => OWN_MIB + buffer,
+            Accelerator::Tcg => OWN_MIB + tcg::overhead_mib(self.settings.tcg_buffer_mib),
         })
     }
 

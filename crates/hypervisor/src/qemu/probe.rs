@@ -1,7 +1,7 @@
 //! Whether a guest really runs under KVM: one is booted until it speaks.
 //!
-//! Our agent says hello on its serial port. Agents of others do not know that port, so a guest that has reached its first
-//! process and is still there some time later counts too. The kernel tells its steps on the console: slowness is no sign
+//! A guest that knows how says hello on a serial port ([`crate::Hello`]). Others do not know that port, so a guest that has
+//! reached its first process and is still there some time later counts too. The kernel tells its steps on the console: slowness is no sign
 //! of a broken KVM (it may be one in a virtual machine), silence is.
 
 use std::time::Duration;
@@ -15,8 +15,8 @@ use crate::{Boot, Channel, Console, Size, Vm, VmSpec};
 const SILENCE: Duration = Duration::from_secs(5);
 /// How long it may take however much it says.
 const LIMIT: Duration = Duration::from_secs(60);
-/// The serial port of the probe's guest.
-const PORT: &str = "org.katacontainers.probe.0";
+/// The serial port of a guest that says nothing there.
+const PORT: &str = "probe.0";
 /// The end of what Linux says before its first process, with any name and at `loglevel=7`.
 const USER_SPACE: &str = " as init process";
 
@@ -27,15 +27,13 @@ pub(super) async fn try_kvm(qemu: &Qemu, boot: &Boot) -> Result<(), String> {
         .write(true)
         .open("/dev/kvm")
         .map_err(|error| format!("/dev/kvm cannot be opened ({error})"))?;
+    let (port, hello) = boot.hello.as_ref().map_or((PORT, ""), |hello| (hello.port, hello.kernel_params.as_str()));
     let spec = VmSpec {
         begin: crate::Begin::Boot,
         id: "kvm-probe".into(),
-        boot: Boot {
-            kernel_params: format!("{} agent.server_addr=serial://{PORT} loglevel=7", boot.kernel_params),
-            ..boot.clone()
-        },
+        boot: Boot { kernel_params: format!("{} {hello} loglevel=7", boot.kernel_params), ..boot.clone() },
         size: Size { vcpus: 1, memory_mib: 256 },
-        channel: Channel::Serial { port: PORT },
+        channel: Channel::Serial { port },
         shared_dirs: Vec::new(),
         devices: Vec::new(),
         pluggable: false,

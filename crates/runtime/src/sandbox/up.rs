@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_api::{ports, wake};
-use hypervisor::{Begin, Boot, Channel, Device, Image, MemoryWay, Root, SharedDir, Size, Verity, Vm, VmSpec};
+use hypervisor::{Begin, Boot, Channel, Device, Hello, Image, MemoryWay, Root, SharedDir, Size, Verity, Vm, VmSpec};
 
 use super::Env;
 use crate::agent_channel::AgentChannel;
@@ -224,6 +224,7 @@ fn vm_spec(env: &Env, size: Size, channel: Channel, channel_params: &str) -> VmS
             kernel: config.kernel.clone(),
             root: root(config),
             kernel_params: kernel_params(channel_params, log, config),
+            hello: Some(Hello { port: ports::AGENT_SERIAL, kernel_params: AgentChannel::Serial.kernel_params() }),
         },
         size,
         channel,

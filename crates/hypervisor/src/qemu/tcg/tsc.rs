@@ -14,7 +14,7 @@ const TRUSTED: &str = "/sys/devices/system/clocksource/clocksource0/available_cl
 
 /// Counts a millisecond (kHz), measured once for each boot of the host and kept in `dir`; `None` where the host's own
 /// kernel does not trust the counter.
-pub(super) async fn rate(dir: &Path) -> Option<u64> {
+pub(in crate::qemu) async fn rate(dir: &Path) -> Option<u64> {
     let file = dir.join("tsc-khz");
     if let Some(rate) = fs::read_to_string(&file).ok().and_then(|text| text.trim().parse().ok()) {
         return Some(rate);
