@@ -8,6 +8,9 @@ use e2e::{
 use serde_json::{Value, json};
 use std::fs;
 
+/// The README's value of `overhead.podFixed.memory` for a host without KVM.
+const OVERHEAD: &str = "130Mi";
+
 fn shell(name: &str, script: &str, more: &Value) -> Value {
     let mut container =
         json!({"name": name, "image": image::NAME, "imagePullPolicy": "Never", "command": ["sh", "-c", script]});
@@ -106,15 +109,22 @@ fn everything(kubelet: &Kubelet<'_>) -> Result<()> {
     Ok(())
 }
 
-/// One that eats more than it may is told so, and one that may have little runs.
-fn memory(kubelet: &Kubelet<'_>, small: &str) -> Result<()> {
-    let eat = "dd if=/dev/zero of=/dev/null bs=400M count=1";
-    kubelet.add("eater", &json!({"restartPolicy": "Never", "containers": [shell("eater", eat, &limits("128Mi"))]}))?;
+/// One that eats more than it may is told so, and one that may have little runs. A RuntimeClass is an object of the API
+/// server's, which puts the class's overhead into the pod: here the pod has it from the start.
+fn memory(kubelet: &Kubelet<'_>, runtime: Runtime) -> Result<()> {
+    let (small, overhead) = match runtime {
+        Runtime::Runc => ("16Mi", json!({})),
+        Runtime::Kata => ("64Mi", json!({"memory": OVERHEAD})),
+    };
+    let eat = "exec tail /dev/zero";
+    let eater = shell("eater", eat, &limits("128Mi"));
+    kubelet.add("eater", &json!({"restartPolicy": "Never", "overhead": overhead, "containers": [eater]}))?;
     let status = kubelet.wait("eater", |pod| !end(&pod["status"]).is_null())?;
     let ended = end(&status);
     ensure!(ended["reason"] == "OOMKilled" && ended["exitCode"] == 137, "{status}");
     kubelet.remove("eater")?;
-    kubelet.add("small", &json!({"containers": [shell("small", "sleep 100000", &limits(small))]}))?;
+    let small = shell("small", "sleep 100000", &limits(small));
+    kubelet.add("small", &json!({"overhead": overhead, "containers": [small]}))?;
     kubelet.wait("small", is_ready)?;
     kubelet.remove("small")
 }
@@ -125,7 +135,7 @@ fn static_pods_have_all_that_a_pod_has() -> Result<()> {
     for runtime in BOTH {
         with_kubelet(runtime, |kubelet| {
             everything(kubelet)?;
-            memory(kubelet, if runtime == Runtime::Runc { "16Mi" } else { "64Mi" })
+            memory(kubelet, runtime)
         })
         .context(runtime.tag())?;
     }
