@@ -11,8 +11,8 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::step;
 use crate::workspace::{
-    COMMAND_LINE, CONFIGURATION, GUEST_FILES, IMAGE, IMAGE_CONFIGURATION, IMAGE_VERITY, INITRD, SHIM, VMLINUX, VMLINUZ,
-    Workspace,
+    COMMAND_LINE, CONFIGURATION, GUEST_FILES, IMAGE, IMAGE_CONFIGURATION, IMAGE_VERITY, INITRD, MAN_PAGE, SHIM,
+    VMLINUX, VMLINUZ, Workspace,
 };
 
 /// `make install`: where PREFIX and DESTDIR say, through sudo where we may not write.
@@ -53,8 +53,6 @@ pub(crate) fn below(workspace: &Workspace, destdir: &Path, prefix: &Path) -> Res
     ensure!(prefix.is_absolute(), "PREFIX={} must be an absolute path", prefix.display());
     let root = under(destdir, prefix);
     step::timed(&format!("installing below {}", root.display()), || {
-        let template = read(&workspace.configuration(), "restore it from git")?;
-        let template = String::from_utf8(template).context("the configuration's template is not UTF-8")?;
         let Some(prefix) = prefix.to_str().filter(|text| !text.contains(['"', '\\', '\n'])) else {
             bail!("PREFIX={} has characters that do not fit in configuration.toml", prefix.display());
         };
@@ -64,24 +62,33 @@ pub(crate) fn below(workspace: &Workspace, destdir: &Path, prefix: &Path) -> Res
             let file = read(&workspace.guest_files().join(name), "run `make guest`")?;
             put(&root.join(GUEST_FILES).join(name), &file, 0o644)?;
         }
-        let configuration = template.replace("@PREFIX@", prefix);
-        put(&root.join(CONFIGURATION), configuration.as_bytes(), 0o644)?;
         let verity = read(&workspace.guest_files().join(IMAGE_VERITY), "run `make guest`")?;
         let verity = String::from_utf8(verity).context("the image's root hash is not UTF-8")?;
-        put(&root.join(IMAGE_CONFIGURATION), with_image(&configuration, prefix, &verity)?.as_bytes(), 0o644)
+        let (initrd, image) = roots(prefix, &verity);
+        put(&root.join(CONFIGURATION), configuration(prefix, &initrd).as_bytes(), 0o644)?;
+        put(&root.join(IMAGE_CONFIGURATION), configuration(prefix, &image).as_bytes(), 0o644)?;
+        put(&root.join(MAN_PAGE), config::render::man(prefix).as_bytes(), 0o644)
     })
 }
 
-/// The configuration with an image in the place of the initrd.
-fn with_image(configuration: &str, prefix: &str, verity: &str) -> Result<String> {
-    let (initrd, image) = (
-        format!("initrd = \"{prefix}/{GUEST_FILES}/{INITRD}\"\n"),
-        format!(
-            "image = \"{prefix}/{GUEST_FILES}/{IMAGE}\"\nrootfs_type = \"erofs\"\nkernel_verity_params = \"{verity}\"\n"
-        ),
-    );
-    ensure!(configuration.contains(&initrd), "the configuration's template has no line {initrd}");
-    Ok(configuration.replace(&initrd, &image))
+/// The file with these settings for the guest's root; every other key is at its default.
+fn configuration(prefix: &str, root: &[(&str, String)]) -> String {
+    let kernel = format!("{prefix}/{GUEST_FILES}/{VMLINUX}");
+    config::render::template(config::Driver::Qemu, config::render::Guest { kernel: &kernel, root })
+}
+
+/// Keys of the guest's root and their values in TOML.
+type Root = Vec<(&'static str, String)>;
+
+/// The settings of the initrd and those of the image.
+fn roots(prefix: &str, verity: &str) -> (Root, Root) {
+    let initrd = vec![("initrd", format!("\"{prefix}/{GUEST_FILES}/{INITRD}\""))];
+    let image = vec![
+        ("image", format!("\"{prefix}/{GUEST_FILES}/{IMAGE}\"")),
+        ("rootfs_type", "\"erofs\"".to_owned()),
+        ("kernel_verity_params", format!("\"{verity}\"")),
+    ];
+    (initrd, image)
 }
 
 fn under(destdir: &Path, prefix: &Path) -> PathBuf {

@@ -6,6 +6,7 @@ mod clients;
 mod compile;
 mod containerd;
 mod demo;
+mod docs;
 mod failures;
 mod fstest;
 mod guest_image;
@@ -28,7 +29,7 @@ use anyhow::{Result, bail};
 use crate::workspace::Workspace;
 
 const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | clients | client-tests | \
-                     nested [TEST…] | bench | fstest | conformance [FOCUS] | soak [SECONDS] | check | image FILE   (see make help)";
+                     nested [TEST…] | bench | fstest | conformance [FOCUS] | soak [SECONDS] | check | docs | image FILE   (see make help)";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -98,6 +99,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
             clients::provide(&workspace)?;
             verify::soak(&workspace, rest.first().map_or("300", String::as_str))?;
         }
+        ("docs", []) => docs::write(&workspace)?,
         ("check", []) => verify::check(&workspace)?,
         ("image", [file]) => step::timed("building the busybox image", || image::write(Path::new(file)))?,
         ("image", _) => bail!("image needs the name of the file to write: cargo run -p xtask image busybox.tar"),

@@ -4,15 +4,17 @@
 use anyhow::{Result, bail};
 
 use crate::compile::cargo;
+use crate::docs;
 use crate::failures;
 use crate::step;
 use crate::workspace::Workspace;
 
-/// Formatting, then lints: the cheap answers first.
+/// Formatting and generated documentation, then lints: the cheap answers first.
 pub(crate) fn check(workspace: &Workspace) -> Result<()> {
     step::timed("checking the formatting (make fmt repairs it)", || {
         step::run(cargo(workspace).args(["fmt", "--all", "--check"]))
     })?;
+    step::timed("comparing docs/configuration.md with the table of keys", || docs::compare(workspace))?;
     step::timed("clippy", || {
         let arguments = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
         step::run(cargo(workspace).args(arguments))

@@ -55,9 +55,9 @@ impl Workspace {
         self.root.join("guest/kernel")
     }
 
-    /// The configuration's template.
-    pub(crate) fn configuration(&self) -> PathBuf {
-        self.root.join("config/configuration-qemu.toml")
+    /// The reference of the configuration's keys.
+    pub(crate) fn reference(&self) -> PathBuf {
+        self.root.join("docs/configuration.md")
     }
 
     /// Where `make test` and `make bench` install.
@@ -97,6 +97,8 @@ pub(crate) const GUEST_FILES: &str = "share/kata-containers";
 pub(crate) const CONFIGURATION: &str = "share/defaults/kata-containers/configuration.toml";
 /// Below a prefix: the same with the image instead of the initrd.
 pub(crate) const IMAGE_CONFIGURATION: &str = "share/defaults/kata-containers/configuration-image.toml";
+/// Below a prefix: the man page of the configuration.
+pub(crate) const MAN_PAGE: &str = "share/man/man5/kata-configuration.5";
 /// Below a prefix: the shim.
 pub(crate) const SHIM: &str = "bin/containerd-shim-kata-v2";
 /// Below a prefix: the command line.

@@ -6,23 +6,24 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use crate::Error;
-use crate::file::{Entry, Value};
-use crate::keys::{MOST_MEMORY_MIB, Settings, refuse};
+use crate::checks::Set;
+use crate::file::Entry;
+use crate::key::Word as _;
+use crate::superblock;
 use crate::types::{Config, Hypervisor, SharedFs};
+use crate::value::{MOST_MEMORY_MIB, quoted, refuse};
 
-pub(crate) fn check(config: &Config, settings: &Settings) -> Result<(), Error> {
+pub(crate) fn check(config: &mut Config, set: &Set<'_>) -> Result<(), Error> {
+    if let Some(image) = config.hypervisor.image.clone() {
+        let source = config.source.clone();
+        let setting = |name: &str, shown: &str| set.vm_or(name, shown, &source);
+        check_image(&config.hypervisor, &setting("image", &quoted(&image)), &image)?;
+        let said = setting("rootfs_type", &format!("{:?}", config.hypervisor.rootfs_type.as_str()));
+        superblock::decide(config, &said, &image)?;
+    }
     let hypervisor = &config.hypervisor;
-    // what a setting is, or what stands for it when it is a default
-    let setting = |key: &str, shown: String| {
-        settings.get(key).cloned().unwrap_or_else(|| Entry {
-            key: key.to_owned(),
-            value: Value::Other(format!("{shown} (the default)")),
-            file: config.source.clone(),
-            line: 0,
-        })
-    };
-    let of_path =
-        |name: &str, path: &Path| setting(&format!("hypervisor.qemu.{name}"), format!("\"{}\"", path.display()));
+    let setting = |name: &str, shown: &str| set.vm_or(name, shown, &config.source);
+    let of_path = |name: &str, path: &Path| setting(name, &quoted(path));
 
     program(&of_path("path", &hypervisor.path), &hypervisor.path, "install qemu-system-x86")?;
     check_kernel(&of_path("kernel", &hypervisor.kernel), &hypervisor.kernel)?;
@@ -42,10 +43,10 @@ pub(crate) fn check(config: &Config, settings: &Settings) -> Result<(), Error> {
 
     let memory = hypervisor.default_memory_mib;
     if memory > host_memory_mib() {
-        return Err(refuse(&setting("hypervisor.qemu.default_memory", memory.to_string()), memory_range()));
+        return Err(refuse(&setting("default_memory", &memory.to_string()), memory_range()));
     }
-    if let Some(image) = &hypervisor.image {
-        return check_image(hypervisor, &of_path("image", image), image);
+    if hypervisor.image.is_some() {
+        return Ok(());
     }
     let initrd = hypervisor.initrd.clone().unwrap_or_default();
     let initrd_setting = of_path("initrd", &initrd);
@@ -69,7 +70,7 @@ fn check_kernel(setting: &Entry, path: &Path) -> Result<(), Error> {
     if head.starts_with(b"\x7fELF") || head.get(HEADER) == Some(b"HdrS") {
         return Ok(());
     }
-    Err(refuse(setting, "is no kernel (ELF or bzImage): run `make install`, or set another path"))
+    Err(refuse(setting, "is not a kernel (ELF or bzImage): run `make install`, or set another path"))
 }
 
 fn check_image(hypervisor: &Hypervisor, setting: &Entry, image: &Path) -> Result<(), Error> {

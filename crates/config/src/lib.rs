@@ -1,25 +1,33 @@
 //! `configuration.toml` → one validated [`Config`].
 //!
 //! Owns: which file is read, Kata's keys in both of its dialects, defaults, and the errors: one line each, with file,
-//! line, key, value and what is allowed. Reads no other files than these; starts nothing.
+//! line, key, value and what is allowed. What there is to know of a key is its row in [`table`]. Starts nothing.
 
+mod apply;
+mod checks;
+mod driver;
 mod file;
 mod host;
-mod keys;
-mod known;
+mod key;
 mod merging;
+pub mod render;
 mod root;
 mod share;
-#[cfg(test)]
-mod template;
+mod superblock;
+mod table;
+mod told;
 mod types;
+mod unknown;
+mod value;
 
 use std::ffi::OsString;
 use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
 
+pub use driver::{Accelerator, Driver, Qemu};
+pub use key::Word;
 pub use types::{
-    Accelerator, Agent, AgentChannel, BlockAio, BlockDevices, BlockDriver, Config, Factory, FsCache, Hypervisor,
+    Agent, AgentChannel, BlockAio, BlockDevices, BlockDriver, Config, Factory, FileSystem, FsCache, Hypervisor,
     Internetworking, Runtime, SharedFs, Verity,
 };
 
@@ -44,10 +52,10 @@ pub enum Error {
         file: PathBuf,
         /// Its line, from 1.
         line: usize,
-        /// The parser's words.
+        /// The parser's message.
         why: String,
     },
-    /// A value that cannot be.
+    /// A value that is not allowed.
     #[error(
         "{file}{line}: {key} = {value}: {allowed}",
         file = OneLine(.file.display()),
@@ -87,7 +95,7 @@ impl Config {
     /// Finds, reads and checks the configuration. `explicit` is the runtime option `ConfigPath`.
     ///
     /// # Errors
-    /// One line that says what to mend.
+    /// One line that says what to correct.
     pub fn load(explicit: Option<&Path>) -> Result<Self, Error> {
         let base = match explicit {
             Some(path) => path.to_owned(),
@@ -104,9 +112,10 @@ impl Config {
         for drop_in in file::drop_ins(&base)? {
             entries.extend(file::read(&drop_in)?);
         }
-        let (mut config, settings) = keys::apply(entries, &base)?;
-        host::check(&config, &settings)?;
-        merging::check(&mut config, &settings, Path::new(merging::KSM))?;
+        let (mut config, settings) = apply::apply(entries, &base, &Path::exists)?;
+        let set = checks::Set::new(&settings, config.driver);
+        host::check(&mut config, &set)?;
+        merging::check(&mut config, &set, Path::new(merging::KSM))?;
         Ok(config)
     }
 
@@ -115,7 +124,7 @@ impl Config {
     /// # Errors
     /// As [`Config::load`].
     pub fn parse(text: &str, source: &Path) -> Result<Self, Error> {
-        keys::apply(file::parse(text, source)?, source).map(|(config, _)| config)
+        apply::apply(file::parse(text, source)?, source, &|_| false).map(|(config, _)| config)
     }
 
     /// Where it is looked for, in order, when no path is given. `KATA_CONF_FILE` is for developers and the tools.

@@ -5,17 +5,18 @@ use std::fs;
 use std::path::Path;
 
 use crate::Error;
-use crate::keys::{Settings, refuse};
+use crate::checks::Set;
 use crate::types::{Config, SharedFs};
+use crate::value::refuse;
 
-const KEY: &str = "hypervisor.qemu.merge_guest_memory";
+const KEY: &str = "merge_guest_memory";
 
 /// The kernel's folder for it.
 pub(crate) const KSM: &str = "/sys/kernel/mm/ksm";
 
 /// Refuses it where the guest's memory is shared with another process: the kernel passes that over in silence.
-pub(crate) fn fits(config: &Config, settings: &Settings) -> Result<(), Error> {
-    let Some(entry) = settings.get(KEY).filter(|_| config.hypervisor.merge_guest_memory) else { return Ok(()) };
+pub(crate) fn fits(config: &Config, set: &Set<'_>) -> Result<(), Error> {
+    let Some(entry) = set.vm(KEY).filter(|_| config.hypervisor.merge_guest_memory) else { return Ok(()) };
     if !matches!(config.hypervisor.shared_fs, SharedFs::VirtioNineP | SharedFs::None) {
         let why = "works with shared_fs = \"virtio-9p\" or \"none\" only, since memory that virtiofsd shares is not \
                    merged: set that too, or this to false";
@@ -30,14 +31,14 @@ pub(crate) fn fits(config: &Config, settings: &Settings) -> Result<(), Error> {
 }
 
 /// Refuses it where the kernel cannot, and says so where it is switched off.
-pub(crate) fn check(config: &mut Config, settings: &Settings, ksm: &Path) -> Result<(), Error> {
-    let Some(entry) = settings.get(KEY).filter(|_| config.hypervisor.merge_guest_memory) else { return Ok(()) };
-    let switch = ksm.join("run");
+pub(crate) fn check(config: &mut Config, set: &Set<'_>, ksm: &Path) -> Result<(), Error> {
+    let Some(entry) = set.vm(KEY).filter(|_| config.hypervisor.merge_guest_memory) else { return Ok(()) };
+    let (switch, key) = (ksm.join("run"), &entry.key);
     match fs::read_to_string(&switch).as_deref().map(str::trim) {
         Ok("1") => {}
         Ok(_) => config
             .warnings
-            .push(format!("{KEY}: this host merges nothing as long as {} is not 1: echo 1 > {0}", switch.display())),
+            .push(format!("{key}: this host merges no pages while {} is not 1: echo 1 > {0}", switch.display())),
         Err(_) => {
             return Err(refuse(entry, "this host's kernel has no KSM (CONFIG_KSM): remove the key or set it to false"));
         }
@@ -48,10 +49,11 @@ pub(crate) fn check(config: &mut Config, settings: &Settings, ksm: &Path) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::apply::Settings;
 
     fn parsed(text: &str) -> Result<(Config, Settings), Error> {
         let source = Path::new("/etc/c.toml");
-        crate::keys::apply(crate::file::parse(text, source)?, source)
+        crate::apply::apply(crate::file::parse(text, source)?, source, &|_| false)
     }
 
     #[test]
@@ -72,12 +74,13 @@ mod tests {
     fn the_host_must_be_able_to() {
         let text = "[hypervisor.qemu]\nmerge_guest_memory = true\nshared_fs = \"none\"\n";
         let (mut config, settings) = parsed(text).expect("right");
+        let set = Set::new(&settings, config.driver);
         let ksm = tempfile::tempdir().expect("a folder");
-        let error = check(&mut config, &settings, ksm.path()).expect_err("no KSM").to_string();
+        let error = check(&mut config, &set, ksm.path()).expect_err("no KSM").to_string();
         assert!(error.contains("CONFIG_KSM"), "{error}");
         for (state, warnings) in [("1\n", 0), ("0\n", 1)] {
             fs::write(ksm.path().join("run"), state).expect("written");
-            check(&mut config, &settings, ksm.path()).expect("a kernel with it");
+            check(&mut config, &set, ksm.path()).expect("a kernel with it");
             assert_eq!(config.warnings.len(), warnings, "{:?}", config.warnings);
         }
     }

@@ -1,9 +1,10 @@
 //! The guest's root: an initrd or an image, and what makes an image trustworthy.
 
 use crate::Error;
+use crate::checks::Set;
 use crate::file::{Entry, Value};
-use crate::keys::{Settings, line, one_of, refuse};
 use crate::types::{Hypervisor, Verity};
+use crate::value::{one_of, refuse, text_line};
 
 /// More blocks than any disk has; keeps products of it in 64 bits.
 const MOST_BLOCKS: u64 = 1 << 40;
@@ -12,9 +13,8 @@ const MOST_BLOCKS: u64 = 1 << 40;
 const NAMES: [&str; 5] = ["root_hash", "salt", "data_blocks", "data_block_size", "hash_block_size"];
 
 /// Exactly one of the two; where nothing is said, the initrd.
-pub(crate) fn choose(hypervisor: &mut Hypervisor, settings: &Settings) -> Result<(), Error> {
-    let entry = |name: &str| settings.get(&format!("hypervisor.qemu.{name}"));
-    match (&hypervisor.image, entry("image"), entry("initrd")) {
+pub(crate) fn choose(hypervisor: &mut Hypervisor, set: &Set<'_>) -> Result<(), Error> {
+    match (&hypervisor.image, set.vm("image"), set.vm("initrd")) {
         (Some(_), Some(image), Some(_)) if hypervisor.initrd.is_some() => {
             return Err(refuse(
                 image,
@@ -22,7 +22,7 @@ pub(crate) fn choose(hypervisor: &mut Hypervisor, settings: &Settings) -> Result
             ));
         }
         (Some(_), ..) => {
-            hypervisor.image_is_memory = is_memory(settings)?;
+            hypervisor.image_is_memory = is_memory(set)?;
             hypervisor.initrd = None;
         }
         (None, _, Some(initrd)) if hypervisor.initrd.is_none() => {
@@ -30,7 +30,7 @@ pub(crate) fn choose(hypervisor: &mut Hypervisor, settings: &Settings) -> Result
         }
         (None, ..) => {}
     }
-    match entry("kernel_verity_params") {
+    match set.vm("kernel_verity_params") {
         Some(params) if hypervisor.image.is_none() && hypervisor.kernel_verity_params.is_some() => {
             Err(refuse(params, "works with `image` only, and none is set: set it too, or remove this key"))
         }
@@ -39,14 +39,13 @@ pub(crate) fn choose(hypervisor: &mut Hypervisor, settings: &Settings) -> Result
 }
 
 /// A disk or persistent memory, by the Go runtime's key or by the Rust runtime's; nobody who boots an initrd needs to know.
-fn is_memory(settings: &Settings) -> Result<bool, Error> {
-    let set = |name: &str| settings.get(&format!("hypervisor.qemu.{name}"));
-    let by_go = match set("disable_image_nvdimm").map(|entry| &entry.value) {
+fn is_memory(set: &Set<'_>) -> Result<bool, Error> {
+    let by_go = match set.vm("disable_image_nvdimm").map(|entry| &entry.value) {
         Some(Value::Bool(is_disk)) => Some(!is_disk),
         _ => None,
     };
-    let Some(entry) = set("vm_rootfs_driver") else { return Ok(by_go.unwrap_or(false)) };
-    let by_rust = one_of(entry, &[("virtio-blk-pci", false), ("virtio-pmem", true)])?;
+    let Some(entry) = set.vm("vm_rootfs_driver") else { return Ok(by_go.unwrap_or(false)) };
+    let by_rust = driver_is_memory(entry)?;
     match by_go.filter(|by_go| *by_go != by_rust) {
         Some(by_go) => {
             Err(refuse(entry, format!("disable_image_nvdimm = {} says the opposite: remove one of them", !by_go)))
@@ -55,9 +54,14 @@ fn is_memory(settings: &Settings) -> Result<bool, Error> {
     }
 }
 
+/// The Rust runtime's word for it.
+pub(crate) fn driver_is_memory(entry: &Entry) -> Result<bool, Error> {
+    one_of(entry, &[("virtio-blk-pci", false), ("virtio-pmem", true)])
+}
+
 /// `root_hash=…,salt=…,data_blocks=…,data_block_size=…,hash_block_size=…`; all of it reaches the guest's command line.
 pub(crate) fn verity(entry: &Entry) -> Result<Option<Verity>, Error> {
-    let text = line(entry)?;
+    let text = text_line(entry)?;
     if text.is_empty() {
         return Ok(None);
     }

@@ -1,13 +1,20 @@
-//! The configuration as types, and the defaults: the template that is installed is checked against these.
+//! The settings that every driver has, and the defaults: the file that is installed and the documentation show these.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::driver::{Driver, Qemu};
+use crate::key::Word;
+
 /// Everything.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// `[hypervisor.qemu]`.
+    /// Whose table `[hypervisor.NAME]` is used.
+    pub driver: Driver,
+    /// What each driver has of `[hypervisor.NAME]`.
     pub hypervisor: Hypervisor,
+    /// What only QEMU has of `[hypervisor.qemu]`.
+    pub qemu: Qemu,
     /// `[agent.kata]`.
     pub agent: Agent,
     /// `[runtime]`.
@@ -16,20 +23,27 @@ pub struct Config {
     pub factory: Factory,
     /// The base file.
     pub source: PathBuf,
-    /// Keys that nobody knows, each with the nearest known one.
+    /// Unknown keys, each with the most similar known one, and keys that ask for something that is not done.
     pub warnings: Vec<String>,
+    /// Keys at Kata's own default that ask for something that is not done, and what was used instead of a setting.
+    pub notices: Vec<String>,
 }
 
-/// What runs the guest's instructions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Accelerator {
-    /// KVM where a guest really runs under it, else TCG.
-    #[default]
-    Auto,
-    /// KVM or an error.
-    Kvm,
-    /// QEMU's translator.
-    Tcg,
+impl Config {
+    /// The defaults, as of this file.
+    pub(crate) fn defaults(source: PathBuf) -> Self {
+        Self {
+            driver: Driver::default(),
+            hypervisor: Hypervisor::default(),
+            qemu: Qemu::default(),
+            agent: Agent::default(),
+            runtime: Runtime::default(),
+            factory: Factory::default(),
+            source,
+            warnings: Vec::new(),
+            notices: Vec::new(),
+        }
+    }
 }
 
 /// How the host speaks to the agent.
@@ -42,6 +56,11 @@ pub enum AgentChannel {
     Serial,
     /// The kernel's vsock or an error.
     Vsock,
+}
+
+impl Word for AgentChannel {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("auto", Self::Auto), ("serial", Self::Serial), ("vsock", Self::Vsock)];
 }
 
 /// What virtiofsd lets the guest keep.
@@ -58,16 +77,9 @@ pub enum FsCache {
     Always,
 }
 
-impl FsCache {
-    /// virtiofsd's word.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Never => "never",
-            Self::Metadata => "metadata",
-            Self::Auto => "auto",
-            Self::Always => "always",
-        }
-    }
+impl Word for FsCache {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("never", Self::Never), ("metadata", Self::Metadata), ("auto", Self::Auto), ("always", Self::Always)];
 }
 
 /// How the host's files reach the guest.
@@ -82,6 +94,27 @@ pub enum SharedFs {
     VirtioNineP,
     /// Not at all: block devices only.
     None,
+}
+
+impl Word for SharedFs {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("auto", Self::Auto), ("virtio-fs", Self::VirtioFs), ("virtio-9p", Self::VirtioNineP), ("none", Self::None)];
+}
+
+/// The file system of the guest's image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum FileSystem {
+    /// ext4, and ext2 and ext3 by the same driver.
+    #[default]
+    Ext4,
+    /// XFS.
+    Xfs,
+    /// erofs.
+    Erofs,
+}
+
+impl Word for FileSystem {
+    const WORDS: &'static [(&'static str, Self)] = &[("ext4", Self::Ext4), ("xfs", Self::Xfs), ("erofs", Self::Erofs)];
 }
 
 /// `kernel_verity_params`: Kata's names.
@@ -111,6 +144,11 @@ pub enum Internetworking {
     None,
 }
 
+impl Word for Internetworking {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("tcfilter", Self::TcFilter), ("macvtap", Self::MacVtap), ("none", Self::None)];
+}
+
 /// How the guest has block devices of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum BlockDriver {
@@ -121,6 +159,16 @@ pub enum BlockDriver {
     VirtioScsi,
     /// Persistent memory: the file itself, mapped. What cannot be that is as [`Self::VirtioBlk`].
     VirtioPmem,
+}
+
+impl Word for BlockDriver {
+    // the Go runtime's names and the Rust runtime's
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("virtio-blk", Self::VirtioBlk),
+        ("virtio-blk-pci", Self::VirtioBlk),
+        ("virtio-scsi", Self::VirtioScsi),
+        ("virtio-pmem", Self::VirtioPmem),
+    ];
 }
 
 /// How the VMM reads and writes them.
@@ -135,15 +183,9 @@ pub enum BlockAio {
     IoUring,
 }
 
-impl BlockAio {
-    /// Kata's and QEMU's word.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Threads => "threads",
-            Self::Native => "native",
-            Self::IoUring => "io_uring",
-        }
-    }
+impl Word for BlockAio {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("threads", Self::Threads), ("native", Self::Native), ("io_uring", Self::IoUring)];
 }
 
 /// The keys `block_device_*`.
@@ -165,11 +207,11 @@ pub struct BlockDevices {
     pub physical_sector_size: u32,
 }
 
-/// `[hypervisor.qemu]`.
+/// `[hypervisor.NAME]`: what each driver has.
 #[derive(Debug, Clone, PartialEq)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a key of the file")]
 pub struct Hypervisor {
-    /// QEMU.
+    /// The VMM's program.
     pub path: PathBuf,
     /// Guest kernel: bzImage, or ELF with a PVH note (quicker).
     pub kernel: PathBuf,
@@ -177,22 +219,16 @@ pub struct Hypervisor {
     pub initrd: Option<PathBuf>,
     /// Disk with the agent as `/sbin/init` in its first partition.
     pub image: Option<PathBuf>,
-    /// The kernel's name of the image's file system: `ext4`, `xfs` or `erofs`.
-    pub rootfs_type: String,
+    /// The file system of the image's first partition.
+    pub rootfs_type: FileSystem,
     /// What the guest's kernel holds the image against.
     pub kernel_verity_params: Option<Verity>,
     /// The image is persistent memory instead of a disk (`disable_image_nvdimm`, `vm_rootfs_driver`).
     pub image_is_memory: bool,
-    /// `-machine`.
-    pub machine_type: String,
-    /// Own key.
-    pub accelerator: Accelerator,
     /// Added to the guest's kernel command line.
     pub kernel_params: String,
     /// `-bios`; `None` is qboot where QEMU brings it.
     pub firmware: Option<PathBuf>,
-    /// Added to the processor model.
-    pub cpu_features: String,
     /// Processors at boot.
     pub default_vcpus: u32,
     /// Most processors a VM may have.
@@ -208,8 +244,6 @@ pub struct Hypervisor {
     pub network_queues: u32,
     /// The VMM copies every frame itself even where the host's kernel could (`/dev/vhost-net`).
     pub disable_vhost_net: bool,
-    /// Own key: QEMU's translation buffer, MiB. QEMU alone takes up to 1 GiB a VM.
-    pub tcg_tb_size_mib: u32,
     /// How the host's files reach the guest.
     pub shared_fs: SharedFs,
     /// Largest packet of 9p, bytes. Kata's default is 8192, of which a file is many.
@@ -232,8 +266,6 @@ pub struct Hypervisor {
     pub block: BlockDevices,
     /// Where the guest's random numbers come from.
     pub entropy_source: PathBuf,
-    /// QEMU's `-sandbox`; empty is none.
-    pub seccomp_sandbox: String,
     /// The guest's console goes to the log.
     pub enable_debug: bool,
 }
@@ -307,21 +339,17 @@ impl Default for Hypervisor {
             kernel: "/usr/local/share/kata-containers/vmlinux.container".into(),
             initrd: Some("/usr/local/share/kata-containers/kata-containers-initrd.img".into()),
             image: None,
-            rootfs_type: "ext4".into(),
+            rootfs_type: FileSystem::Ext4,
             kernel_verity_params: None,
             image_is_memory: false,
-            machine_type: "q35".into(),
-            accelerator: Accelerator::Auto,
             kernel_params: String::new(),
             firmware: None,
-            cpu_features: String::new(),
             default_vcpus: 1,
             default_maxvcpus: 0,
             default_memory_mib: 512,
             default_maxmemory_mib: 0,
             network_queues: 1,
             disable_vhost_net: false,
-            tcg_tb_size_mib: 26,
             shared_fs: SharedFs::default(),
             msize_9p: 128 << 10,
             virtio_fs_daemon: None,
@@ -333,7 +361,6 @@ impl Default for Hypervisor {
             disable_block_device_use: false,
             block: BlockDevices::default(),
             entropy_source: "/dev/urandom".into(),
-            seccomp_sandbox: String::new(),
             enable_debug: false,
         }
     }

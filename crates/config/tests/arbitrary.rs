@@ -15,7 +15,7 @@ fn check(text: &str) {
             let vm = config.hypervisor;
             assert!(vm.default_vcpus >= 1 && vm.default_vcpus <= vm.default_maxvcpus.max(vm.default_vcpus));
             assert!((128..=16 << 20).contains(&vm.default_memory_mib));
-            assert!(config.warnings.iter().all(|warning| !warning.contains('\n')));
+            assert!(config.warnings.iter().chain(&config.notices).all(|warning| !warning.contains('\n')));
         }
         Err(error) => {
             let error = error.to_string();

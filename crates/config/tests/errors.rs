@@ -100,7 +100,7 @@ fn what_a_pool_cannot_have() {
     let pool = "[factory]\nvm_cache_number = 2\n";
     for (setting, why) in [
         ("[hypervisor.qemu]\nimage = \"/b\"", "set `initrd` instead of `image`, or this to 0"),
-        ("[hypervisor.qemu]\nshared_fs = \"none\"", "set `shared_fs` to that, or this to 0"),
+        ("[hypervisor.qemu]\nshared_fs = \"none\"", "set `shared_fs` to \"virtio-fs\" or \"auto\", or this to 0"),
         ("[agent.kata]\nagent_channel = \"vsock\"", "enable_template to false and vm_cache_number to 0"),
     ] {
         let error = refused(&format!("{pool}{setting}\n"));
@@ -155,8 +155,11 @@ fn what_is_not_supported_yet_is_never_ignored() {
     let qemu = "hypervisor.qemu";
     value(qemu, "enable_hugepages = true", "is not supported yet: remove it or set it to false");
     value(qemu, "hot_plug_vfio = \"root-port\"", "is not supported yet: remove it or set it to \"no-port\"");
-    let window = "a DAX window of virtio-fs needs a QEMU that has one, which no release of QEMU is: set it to 0";
+    let window = "a DAX window of virtio-fs is supported by no release of QEMU: set it to 0";
     value(qemu, "virtio_fs_cache_size = 1024", window);
+    let hidden = "is not supported: hide the feature by cpu_features instead, for example \"vmx=off,svm=off\", and remove \
+                  this key";
+    value(qemu, "disable_nested_virtualization = true", hidden);
     value("agent.kata", "kernel_modules = [\"e1000e\"]", "is not supported yet: remove it or set it to []");
     value("agent.kata.mem_agent", "mem_agent_enable = true", "is not supported yet: remove it or set it to false");
     value("runtime", "internetworking_model = \"l3forwarding\"", "must be \"tcfilter\" or \"macvtap\" or \"none\"");
@@ -211,7 +214,7 @@ fn one_line_whatever_the_names_hold() {
     let error = refused("[hypervisor.\"q\\nx\"]\nk = \"a\\nb\"");
     assert!(!error.contains('\n'), "{error:?}");
     let warned = Config::parse("\"a\\nb\" = 1", Path::new("/x\ny.toml")).expect("is TOML").warnings;
-    assert_eq!(warned, ["/x\\ny.toml:1: nothing is called `\"a\\nb\"`"]);
+    assert_eq!(warned, ["/x\\ny.toml:1: unknown key `\"a\\nb\"`"]);
 }
 
 #[test]

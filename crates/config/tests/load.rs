@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use config::Config;
+use config::{Config, FileSystem};
 use tempfile::TempDir;
 
 /// A folder with all that a configuration names.
@@ -72,8 +72,8 @@ fn drop_ins_win_in_alphabetical_order_key_by_key() {
     let config =
         host.load("kernel_params = \"base\"\ncpu_features = \"x\"\n[agent.kata]\ndial_timeout = 5\n").expect("loads");
     assert_eq!(config.hypervisor.kernel_params, "two");
-    assert_eq!(config.hypervisor.tcg_tb_size_mib, 64);
-    assert_eq!(config.hypervisor.cpu_features, "x");
+    assert_eq!(config.qemu.tcg_tb_size_mib, 64);
+    assert_eq!(config.qemu.cpu_features, "x");
     // a later file wins under the key's other name too
     assert_eq!(config.agent.dial_timeout.as_secs(), 9);
     drop_in("50-e.toml", "\n\n[hypervisor.qemu]\ndefault_memory = 0\n");
@@ -98,7 +98,7 @@ fn a_file_that_is_missing_or_of_the_wrong_kind() {
     assert_eq!(with("kernel", "gone"), "no such file: run `make install`, or set another path");
     assert_eq!(with("kernel", "folder"), "is a directory: set the path of a file");
     assert_eq!(with("kernel", "empty"), "is empty: run `make install`, or set another path");
-    assert_eq!(with("kernel", "initrd"), "is no kernel (ELF or bzImage): run `make install`, or set another path");
+    assert_eq!(with("kernel", "initrd"), "is not a kernel (ELF or bzImage): run `make install`, or set another path");
     fs::write(host.at("bzImage"), [&[0; 0x202], b"HdrS".as_slice(), &[0; 99]].concat()).expect("a kernel");
     fs::write(host.at("config.d/1.toml"), format!("hypervisor.qemu.kernel = {:?}\n", host.at("bzImage")))
         .expect("a drop-in");
@@ -160,6 +160,46 @@ fn memory_beyond_the_host_and_an_initrd_beyond_the_memory() {
          default_memory, 128 MiB"
     );
     assert!(host.load("default_memory = 129\n").is_ok());
+}
+
+/// Kata's own file says ext4, whatever the image is.
+#[test]
+fn the_image_says_which_file_system_it_has() {
+    const START: usize = 1 << 20;
+    let host = Host::new();
+    let write = |magic: &[u8]| {
+        let mut disk = vec![0; 2 << 20];
+        disk[450] = 0x83;
+        disk[454..458].copy_from_slice(&(START as u32 / 512).to_le_bytes());
+        disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+        disk[START + 1024..][..magic.len()].copy_from_slice(magic);
+        fs::write(host.at("image"), disk).expect("an image");
+    };
+    let load = |more: &str| {
+        let text = format!("initrd = \"\"\nimage = \"{}\"\n{more}", host.at("image").display());
+        fs::create_dir_all(host.at("config.d")).expect("config.d");
+        fs::write(host.at("config.d/1.toml"), format!("[hypervisor.qemu]\n{text}")).expect("a drop-in");
+        host.load("")
+    };
+    write(&[0xe2, 0xe1, 0xf5, 0xe0]);
+    let config = load("rootfs_type = \"ext4\"\ndisable_image_nvdimm = false\n").expect("an image of erofs");
+    assert_eq!(config.hypervisor.rootfs_type, FileSystem::Erofs);
+    let told = config.notices[0].replace(&host.dir.path().display().to_string(), "DIR");
+    assert_eq!(
+        told,
+        "hypervisor.qemu.rootfs_type = \"ext4\": the file system of DIR/image is erofs, which is used instead"
+    );
+    assert_eq!(config.warnings, Vec::<String>::new());
+    let config = load("rootfs_type = \"erofs\"\n").expect("as it says");
+    assert_eq!((config.hypervisor.rootfs_type, config.notices.len()), (FileSystem::Erofs, 0));
+    write(b"something");
+    let why = "DIR/config.d/1.toml:4: hypervisor.qemu.rootfs_type = \"xfs\": the first partition of DIR/image has neither \
+               erofs nor ext4 nor xfs: set `image` to a guest image";
+    assert_eq!(load("rootfs_type = \"xfs\"\n").map(drop), Err(why.to_owned()));
+    // a changed image with a root hash is the guest's kernel's to find
+    let hash = "0".repeat(64);
+    let verity = format!("root_hash={hash},data_blocks=1,data_block_size=4096,hash_block_size=4096");
+    load(&format!("kernel_verity_params = \"{verity}\"\n")).expect("the guest decides");
 }
 
 #[test]

@@ -1,26 +1,32 @@
 //! The VMM driver that the configuration names.
 
+use config::Word as _;
 use hypervisor::Hypervisor;
 use hypervisor::qemu::{DiskDriver, DiskSettings, Qemu, QemuSettings, Wanted, quick_firmware};
 
 /// With the configuration's settings.
 pub fn driver(config: &config::Config) -> Box<dyn Hypervisor> {
-    let from = &config.hypervisor;
-    Box::new(Qemu::new(QemuSettings {
+    match config.driver {
+        config::Driver::Qemu => Box::new(Qemu::new(qemu(&config.hypervisor, &config.qemu))),
+    }
+}
+
+fn qemu(from: &config::Hypervisor, own: &config::Qemu) -> QemuSettings {
+    QemuSettings {
         path: from.path.clone(),
-        machine: from.machine_type.clone(),
-        wanted: match from.accelerator {
+        machine: own.machine_type.clone(),
+        wanted: match own.accelerator {
             config::Accelerator::Auto => Wanted::Auto,
             config::Accelerator::Kvm => Wanted::Kvm,
             config::Accelerator::Tcg => Wanted::Tcg,
         },
-        cpu_features: from.cpu_features.clone(),
-        tcg_buffer_mib: from.tcg_tb_size_mib,
+        cpu_features: own.cpu_features.clone(),
+        tcg_buffer_mib: own.tcg_tb_size_mib,
         firmware: from.firmware.clone().or_else(quick_firmware),
-        seccomp_sandbox: from.seccomp_sandbox.clone(),
+        seccomp_sandbox: own.seccomp_sandbox.clone(),
         disks: disks(from.block),
         ..QemuSettings::default()
-    }))
+    }
 }
 
 fn disks(from: config::BlockDevices) -> DiskSettings {

@@ -165,6 +165,9 @@ async fn start_pod(
     for warning in &config.warnings {
         log::warn!("{warning}");
     }
+    for notice in &config.notices {
+        log::info!("{notice}");
+    }
     trace.step("configuration");
     let hypervisor = runtime::driver(&config);
     let sandbox = SandboxSpec { id, namespace, run: folder.take(&first.bundle)? };

@@ -243,7 +243,7 @@ fn root(config: &config::Hypervisor) -> Root {
     let Some(path) = config.image.clone() else { return Root::Initrd(config.initrd.clone().unwrap_or_default()) };
     Root::Image(Image {
         path,
-        file_system: config.rootfs_type.clone(),
+        file_system: config::Word::as_str(config.rootfs_type).to_owned(),
         is_memory: config.image_is_memory,
         verity: config.kernel_verity_params.clone().map(|verity| Verity {
             root_hash: verity.root_hash,

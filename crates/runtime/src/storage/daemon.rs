@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use config::FsCache;
+use config::{FsCache, Word as _};
 use tokio::process::Command;
 
 use crate::Error;
