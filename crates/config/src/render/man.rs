@@ -11,7 +11,7 @@ pub fn man(prefix: &str) -> String {
     let mut text = String::from(
         ".\\\" Generated from the table of keys in crates/config.\n\
          .TH KATA\\-CONFIGURATION 5 \"\" \"Kata in Rust\" \"File formats\"\n\
-         .SH NAME\nkata\\-configuration \\- configuration.toml of containerd\\-shim\\-kata\\-v2 and kata\\-runtime\n\
+         .nh\n.ad l\n.SH NAME\nkata\\-configuration \\- configuration.toml of containerd\\-shim\\-kata\\-v2 and kata\\-runtime\n\
          .SH DESCRIPTION\n",
     );
     for paragraph in [FILES, MISTAKES] {
@@ -67,12 +67,17 @@ fn works(text: &mut String, row: &Key, driver: Driver, prefix: &str) {
             row.alias.and_then(|alias| alias.slot).map(|slot| format!(" ({})", slot.takes())).unwrap_or_default();
         let _ = writeln!(text, "The Rust runtime's name is {}{}.", plain(&path), plain(&unit));
     }
-    let _ = writeln!(text, "Default: {}", plain(&shown));
+    let _ = writeln!(text, ".br\nDefault: {}", plain(&shown));
 }
 
 /// Without what roff takes for its own.
 fn plain(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-");
+    // groff reads bytes of Latin-1
+    let text: String = text
+        .chars()
+        .map(|one| if one.is_ascii() { one.to_string() } else { format!("\\[u{:04X}]", u32::from(one)) })
+        .collect();
     if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }
 }
 
@@ -93,9 +98,13 @@ mod tests {
             assert!(text.contains(&format!(".BR {} ", plain(row.name))), "{}", row.name);
         }
         assert!(text.contains("/opt/x/share/kata") && !text.contains("/usr/local/"));
+        assert!(text.is_ascii());
         for line in text.lines().filter(|line| line.starts_with('.')) {
             let name = line.split(' ').next().unwrap_or_default();
-            assert!([".\\\"", ".TH", ".SH", ".SS", ".TP", ".BR", ".PP", ".I"].contains(&name), "{line}");
+            assert!(
+                [".\\\"", ".TH", ".SH", ".SS", ".TP", ".BR", ".PP", ".I", ".br", ".nh", ".ad"].contains(&name),
+                "{line}"
+            );
         }
     }
 }
