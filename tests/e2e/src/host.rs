@@ -1,6 +1,10 @@
 //! What the host of containers is like: its network, mounts, cgroups and files, as text, to be compared with what it was.
 
-use crate::{ctr::Invocation, mounts};
+use crate::{
+    ctr::Invocation,
+    mounts,
+    node::{CRI_NAMESPACE, NAMESPACE},
+};
 use anyhow::{Result, bail};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,6 +36,9 @@ const FILES: [&str; 5] = ["/etc", "/run", "/root/.docker", "/var/lib/cni", "/var
 /// What is kept of them is looked at by [`crate::leaks`].
 const PRODUCT: &str = "/run/kata-containers";
 
+/// Where clients put their containers' groups.
+const CGROUPS: [&str; 4] = [NAMESPACE, CRI_NAMESPACE, "docker", "kubepods"];
+
 /// How lines about them begin.
 const FILES_TOPIC: &str = "files";
 
@@ -62,7 +69,7 @@ impl Host {
         topics.insert("mounts".into(), lines.collect());
         let mut cgroups = BTreeSet::new();
         walk(Path::new("/sys/fs/cgroup"), &mut |path, meta| {
-            if meta.is_dir() {
+            if meta.is_dir() && !is_cgroup_of_others(path) {
                 cgroups.insert(path.display().to_string());
             }
             true
@@ -138,13 +145,27 @@ fn nameless(line: &str) -> String {
     let mut text = String::new();
     for part in line.split_inclusive(|c: char| !c.is_ascii_alphanumeric()) {
         let word = part.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
-        let is_number = word.len() >= 8
-            && word.chars().all(|c| c.is_ascii_hexdigit())
-            && word.contains(|c: char| c.is_ascii_digit());
+        let is_number = word.len() >= 8 && is_hex(word) && word.contains(|c: char| c.is_ascii_digit());
         text += if is_number { "#" } else { word };
         text += &part[word.len()..];
     }
     text
+}
+
+/// Whether a group below `/sys/fs/cgroup/CONTROLLER` is that of a service of this machine: it is neither where clients have
+/// their containers, nor named after a container, nor a new folder of its own beside the others.
+fn is_cgroup_of_others(path: &Path) -> bool {
+    let mut names = path.iter().skip(5).map(|name| name.to_string_lossy());
+    let Some(first) = names.next() else { return false };
+    let is_id = |name: &str| name.split(['-', '.']).any(|part| part.len() == 64 && is_hex(part));
+    !first.is_empty()
+        && names.next().is_some()
+        && !CGROUPS.contains(&&*first)
+        && !path.iter().any(|name| is_id(&name.to_string_lossy()))
+}
+
+fn is_hex(word: &str) -> bool {
+    word.chars().all(|c| c.is_ascii_hexdigit())
 }
 
 /// A folder's time changes with what comes and goes in it.
@@ -186,7 +207,23 @@ fn walk(path: &Path, each: &mut impl FnMut(&Path, &fs::Metadata) -> bool) {
 
 #[cfg(test)]
 mod tests {
-    use super::{nameless, steady};
+    use super::{is_cgroup_of_others, nameless, steady};
+    use std::path::Path;
+
+    #[test]
+    fn groups_of_services_are_theirs() {
+        let id = "ab".repeat(32);
+        for (path, others) in [
+            ("/sys/fs/cgroup/memory", false),
+            ("/sys/fs/cgroup/memory/new", false),
+            ("/sys/fs/cgroup/memory/docker/one", false),
+            ("/sys/fs/cgroup/memory/kata-e2e/one/two", false),
+            ("/sys/fs/cgroup/memory/some.service/501506ddb0b0a9d65d9ff99fe39244cd", true),
+            (&*format!("/sys/fs/cgroup/memory/system.slice/docker-{id}.scope"), false),
+        ] {
+            assert_eq!(is_cgroup_of_others(Path::new(path)), others, "{path}");
+        }
+    }
 
     #[test]
     fn only_long_numbers_are_names() {
