@@ -62,7 +62,7 @@ conformance: rust deps ## Kubernetes' critest with runc and with kata, and the d
 soak: rust deps ## pods come and go, twice five minutes (or SECONDS=n), and what is left of them
 	@$(xtask) soak $(SECONDS)
 
-check: rust deps ## formatting, generated documentation and lints only
+check: rust deps ## formatting, generated documentation, the shape of the source and lints only
 	@$(xtask) check
 
 fmt: rust ## format the sources

@@ -18,6 +18,7 @@ mod nested;
 mod signals;
 mod step;
 mod tar;
+mod tidy;
 mod verify;
 mod workspace;
 
@@ -29,7 +30,7 @@ use anyhow::{Result, bail};
 use crate::workspace::Workspace;
 
 const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | clients | client-tests | \
-                     nested [TEST…] | bench | fstest | conformance [FOCUS] | soak [SECONDS] | check | docs | image FILE   (see make help)";
+                     nested [TEST…] | bench | fstest | conformance [FOCUS] | soak [SECONDS] | check | docs | tidy | image FILE   (see make help)";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -101,6 +102,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         }
         ("docs", []) => docs::write(&workspace)?,
         ("check", []) => verify::check(&workspace)?,
+        ("tidy", []) => tidy::check(&workspace)?,
         ("image", [file]) => step::timed("building the busybox image", || image::write(Path::new(file)))?,
         ("image", _) => bail!("image needs the name of the file to write: cargo run -p xtask image busybox.tar"),
         _ => bail!("unknown task {:?}; {USAGE}", arguments.join(" ")),

@@ -7,6 +7,7 @@ use crate::compile::cargo;
 use crate::docs;
 use crate::failures;
 use crate::step;
+use crate::tidy;
 use crate::workspace::Workspace;
 
 /// Formatting and generated documentation, then lints: the cheap answers first.
@@ -15,6 +16,7 @@ pub(crate) fn check(workspace: &Workspace) -> Result<()> {
         step::run(cargo(workspace).args(["fmt", "--all", "--check"]))
     })?;
     step::timed("comparing docs/configuration.md with the table of keys", || docs::compare(workspace))?;
+    step::timed("the shape of the source", || tidy::check(workspace))?;
     step::timed("clippy", || {
         let arguments = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
         step::run(cargo(workspace).args(arguments))

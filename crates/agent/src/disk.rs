@@ -130,7 +130,7 @@ mod tests {
     #[test]
     fn addresses_are_as_katas() {
         assert_eq!(Known::new("scsi", "0:12"), Ok(Known::Scsi { id: 0, lun: 12 }));
-        Known::new("blk", "1e/02").expect("a path");
+        Known::new("blk", "02/02").expect("a path");
         for (driver, address) in [("scsi", "0"), ("scsi", "0:x"), ("scsi", "0:70000"), ("blk", "/dev/vda"), ("x", "1")]
         {
             Known::new(driver, address).expect_err(address);
@@ -140,7 +140,7 @@ mod tests {
     #[tokio::test]
     async fn what_does_not_come_is_told() {
         let limit = Duration::from_millis(1);
-        let error = find("blk", "1e/1e", limit).await.expect_err("nothing is there").to_string();
-        assert!(error.contains("1e/1e") && error.contains("1ms"), "{error}");
+        let error = find("blk", "02/1f", limit).await.expect_err("nothing is there").to_string();
+        assert!(error.contains("02/1f") && error.contains("1ms"), "{error}");
     }
 }

@@ -29,16 +29,20 @@ impl Slots {
         slots
             .filter(|slots| slots.len() <= DEEPEST)
             .map(Self)
-            .ok_or_else(|| Error::Invalid(format!("PCI path {path:.80?} is not like 1e/01")))
+            .ok_or_else(|| Error::Invalid(format!("PCI path {path:.80?} is not like 02/1f")))
+    }
+
+    /// Its folder in sysfs.
+    pub(crate) fn device(&self, root: &Path) -> Option<PathBuf> {
+        // domain and bus are the kernel's choice
+        self.0.iter().try_fold(root.to_owned(), |device, (slot, function)| {
+            entry(&device, |name| name.ends_with(&format!(":{slot:02x}.{function}")))
+        })
     }
 
     /// What the device there is for the subsystem `class`, such as `net` or `block`; a virtio device's is one below.
     pub(crate) fn find(&self, root: &Path, class: &str) -> Option<std::ffi::OsString> {
-        let mut device = root.to_owned();
-        for (slot, function) in &self.0 {
-            // domain and bus are the kernel's choice
-            device = entry(&device, |name| name.ends_with(&format!(":{slot:02x}.{function}")))?;
-        }
+        let device = self.device(root)?;
         let owner =
             if device.join(class).is_dir() { device } else { entry(&device, |name| name.starts_with("virtio"))? };
         let owner = if owner.join(class).is_dir() { owner } else { memory(&owner)? };
@@ -68,12 +72,12 @@ mod tests {
     fn a_card_is_found_behind_its_bridge() {
         let root = tempfile::tempdir().expect("a folder");
         for path in [
-            "0000:00:1e.0/0000:01:02.0/virtio3/net/eth1",
+            "0000:00:02.0/0000:01:02.0/virtio3/net/eth1",
             "0000:00:03.0/virtio0/net/eth0",
             "0000:00:04.1/net/enp4",
-            "0000:00:1e.0/0000:01:05.0/virtio4/block/vda",
-            "0000:00:1e.0/0000:01:06.0/virtio5/ndbus1/region1/namespace_seed",
-            "0000:00:1e.0/0000:01:06.0/virtio5/ndbus1/region1/namespace1.0/block/pmem1",
+            "0000:00:02.0/0000:01:05.0/virtio4/block/vda",
+            "0000:00:02.0/0000:01:06.0/virtio5/ndbus1/region1/namespace_seed",
+            "0000:00:02.0/0000:01:06.0/virtio5/ndbus1/region1/namespace1.0/block/pmem1",
         ] {
             fs::create_dir_all(root.path().join(path)).expect("made");
         }
@@ -81,21 +85,21 @@ mod tests {
             let name = Slots::parse(path).expect("a path").find(root.path(), class)?;
             Some(name.to_str().expect("a name").to_owned())
         };
-        assert_eq!(at("1e/02", "net").as_deref(), Some("eth1"));
+        assert_eq!(at("02/02", "net").as_deref(), Some("eth1"));
         assert_eq!(at("03", "net").as_deref(), Some("eth0"));
         assert_eq!(at("04.1", "net").as_deref(), Some("enp4"));
-        assert_eq!(at("1e/05", "block").as_deref(), Some("vda"));
-        assert_eq!(at("1e/06", "block").as_deref(), Some("pmem1"));
-        assert_eq!(at("1e/02", "block"), None);
+        assert_eq!(at("02/05", "block").as_deref(), Some("vda"));
+        assert_eq!(at("02/06", "block").as_deref(), Some("pmem1"));
+        assert_eq!(at("02/02", "block"), None);
         assert_eq!(at("04", "net"), None);
-        assert_eq!(at("1e/03", "net"), None);
-        assert_eq!(at("1e", "net"), None);
+        assert_eq!(at("02/03", "net"), None);
+        assert_eq!(at("02", "net"), None);
     }
 
     #[test]
     fn paths_are_as_katas() {
         assert_eq!(Slots::parse("02/1f.3"), Ok(Slots(vec![(2, 0), (0x1f, 3)])));
-        for path in ["/", "20", "1.8", "+1", "../..", "1e//01", "0/0/0/0/0/0/0/0/0"] {
+        for path in ["/", "20", "1.8", "+1", "../..", "02//01", "0/0/0/0/0/0/0/0/0"] {
             Slots::parse(path).expect_err(path);
         }
     }

@@ -310,8 +310,8 @@ mod tests {
 
     #[test]
     fn driver_options_have_names() {
-        let driver_options = ["a.device=1e/02", "a.devices=x", "a.device"].map(String::from).into();
+        let driver_options = ["a.device=02/02", "a.devices=x", "a.device"].map(String::from).into();
         let storage = Storage { driver_options, ..Default::default() };
-        assert_eq!(super::driver_options(&storage, "a.device").collect::<Vec<_>>(), ["1e/02"]);
+        assert_eq!(super::driver_options(&storage, "a.device").collect::<Vec<_>>(), ["02/02"]);
     }
 }

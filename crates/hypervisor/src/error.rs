@@ -45,10 +45,12 @@ pub enum Error {
         after: Duration,
     },
     /// The VM has no room for more, or was booted without any.
-    #[error("no slot is free for {device}")]
+    #[error("no slot is free for {device}{}", after(.remedy))]
     NoSlot {
         /// The device's id.
         device: String,
+        /// What has room for more; empty where nothing has.
+        remedy: &'static str,
     },
     /// A VM, maybe this one, has for itself what is wanted.
     #[error("the file of {device} is in use: a virtual machine has locked it")]
@@ -56,13 +58,37 @@ pub enum Error {
         /// The device's id.
         device: String,
     },
+    /// The VMM refused a disk's file.
+    #[error("the file of {device}: {why}")]
+    Disk {
+        /// The device's id.
+        device: String,
+        /// The VMM's words.
+        why: String,
+    },
     /// The VM would have more devices than places for them.
-    #[error("{count} devices are more than the {most} that a virtual machine can have")]
+    #[error("{count} devices are more than the {most} that a virtual machine can have{}", after(.remedy))]
     TooManyDevices {
         /// Wanted.
         count: usize,
         /// Possible.
         most: usize,
+        /// What has room for more; empty where nothing has.
+        remedy: &'static str,
+    },
+    /// The driver has no such part.
+    #[error("a virtual machine of hypervisor {driver} has no {what}")]
+    Unsupported {
+        /// The driver.
+        driver: &'static str,
+        /// What is wanted.
+        what: String,
+    },
+    /// This VM cannot do that.
+    #[error("this virtual machine cannot have {what}: its hypervisor has no support for it")]
+    Lacks {
+        /// What is wanted.
+        what: &'static str,
     },
     /// A VM could not be saved, or did not go on from what was saved.
     #[error("{what} a virtual machine: {why}")]
@@ -96,6 +122,11 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+}
+
+/// A remedy, where there is one.
+fn after(remedy: &str) -> String {
+    if remedy.is_empty() { String::new() } else { format!(": {remedy}") }
 }
 
 impl Error {

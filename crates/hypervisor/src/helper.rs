@@ -17,7 +17,7 @@ use tokio::io::{AsyncReadExt, BufReader, Interest};
 use tokio::process::Command;
 use tokio::sync::{oneshot, watch};
 
-use crate::{Error, VmExit, pidfd};
+use crate::{Error, Fault, VmExit, pidfd};
 
 /// What a map of a file cannot tell otherwise.
 pub(crate) const SHORTER: &str = "a file that is memory of the virtual machine, as a disk by virtio-pmem is, became \
@@ -36,6 +36,34 @@ pub enum Pages {
     Small,
 }
 
+/// What a helper is started with.
+#[derive(Debug)]
+pub struct Program<'a> {
+    /// What it is for, in errors.
+    pub what: &'static str,
+    /// The configuration's key of its path, in errors.
+    pub key: &'static str,
+    /// Its path.
+    pub path: &'a Path,
+    /// After its name.
+    pub args: &'a [String],
+    /// Beside our own environment.
+    pub env: &'a [(&'a str, &'a str)],
+    /// They stay open in it under the same numbers.
+    pub fds: &'a [OwnedFd],
+    /// Holds for what it starts itself, too.
+    pub pages: Pages,
+    /// Finds the cause of a failure in what it wrote on its standard error.
+    pub fault: fn(&str) -> Option<Fault>,
+}
+
+impl<'a> Program<'a> {
+    /// Without descriptors or anything of its own in the environment.
+    pub fn new(what: &'static str, key: &'static str, path: &'a Path, args: &'a [String]) -> Self {
+        Self { what, key, path, args, env: &[], fds: &[], pages: Pages::AsHost, fault: |_| None }
+    }
+}
+
 /// A running helper process. Dropping it kills the process.
 #[derive(Debug)]
 pub struct Helper {
@@ -45,25 +73,15 @@ pub struct Helper {
 }
 
 impl Helper {
-    /// Starts `program` with `args`, and `env` beside our own environment; `fds` stay open in it under the same numbers.
-    ///
-    /// `what` and `key` name it in errors: what it is for and the configuration's key of its path. `pages` holds for what it
-    /// starts itself, too.
+    /// Starts it.
     ///
     /// # Errors
     /// [`Error::Spawn`] when it cannot be executed.
-    pub fn spawn(
-        what: &'static str,
-        key: &'static str,
-        program: &Path,
-        args: &[String],
-        env: &[(&str, &str)],
-        fds: &[OwnedFd],
-        pages: Pages,
-    ) -> Result<Self, Error> {
+    pub fn spawn(program: &Program<'_>) -> Result<Self, Error> {
+        let Program { what, key, path, args, env, fds, pages, fault } = *program;
         let passed: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let parent = std::process::id();
-        let mut command = Command::new(program);
+        let mut command = Command::new(path);
         command
             .args(args)
             .envs(env.iter().copied())
@@ -97,7 +115,7 @@ impl Helper {
             });
         }
         let mut child =
-            command.spawn().map_err(|source| Error::Spawn { what, binary: program.to_owned(), key, source })?;
+            command.spawn().map_err(|source| Error::Spawn { what, binary: path.to_owned(), key, source })?;
         let pid = child.id().unwrap_or_default();
         let stderr = Arc::new(Mutex::new(Vec::new()));
         let reader = child.stderr.take().map(|pipe| tokio::spawn(keep_tail(what, pipe, Arc::clone(&stderr))));
@@ -124,7 +142,8 @@ impl Helper {
                 Ok(status) => format!("{what} ended ({status})"),
                 Err(error) => format!("{what} cannot be waited for ({error})"),
             };
-            let _ = exit_to.send(Some(VmExit { reason, is_success, stderr }));
+            let fault = if is_success { None } else { fault(&stderr) };
+            let _ = exit_to.send(Some(VmExit { reason, is_success, stderr, fault }));
         });
         Ok(Self { pid, exit, kill: Mutex::new(Some(kill)) })
     }
@@ -150,7 +169,7 @@ impl Helper {
             // who kills it knows why
             let word = if is_killed { None } else { tokio::time::timeout(WORD, told).await.ok().and_then(Result::ok) };
             let reason = if is_killed { format!("{what} was killed") } else { format!("{what} ended, and its keeper") };
-            let exit = word.unwrap_or(VmExit { reason, is_success: false, stderr: String::new() });
+            let exit = word.unwrap_or(VmExit { reason, is_success: false, stderr: String::new(), fault: None });
             let _ = exit_to.send(Some(exit));
         });
         Ok(Self { pid, exit, kill: Mutex::new(Some(kill)) })
@@ -178,7 +197,7 @@ impl Helper {
 }
 
 /// Lets this process have as many files open as may be allowed to it: a file that the guest knows is an open one of
-/// virtiofsd or of QEMU's 9p server, and what containerd hands on is the low limit for programs that use select(2).
+/// whoever serves its shared folder, and what containerd hands on is the low limit for programs that use select(2).
 fn raise_open_files() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: both calls are async-signal-safe and read or write one `rlimit` of ours.
@@ -215,11 +234,27 @@ async fn keep_tail(what: &'static str, pipe: tokio::process::ChildStderr, tail: 
 mod tests {
     use super::*;
 
+    fn shell(args: &[String]) -> Helper {
+        Helper::spawn(&Program::new("shell", "path", Path::new("/bin/sh"), args)).expect("spawned")
+    }
+
+    #[tokio::test]
+    async fn a_failure_has_the_cause_that_its_words_tell() {
+        let cause = |words: &str| words.contains("disk7").then(|| Fault::DiskInUse { id: "disk7".into() });
+        for (script, told) in [("echo disk7 >&2; exit 1", true), ("echo disk7 >&2", false)] {
+            let args = ["-c".to_owned(), script.to_owned()];
+            let program = Program { fault: cause, ..Program::new("shell", "path", Path::new("/bin/sh"), &args) };
+            let helper = Helper::spawn(&program).expect("spawned");
+            let mut exit = helper.exit();
+            let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
+            assert_eq!(seen.fault.is_some(), told, "{script}");
+        }
+    }
+
     #[tokio::test]
     async fn reports_exit_and_stderr() {
         let args = ["-c".to_owned(), "echo broken >&2; exit 3".to_owned()];
-        let helper =
-            Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], &[], Pages::AsHost).expect("spawned");
+        let helper = shell(&args);
         let mut exit = helper.exit();
         let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
         assert_eq!(seen.stderr, "broken\n");
@@ -231,8 +266,8 @@ mod tests {
         let file = tempfile::tempfile().expect("a file");
         let fd = OwnedFd::from(file);
         let args = ["-c".to_owned(), format!("test -e /proc/self/fd/{}", fd.as_raw_fd())];
-        let helper =
-            Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], &[fd], Pages::AsHost).expect("spawned");
+        let program = Program { fds: &[fd], ..Program::new("shell", "path", Path::new("/bin/sh"), &args) };
+        let helper = Helper::spawn(&program).expect("spawned");
         let mut exit = helper.exit();
         let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
         assert!(seen.reason.contains("exit status: 0"), "{seen}");
@@ -248,8 +283,7 @@ mod tests {
             assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
         }
         let args = ["-c".to_owned(), format!("test $(ulimit -Sn) = {}", limit.rlim_max)];
-        let helper =
-            Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], &[], Pages::AsHost).expect("spawned");
+        let helper = shell(&args);
         let mut exit = helper.exit();
         let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
         assert!(seen.is_success, "{seen}");
@@ -259,7 +293,8 @@ mod tests {
     async fn has_huge_pages_or_none() {
         for (pages, word) in [(Pages::Small, "0"), (Pages::AsHost, "1")] {
             let args = ["-c".to_owned(), format!("grep -q '^THP_enabled:.*{word}$' /proc/self/status")];
-            let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], &[], pages).expect("spawned");
+            let program = Program { pages, ..Program::new("shell", "path", Path::new("/bin/sh"), &args) };
+            let helper = Helper::spawn(&program).expect("spawned");
             let mut exit = helper.exit();
             let seen = exit.wait_for(Option::is_some).await.expect("an exit").clone().expect("some");
             assert!(seen.is_success, "{pages:?}: {seen}");
@@ -275,8 +310,8 @@ mod tests {
             runtime.block_on(async {
                 refuse_prctl(libc::PR_SET_THP_DISABLE);
                 let args = ["-c".to_owned(), "grep -q '^THP_enabled:.*1$' /proc/self/status".to_owned()];
-                let helper = Helper::spawn("shell", "path", Path::new("/bin/sh"), &args, &[], &[], Pages::Small);
-                let helper = helper.expect("spawned");
+                let shell = Program::new("shell", "path", Path::new("/bin/sh"), &args);
+                let helper = Helper::spawn(&Program { pages: Pages::Small, ..shell }).expect("spawned");
                 helper.exit().wait_for(Option::is_some).await.expect("an exit").clone().expect("some")
             })
         });
@@ -310,8 +345,8 @@ mod tests {
     #[tokio::test]
     async fn stop_kills() {
         let args = ["1000".to_owned()];
-        let helper =
-            Helper::spawn("sleep", "path", Path::new("/bin/sleep"), &args, &[], &[], Pages::AsHost).expect("spawned");
+        let sleep = Program::new("sleep", "path", Path::new("/bin/sleep"), &args);
+        let helper = Helper::spawn(&sleep).expect("spawned");
         helper.stop(Duration::ZERO).await;
         assert!(!Path::new(&format!("/proc/{}", helper.pid())).exists());
     }
@@ -327,7 +362,7 @@ mod tests {
 
         let (mut child, (say, told)) = (spawn(), oneshot::channel());
         let helper = adopt(child.id(), told);
-        let word = VmExit { reason: "of old age".into(), is_success: true, stderr: String::new() };
+        let word = VmExit { reason: "of old age".into(), is_success: true, stderr: String::new(), fault: None };
         say.send(word.clone()).expect("heard");
         assert_eq!(*helper.exit().borrow(), None, "it runs");
         child.kill().expect("killed");
@@ -338,8 +373,8 @@ mod tests {
 
     #[tokio::test]
     async fn missing_program_names_the_key() {
-        let error =
-            Helper::spawn("QEMU", "path", Path::new("/no/qemu"), &[], &[], &[], Pages::AsHost).expect_err("missing");
-        assert!(error.to_string().contains("/no/qemu") && error.to_string().contains("`path`"), "{error}");
+        let program = Program::new("helper", "path", Path::new("/no/helper"), &[]);
+        let error = Helper::spawn(&program).expect_err("missing");
+        assert!(error.to_string().contains("/no/helper") && error.to_string().contains("`path`"), "{error}");
     }
 }

@@ -3,6 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use crate::{ChannelKind, DeviceKind};
+
 /// Processors and memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size {
@@ -81,7 +83,7 @@ pub struct Verity {
     pub hash_block_size: u64,
 }
 
-/// How the host speaks to the guest.
+/// How the host speaks to the guest: its end points, which the driver chooses ([`crate::Hypervisor::open_channel`]).
 #[derive(Debug)]
 pub enum Channel {
     /// A virtio-serial port of this name; the host's end comes with [`crate::Vm::take_channel`].
@@ -96,6 +98,25 @@ pub enum Channel {
         /// The guest's context id.
         cid: u32,
     },
+    /// vsock that ends in the VMM. The host connects to `socket` and asks for a port of the guest's (`CONNECT port`); what the
+    /// guest connects to at port P of the host arrives at the socket `<socket>_P`.
+    HybridVsock {
+        /// Where the VMM listens.
+        socket: PathBuf,
+        /// The guest's context id.
+        cid: u32,
+    },
+}
+
+impl Channel {
+    /// Its kind.
+    pub fn kind(&self) -> ChannelKind {
+        match self {
+            Self::Serial { .. } => ChannelKind::Serial,
+            Self::Vsock { .. } => ChannelKind::Vsock,
+            Self::HybridVsock { .. } => ChannelKind::HybridVsock,
+        }
+    }
 }
 
 /// A folder that the guest mounts.
@@ -123,8 +144,8 @@ impl SharedDir {
 pub enum FileServer {
     /// A vhost-user daemon, by virtio-fs.
     VirtioFs {
-        /// A connection to it.
-        socket: OwnedFd,
+        /// How the VMM reaches it.
+        socket: DaemonEnd,
         /// Entries of the request queue.
         queue_size: u32,
     },
@@ -133,6 +154,15 @@ pub enum FileServer {
         /// The folder, open; none yet in a VM that is saved for its clones.
         folder: Option<OwnedFd>,
     },
+}
+
+/// The VMM's end of the way to a vhost-user daemon, of the kind that the driver names ([`crate::DaemonSocket`]).
+#[derive(Debug)]
+pub enum DaemonEnd {
+    /// A connection.
+    Connection(OwnedFd),
+    /// Where the daemon listens.
+    Path(PathBuf),
 }
 
 /// Something that a VM is booted with, or gets while it runs.
@@ -171,7 +201,16 @@ impl Device {
         })
     }
 
-    /// Its name for [`crate::Vm::unplug`].
+    /// What it is.
+    pub fn kind(&self) -> DeviceKind {
+        match self {
+            Self::Net(_) => DeviceKind::Net,
+            Self::Host(_) => DeviceKind::Host,
+            Self::Disk(_) => DeviceKind::Disk,
+        }
+    }
+
+    /// Its name for [`crate::HotPlug::unplug`].
     pub fn id(&self) -> &str {
         match self {
             Self::Net(card) => &card.id,
@@ -209,7 +248,7 @@ pub enum Begin {
     /// It boots.
     #[default]
     Boot,
-    /// It boots with this file for its memory, to be saved by [`crate::Vm::save`].
+    /// It boots with this file for its memory, to be saved by [`crate::Snapshots::save`].
     Template {
         /// Empty, as long as the memory is large.
         memory: OwnedFd,
@@ -224,7 +263,7 @@ pub enum Begin {
 pub struct Snapshot {
     /// What [`Begin::Template`] had.
     pub memory: OwnedFd,
-    /// What [`crate::Vm::save`] wrote.
+    /// What [`crate::Snapshots::save`] wrote.
     pub state: OwnedFd,
     /// How the clone gets the memory.
     pub way: MemoryWay,
@@ -264,10 +303,10 @@ pub struct Disk {
     pub shared: bool,
 }
 
-/// Where the guest finds a disk.
+/// Where the guest finds a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum DiskAddress {
-    /// A PCI device, as [`crate::Vm::guest_path`].
+pub enum Address {
+    /// A PCI device: device numbers in hexadecimal from the root bus on, as Kata's protocol writes them (`02/1f`).
     Pci(String),
     /// A unit of the only SCSI controller.
     Scsi {
@@ -299,7 +338,7 @@ pub struct VmSpec {
     /// Devices can be plugged and unplugged while it runs, which costs the guest a little of its start.
     pub pluggable: bool,
     /// The guest gives back what it has freed, which costs its start a little. Not for a clone of
-    /// [`MemoryWay::Private`]: QEMU would give back parts of the saved file.
+    /// [`MemoryWay::Private`]: parts of the saved file would be given back.
     pub reclaim: bool,
     /// The host's kernel may keep pages once that are equal in several guests. Not with folders of a daemon's, nor for a
     /// clone of [`MemoryWay::Copied`]: shared memory is never merged.

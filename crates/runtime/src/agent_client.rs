@@ -10,7 +10,7 @@ use agent_api::resolver_ttrpc::ResolverClient;
 use agent_api::ttrpc;
 use agent_api::ttrpc::r#async::{Client, transport::Socket};
 use agent_api::ttrpc::context::Context;
-use agent_api::wake::{DownRequest, UpRequest};
+use agent_api::wake::{DownRequest, Rescan, UpRequest};
 use agent_api::wake_ttrpc::WakeClient;
 use hypervisor::{Console, Vm, VmExit};
 use tokio::sync::watch;
@@ -35,11 +35,11 @@ impl VmWatch {
     /// Resolves when the VMM is gone.
     pub(crate) async fn gone(&self, what: &str) -> Error {
         let mut exit = self.exit.clone();
-        let reason = match exit.wait_for(Option::is_some).await {
-            Ok(exit) => exit.as_ref().map(ToString::to_string).unwrap_or_default(),
-            Err(_) => "its watcher is gone".into(),
+        let (reason, fault) = match exit.wait_for(Option::is_some).await {
+            Ok(exit) => exit.as_ref().map(|exit| (exit.to_string(), exit.fault.clone())).unwrap_or_default(),
+            Err(_) => ("its watcher is gone".into(), None),
         };
-        Error::VmGone { what: what.into(), reason, console: self.console_tail() }
+        Error::VmGone { what: what.into(), reason, console: self.console_tail(), fault }
     }
 
     /// Runs `work`, or says why it cannot be done any more.
@@ -72,10 +72,11 @@ impl VmWatch {
 
     /// The same, where the end of the VMM would have been seen within `limit`.
     pub(crate) async fn broken_within<T>(&self, what: &str, reason: &str, limit: Duration) -> Result<T, Error> {
-        match tokio::time::timeout(limit, self.gone(what)).await {
-            Ok(gone) => Err(gone),
-            Err(_) => Err(Error::VmGone { what: what.into(), reason: reason.to_owned(), console: self.console_tail() }),
+        if let Ok(gone) = tokio::time::timeout(limit, self.gone(what)).await {
+            return Err(gone);
         }
+        let (what, reason, console) = (what.into(), reason.to_owned(), self.console_tail());
+        Err(Error::VmGone { what, reason, console, fault: None })
     }
 
     fn console_tail(&self) -> String {
@@ -169,9 +170,15 @@ impl AgentClient {
     }
 
     /// The last call to a guest that is to be saved, or to wait, which is answered when that has run for `age`.
-    pub(crate) async fn lull(&self, age: Duration) -> Result<(), Error> {
+    /// `rescan` is where it is to look for what comes meanwhile.
+    pub(crate) async fn lull(&self, age: Duration, rescan: hypervisor::Rescan) -> Result<(), Error> {
         let age_ms = u32::try_from(age.as_millis()).unwrap_or(u32::MAX);
-        let request = DownRequest { age_ms, ..Default::default() };
+        let rescan = Rescan {
+            bridge: rescan.bridge.unwrap_or_default().into(),
+            acpi_event: rescan.acpi_event.unwrap_or_default().into(),
+            ..Default::default()
+        };
+        let request = DownRequest { age_ms, rescan: Some(rescan).into(), ..Default::default() };
         let limit = self.deadline.saturating_add(age);
         self.within("lulling the guest", Some(limit), self.wake.down(Context::default(), &request)).await.map(drop)
     }

@@ -36,6 +36,8 @@ pub enum Error {
         reason: String,
         /// `\nguest console:\n…` or empty.
         console: String,
+        /// What it could not go on without, where that is known.
+        fault: Option<hypervisor::Fault>,
     },
     /// The guest did not answer.
     #[error("{what}: no answer from the guest within {limit:?}{console}")]

@@ -227,7 +227,7 @@ fn what_virtiofsd_does_not_take_is_told() -> Result<()> {
             "metadata",
             "virtio_fs_cache",
             "metadata".into(),
-            ["is QEMU's virtiofsd", "set `virtio_fs_daemon` to the Rust"],
+            ["is the C virtiofsd", "set `virtio_fs_daemon` to the Rust"],
         ),
         ("argument", "virtio_fs_extra_args", strange, ["virtiofsd ended", "no-such-option"]),
         ("program", "virtio_fs_daemon", "/bin/true".into(), ["/bin/true", "not that of a virtiofsd"]),

@@ -11,7 +11,7 @@ use super::pmem;
 use super::root::RootArguments;
 use super::{snapshot, tcg};
 use crate::guest_kernel;
-use crate::{Channel, Device, FileServer, SharedDir, VmSpec};
+use crate::{Channel, DaemonEnd, Device, FileServer, SharedDir, VmSpec};
 
 /// What the child inherits: the kernel, the root and its ends of the sockets that the driver made.
 #[derive(Debug, Clone)]
@@ -153,6 +153,8 @@ pub(super) fn arguments(
         Channel::Vsock { vhost, cid } => {
             args.pair("-device", format!("vhost-vsock-pci,vhostfd={},guest-cid={cid}", vhost.as_raw_fd()));
         }
+        // such a VM is not launched
+        Channel::HybridVsock { .. } => {}
     }
     if spec.reclaim {
         args.pair("-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on");
@@ -206,7 +208,11 @@ const NO_FOLDER: &str = "/proc/self/fdinfo";
 fn share(args: &mut Args, index: usize, dir: &SharedDir, boots: bool) {
     match &dir.server {
         FileServer::VirtioFs { socket, queue_size } => {
-            args.pair("-chardev", format!("socket,id=fs{index},fd={}", socket.as_raw_fd()));
+            let end = match socket {
+                DaemonEnd::Connection(socket) => format!("fd={}", socket.as_raw_fd()),
+                DaemonEnd::Path(path) => format!("path={}", escape(&path.to_string_lossy())),
+            };
+            args.pair("-chardev", format!("socket,id=fs{index},{end}"));
             // its state cannot be read, so a clone gets it after that
             if boots {
                 args.pair("-device", device::folder(index, dir.tag, *queue_size, None).line());
@@ -268,7 +274,7 @@ mod tests {
     };
 
     fn line(settings: &QemuSettings, spec: &VmSpec) -> String {
-        let (bridge, disks) = super::super::places(settings, spec).expect("room");
+        let (bridge, disks) = super::super::launch::places(settings, spec).expect("room");
         let root = RootArguments::new(&spec.boot.root, "/proc/self/fd/7", 1);
         let inherited = Inherited { boot: Some(("/proc/self/fd/6".into(), root)), ..INHERITED };
         arguments(settings, Accelerator::Tcg, spec, &bridge, &disks, &inherited).join(" ")
@@ -322,7 +328,7 @@ mod tests {
             let spec = VmSpec { shared_dirs: vec![SharedDir { tag: "files", server }], ..spec(512) };
             line(&QemuSettings::default(), &spec)
         };
-        let virtio_fs = served(FileServer::VirtioFs { socket: fd(), queue_size: 512 });
+        let virtio_fs = served(FileServer::VirtioFs { socket: DaemonEnd::Connection(fd()), queue_size: 512 });
         assert!(virtio_fs.contains("vhost-user-fs-pci,id=folder0,chardev=fs0,tag=files,queue-size=512"), "{virtio_fs}");
         let nine_p = served(FileServer::NineP { folder: Some(fd()) });
         assert!(

@@ -10,7 +10,7 @@ use super::accelerator::Accelerator;
 use super::device::{Options, at};
 use super::pci::Place;
 use super::pmem;
-use crate::{Disk, DiskAddress, Error};
+use crate::{Address, Disk, Error};
 
 /// How the guest has its disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -59,6 +59,10 @@ pub(super) const CONTROLLER: &str = "scsi";
 /// Units of it: as many as every guest finds.
 const MOST_UNITS: u16 = 256;
 
+/// Where a VM has no more places for disks, there is another way.
+pub(super) const MORE: &str =
+    "block_device_driver = \"virtio-scsi\" has room for 256 disks, \"virtio-blk\" for 30 with the network cards";
+
 /// The disks of a VM.
 #[derive(Debug, Default)]
 pub(super) struct Disks {
@@ -100,7 +104,9 @@ impl Disks {
             DiskDriver::Block => Way::Pci,
             DiskDriver::Scsi => {
                 let is_free = |unit: &u16| self.all.iter().all(|disk| disk.way != Way::Unit(*unit));
-                let unit = (0..MOST_UNITS).find(is_free).ok_or_else(|| Error::NoSlot { device: disk.id.clone() })?;
+                let unit = (0..MOST_UNITS)
+                    .find(is_free)
+                    .ok_or_else(|| Error::NoSlot { device: disk.id.clone(), remedy: "" })?;
                 Way::Unit(unit)
             }
             DiskDriver::Pmem => self.memory(disk),
@@ -134,10 +140,10 @@ impl Disks {
     }
 
     /// Where it is, on the controller or at `place`.
-    pub(super) fn address(&self, id: &str, place: Option<Place>) -> Option<DiskAddress> {
+    pub(super) fn address(&self, id: &str, place: Option<Place>) -> Option<Address> {
         match self.find(id)?.1 {
-            Way::Unit(lun) => Some(DiskAddress::Scsi { id: 0, lun }),
-            Way::Pci | Way::Memory(_) => place.map(|place| DiskAddress::Pci(place.guest_path())),
+            Way::Unit(lun) => Some(Address::Scsi { id: 0, lun }),
+            Way::Pci | Way::Memory(_) => place.map(|place| Address::Pci(place.guest_path())),
         }
     }
 }
@@ -246,7 +252,7 @@ mod tests {
             device(&one, way, place, &settings, Accelerator::Tcg).line(),
             "virtio-blk-pci,id=disk1,drive=disk1-host,logical_block_size=4096,werror=report,rerror=report,ioeventfd=off,bus=plug,addr=0x1"
         );
-        assert_eq!(disks.address("disk1", place), Some(DiskAddress::Pci("1e/01".into())));
+        assert_eq!(disks.address("disk1", place), Some(Address::Pci("1e/01".into())));
         assert_eq!(disks.address("disk2", place), None);
     }
 
@@ -260,7 +266,7 @@ mod tests {
         // a set that QEMU may still hold is not used again, a unit is
         let third = disks.add(&sized("disk3", 1, false, false), DiskDriver::Scsi).expect("room");
         assert_eq!(third, (3, Way::Unit(0)));
-        assert_eq!(disks.address("disk2", None), Some(DiskAddress::Scsi { id: 0, lun: 1 }));
+        assert_eq!(disks.address("disk2", None), Some(Address::Scsi { id: 0, lun: 1 }));
         assert_eq!(
             device(&disk(false, true), Way::Unit(7), None, &DiskSettings::default(), Accelerator::Tcg).line(),
             "scsi-hd,id=disk1,drive=disk1-host,share-rw=on,werror=report,rerror=report,bus=scsi.0,scsi-id=0,lun=7"
@@ -283,7 +289,7 @@ mod tests {
         ] {
             let place = bridge.take(id);
             assert_eq!(disks.add(&sized(id, bytes, false, false), DiskDriver::Pmem).expect("room").1, way, "{id}");
-            assert_eq!(disks.address(id, place), place.map(|place| DiskAddress::Pci(place.guest_path())));
+            assert_eq!(disks.address(id, place), place.map(|place| Address::Pci(place.guest_path())));
         }
         let one = sized("disk1", 2 << 20, true, false);
         assert_eq!(

@@ -5,7 +5,9 @@ mod boot_file;
 mod cmdline;
 mod device;
 mod disk;
+mod fault;
 mod halt;
+mod launch;
 mod lend;
 mod pci;
 mod plug;
@@ -16,7 +18,7 @@ mod root;
 mod snapshot;
 mod tcg;
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -25,27 +27,24 @@ use async_trait::async_trait;
 use serde_json::json;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
-use tokio::task::AbortHandle;
 
 pub use accelerator::{Accelerator, Wanted};
 pub use disk::{DiskDriver, DiskSettings};
 
 use self::accelerator::Memory;
 use self::boot_file::BootFile;
-use self::cmdline::Inherited;
-use self::disk::{Disks, Way};
+use self::disk::Disks;
+use self::launch::Terminal;
 use self::pci::Bridge;
 use self::qmp::Qmp;
-use self::root::{RootArguments, RootFile};
-use self::snapshot::Restore;
-use crate::helper::{Helper, Pages};
+use crate::helper::Helper;
 use crate::{
-    Begin, Boot, Channel, Console, Device, DiskAddress, Error, FileServer, Hypervisor, Lent, Vm, VmExit, VmSpec,
+    Address, Adoption, Boot, Capabilities, Channel, ChannelKind, ChannelNames, Console, DaemonSocket, DeviceKind,
+    Error, HandOver, HotPlug, Hypervisor, Resize, SharingKind, Snapshots, Vm, VmExit, VmSpec, vsock,
 };
 
-/// How QEMU allocates, by variables of glibc (mallopt(3)) and GLib: of one heap for all threads, and small parts (an entry for
-/// each translated block) of that heap too, which is all that GLib since 2.76 can do. 0.8 MiB of each machine.
-const ALLOCATION: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("G_SLICE", "always-malloc")];
+/// The driver's name.
+const NAME: &str = "qemu";
 
 /// What QEMU itself takes at most beside the guest's memory and translated code, MiB (docs/design/014-pod-memory.md).
 const OWN_MIB: u64 = 24;
@@ -96,12 +95,25 @@ impl Default for QemuSettings {
 #[derive(Debug, Clone)]
 pub struct Qemu {
     settings: QemuSettings,
+    capabilities: Capabilities,
 }
+
+const DEVICES: &[DeviceKind] = &[DeviceKind::Net, DeviceKind::Host, DeviceKind::Disk];
 
 impl Qemu {
     /// A driver with these settings.
     pub fn new(settings: QemuSettings) -> Self {
-        Self { settings }
+        let capabilities = Capabilities {
+            channels: &[ChannelKind::Vsock, ChannelKind::Serial],
+            sharing: &[SharingKind::VirtioFs(DaemonSocket::Connection), SharingKind::NineP],
+            devices: DEVICES,
+            // other machines have no bridge
+            hotplug: if launch::has_bridge(&settings) { DEVICES } else { &[] },
+            // the kernel's vsock has a state that cannot be saved
+            snapshots: Some(ChannelKind::Serial),
+            hand_over: true,
+        };
+        Self { settings, capabilities }
     }
 
     /// Decides what runs the guest, by a probe once per boot of the host.
@@ -139,202 +151,24 @@ impl Qemu {
             Accelerator::Kvm => None,
         }
     }
-
-    async fn start(&self, spec: VmSpec, accelerator: Accelerator) -> Result<QemuVm, Error> {
-        let (mut bridge, disks) = places(&self.settings, &spec)?;
-        for device in &spec.devices {
-            if let Device::Disk(disk) = device
-                && matches!(disks.find(&disk.id), Some((_, Way::Memory(_))))
-            {
-                pmem::lock(disk)?;
-            }
-        }
-        let later = if matches!(spec.begin, Begin::Clone(_)) { folders(&spec, &mut bridge)? } else { Vec::new() };
-        let (qmp, qmp_child) = pair()?;
-        let (console_stream, console_child) = pair()?;
-        let (channel, channel_child) = match spec.channel {
-            Channel::Serial { .. } => {
-                let (ours, theirs) = pair()?;
-                (Some(ours), Some(theirs))
-            }
-            Channel::Vsock { .. } => (None, None),
-        };
-        let mut passed = vec![qmp_child, console_child];
-        let (boot, boot_files) = match spec.begin {
-            Begin::Clone(_) => (None, Vec::new()),
-            Begin::Boot | Begin::Template { .. } => {
-                let (boot, files) = boot(&spec.boot, &mut passed).await?;
-                (Some(boot), files)
-            }
-        };
-        let (memory, restore) = memory(spec.begin, &mut passed).map_err(Error::system("the guest's memory"))?;
-        let [qmp_child, console_child] = [&passed[0], &passed[1]];
-        let inherited = Inherited {
-            tsc_khz: self.tsc_khz(accelerator).await,
-            boot,
-            memory,
-            qmp: qmp_child.as_raw_fd(),
-            console: console_child.as_raw_fd(),
-            channel: channel_child.as_ref().map(AsRawFd::as_raw_fd),
-        };
-        let pages = match accelerator {
-            Accelerator::Kvm => Pages::AsHost,
-            Accelerator::Tcg => tcg::pages(&inherited.memory),
-        };
-        let spec = VmSpec { begin: Begin::Boot, ..spec };
-        let args = cmdline::arguments(&self.settings, accelerator, &spec, &bridge, &disks, &inherited);
-        tracing::debug!(program = %self.settings.path.display(), ?args, "starting QEMU");
-
-        passed.extend(channel_child);
-        for device in spec.devices {
-            match device {
-                Device::Net(card) => passed.extend(card.queues.into_iter().chain(card.vhost)),
-                Device::Disk(disk) => passed.push(disk.file),
-                Device::Host(_) => {}
-            }
-        }
-        passed.extend(spec.shared_dirs.into_iter().filter_map(|dir| match dir.server {
-            FileServer::VirtioFs { socket, .. } => Some(socket),
-            FileServer::NineP { folder } => folder,
-        }));
-        if let Channel::Vsock { vhost, .. } = spec.channel {
-            passed.push(vhost);
-        }
-        let process = Helper::spawn("QEMU", "path", &self.settings.path, &args, &ALLOCATION, &passed, pages)?;
-        // the child has its own copies; ours would keep its sockets from ever reaching their end
-        drop(passed);
-
-        let (console, terminal) = Terminal::follow(console_stream, spec.debug)?;
-        let qmp =
-            Qmp::start(stream(qmp).map_err(Error::system("monitor socket"))?, self.settings.command_deadline).await?;
-        let (process, qmp) = (Arc::new(process), Arc::new(qmp));
-        halt::watch(&qmp, &process);
-        if let Some(restore) = restore {
-            let (process, qmp) = (Arc::clone(&process), Arc::clone(&qmp));
-            // whoever waits for the guest learns from QEMU's end that it will not come
-            tokio::spawn(async move {
-                if let Err(error) = restore.finish(&qmp, later).await {
-                    tracing::warn!(%error, "the guest does not go on from what was saved");
-                    process.stop(Duration::ZERO).await;
-                }
-            });
-        }
-        let bridge = Arc::new(Mutex::new(bridge));
-        let plugging = tokio::sync::Mutex::default();
-        let (disks, disk_settings) = (Arc::new(Mutex::new(disks)), self.settings.disks.clone());
-        Ok(QemuVm {
-            process,
-            qmp,
-            console,
-            terminal,
-            channel,
-            accelerator,
-            boot_files,
-            bridge,
-            disks,
-            disk_settings,
-            plugging,
-        })
-    }
-}
-
-/// The host's end of the guest's console, and who reads it.
-#[derive(Debug)]
-struct Terminal {
-    end: OwnedFd,
-    reader: AbortHandle,
-    is_logged: bool,
-}
-
-impl Terminal {
-    fn follow(end: OwnedFd, is_logged: bool) -> Result<(Console, Self), Error> {
-        let failed = || Error::system("console socket");
-        let console = Console::default();
-        let read = stream(end.try_clone().map_err(failed())?).map_err(failed())?;
-        let reader = tokio::spawn(console.clone().follow(read, is_logged)).abort_handle();
-        Ok((console, Self { end, reader, is_logged }))
-    }
-}
-
-/// What the guest boots, open: what QEMU is told of it, and what can be given back after the boot. QEMU's descriptors are
-/// added to `passed`.
-async fn boot(boot: &Boot, passed: &mut Vec<OwnedFd>) -> Result<((String, RootArguments), Vec<BootFile>), Error> {
-    let (kernel, root) = (boot.kernel.clone(), boot.root.clone());
-    let opened = tokio::task::spawn_blocking(move || Ok((BootFile::new(&kernel)?, RootFile::open(&root)?)));
-    let (kernel, root) = opened
-        .await
-        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-        .map_err(Error::system("opening what the guest boots"))?;
-    let (kernel_child, path) = kernel.share().map_err(Error::system("the kernel's copy"))?;
-    let (root_child, arguments) = root.share(&boot.root).map_err(Error::system("the guest's root"))?;
-    passed.extend([kernel_child, root_child]);
-    Ok(((path, arguments), std::iter::once(kernel).chain(root.into_copy()).collect()))
-}
-
-/// What the guest's memory is, and for a clone what is to be done before it can go on. QEMU's descriptor of it is added to
-/// `passed`.
-fn memory(begin: Begin, passed: &mut Vec<OwnedFd>) -> std::io::Result<(cmdline::Memory, Option<Restore>)> {
-    let (file, is_shared, restore) = match begin {
-        Begin::Boot => return Ok((cmdline::Memory::Anonymous, None)),
-        Begin::Template { memory } => (memory, true, None),
-        Begin::Clone(snapshot) => {
-            let (memory, is_shared, restore) = Restore::begin(snapshot)?;
-            (memory, is_shared, Some(restore))
-        }
-    };
-    let path = snapshot::path_of(&file);
-    passed.push(file);
-    Ok((cmdline::Memory::File { path, is_shared }, restore))
-}
-
-/// The bridge of a VM that can change, with the places of its cards, and its disks. What belongs to the host stays on the
-/// root bus, as a part of the machine.
-fn places(settings: &QemuSettings, spec: &VmSpec) -> Result<(Bridge, Disks), Error> {
-    let (mut bridge, mut disks) = (Bridge::default(), Disks::default());
-    if spec.pluggable && settings.machine.contains("q35") {
-        bridge = Bridge::new();
-        if settings.disks.driver == DiskDriver::Pmem {
-            disks.room = pmem::room(spec.size.memory_mib);
-        }
-    }
-    let count = spec.devices.len();
-    for device in &spec.devices {
-        let of_the_bridge = match device {
-            Device::Net(card) => !bridge.is_missing() && bridge.find(&card.id).is_none(),
-            Device::Host(_) => false,
-            Device::Disk(disk) => {
-                disks.add(disk, settings.disks.driver)?;
-                settings.disks.driver != DiskDriver::Scsi
-            }
-        };
-        if of_the_bridge {
-            bridge.take(device.id()).ok_or(Error::TooManyDevices { count, most: pci::MOST })?;
-        } else if matches!(device, Device::Disk(_)) && !disks.controller {
-            bridge.take(disk::CONTROLLER).ok_or(Error::TooManyDevices { count, most: pci::MOST })?;
-            disks.controller = true;
-        }
-    }
-    Ok((bridge, disks))
-}
-
-/// Places behind the bridge for the folders that a clone has and its template has not; returns them: QEMU gets them later
-/// than on its command line.
-fn folders(spec: &VmSpec, bridge: &mut Bridge) -> Result<Vec<device::Options>, Error> {
-    let mut later = Vec::new();
-    for (index, dir) in spec.shared_dirs.iter().enumerate() {
-        if let FileServer::VirtioFs { queue_size, .. } = dir.server {
-            let name = device::folder_name(index);
-            let place = bridge.take(&name).ok_or(Error::NoSlot { device: name })?;
-            later.push(device::folder(index, dir.tag, queue_size, Some(place)));
-        }
-    }
-    Ok(later)
 }
 
 #[async_trait]
 impl Hypervisor for Qemu {
     fn name(&self) -> &'static str {
-        "qemu"
+        NAME
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn open_channel(&self, kind: ChannelKind, names: ChannelNames<'_>) -> Result<Channel, Error> {
+        match kind {
+            ChannelKind::Serial => Ok(Channel::Serial { port: names.serial_port }),
+            ChannelKind::Vsock => vsock::claim(),
+            ChannelKind::HybridVsock => Err(launch::no_hybrid()),
+        }
     }
 
     async fn overhead_mib(&self, boot: &Boot) -> Result<u64, Error> {
@@ -352,12 +186,12 @@ impl Hypervisor for Qemu {
     async fn fingerprint(&self, spec: &VmSpec) -> Result<String, Error> {
         let accelerator = self.accelerator(&spec.boot).await?;
         let plain = snapshot::plain(spec);
-        let (bridge, disks) = places(&self.settings, &plain)?;
+        let (bridge, disks) = launch::places(&self.settings, &plain)?;
         Ok(snapshot::fingerprint(&self.settings, accelerator, &plain, &bridge, &disks, self.tsc_khz(accelerator).await))
     }
 
-    async fn adopt(&self, lent: Lent, process: Helper, channel: OwnedFd) -> Result<Box<dyn Vm>, Error> {
-        Ok(Box::new(lend::adopt(&self.settings, lent, process, channel).await?))
+    fn adoption(&self) -> Option<&dyn Adoption> {
+        Some(self)
     }
 }
 
@@ -388,10 +222,6 @@ impl Vm for QemuVm {
         self.process.pid()
     }
 
-    fn accelerator(&self) -> &'static str {
-        self.accelerator.name()
-    }
-
     fn exit(&self) -> watch::Receiver<Option<VmExit>> {
         self.process.exit()
     }
@@ -414,50 +244,35 @@ impl Vm for QemuVm {
         Ok(answer.as_array().into_iter().flatten().filter_map(id).collect())
     }
 
-    async fn save(&self, to: OwnedFd) -> Result<(), Error> {
-        snapshot::save(&self.qmp, to).await
-    }
-
-    async fn pause(&self) -> Result<(), Error> {
-        self.qmp.execute("stop", json!({})).await.map(drop)
-    }
-
-    async fn resume(&self) -> Result<(), Error> {
-        self.qmp.execute("cont", json!({})).await.map(drop)
-    }
-
-    async fn plug(&self, device: Device) -> Result<(), Error> {
-        self.plug_device(device).await
-    }
-
-    async fn unplug(&self, id: &str) -> Result<(), Error> {
-        self.unplug_device(id).await
-    }
-
-    fn guest_path(&self, id: &str) -> Option<String> {
-        self.lock_bridge().find(id).map(pci::Place::guest_path)
-    }
-
-    fn guest_disk(&self, id: &str) -> Option<DiskAddress> {
+    fn address(&self, id: &str) -> Option<Address> {
         let place = self.lock_bridge().find(id);
-        self.lock_disks().address(id, place)
-    }
-
-    fn is_fixed(&self, id: &str) -> bool {
-        matches!(self.lock_disks().find(id), Some((_, Way::Memory(_))))
-    }
-
-    async fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), Error> {
-        self.qmp.execute("block_resize", json!({"node-name": disk::node_name(id), "size": bytes})).await.map(drop)
-    }
-
-    async fn lend(&self) -> Result<Lent, Error> {
-        self.lend_sockets().await
+        let disks = self.lock_disks();
+        if disks.find(id).is_some() {
+            disks.address(id, place)
+        } else {
+            place.map(|place| Address::Pci(place.guest_path()))
+        }
     }
 
     async fn stop(&self, grace: Duration) -> Result<(), Error> {
         self.process.stop(grace).await;
         Ok(())
+    }
+
+    fn hotplug(&self) -> Option<&dyn HotPlug> {
+        Some(self)
+    }
+
+    fn resize(&self) -> Option<&dyn Resize> {
+        Some(self)
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+
+    fn hand_over(&self) -> Option<&dyn HandOver> {
+        Some(self)
     }
 }
 
@@ -468,12 +283,6 @@ pub fn quick_firmware() -> Option<PathBuf> {
         .map(Path::new)
         .find(|path| path.is_file())
         .map(Path::to_owned)
-}
-
-fn pair() -> Result<(OwnedFd, OwnedFd), Error> {
-    use std::os::unix::net::UnixStream as Blocking;
-    let (ours, theirs) = Blocking::pair().map_err(Error::system("socketpair"))?;
-    Ok((ours.into(), theirs.into()))
 }
 
 fn stream(fd: OwnedFd) -> std::io::Result<UnixStream> {

@@ -9,6 +9,10 @@ use serde::{Deserialize, Serialize};
 
 /// Where the bridge is on the root bus: below QEMU's own devices, and the others fill the bus from the other end.
 const SLOT: usize = 0x1e;
+/// The same, as Kata's agent protocol writes it.
+pub(super) const BRIDGE: &str = "1e";
+/// The event by which the machine tells of plugged devices (QEMU's docs/specs/acpi_pci_hotplug).
+pub(super) const PLUGGED: &str = "gpe01";
 /// The bus behind it.
 pub(super) const BUS: &str = "plug";
 /// Places behind it: slots 1 to 30.
@@ -87,6 +91,7 @@ mod tests {
 
     #[test]
     fn the_argument_has_the_slot_of_the_path() {
+        assert_eq!(BRIDGE, format!("{SLOT:02x}"));
         assert!(ARGUMENT.contains(&format!("addr={SLOT:#x},")) && ARGUMENT.contains(&format!("id={BUS},")));
     }
 }

@@ -4,17 +4,45 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use async_trait::async_trait;
 use serde_json::json;
 
 use super::disk::{self, Disks, Way};
-use super::pci::{Bridge, Place};
+use super::pci::{self, Bridge, Place};
 use super::pmem;
 use super::qmp::{Departure, Qmp};
-use super::{DiskDriver, QemuVm, device};
-use crate::{Device, Disk, Error, NetDevice};
+use super::{DiskDriver, QemuVm, device, fault};
+use crate::{Device, Disk, Error, HotPlug, NetDevice, Rescan, Resize};
 
 /// How long a guest may take to let go of a device; a healthy one takes milliseconds.
 const LETTING_GO: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 10_000 });
+
+#[async_trait]
+impl HotPlug for QemuVm {
+    async fn plug(&self, device: Device) -> Result<(), Error> {
+        self.plug_device(device).await
+    }
+
+    async fn unplug(&self, id: &str) -> Result<(), Error> {
+        self.unplug_device(id).await
+    }
+
+    fn is_fixed(&self, id: &str) -> bool {
+        matches!(self.lock_disks().find(id), Some((_, Way::Memory(_))))
+    }
+
+    fn rescan(&self) -> Rescan {
+        let bridge = if self.lock_bridge().is_missing() { None } else { Some(pci::BRIDGE) };
+        Rescan { bridge, acpi_event: Some(pci::PLUGGED) }
+    }
+}
+
+#[async_trait]
+impl Resize for QemuVm {
+    async fn disk(&self, id: &str, bytes: u64) -> Result<(), Error> {
+        self.qmp.execute("block_resize", json!({"node-name": disk::node_name(id), "size": bytes})).await.map(drop)
+    }
+}
 
 impl QemuVm {
     pub(super) fn lock_bridge(&self) -> MutexGuard<'_, Bridge> {
@@ -25,14 +53,17 @@ impl QemuVm {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) async fn plug_device(&self, device: Device) -> Result<(), Error> {
+    async fn plug_device(&self, device: Device) -> Result<(), Error> {
         let _alone = self.plugging.lock().await;
         let device = match device {
             Device::Disk(disk) if self.disk_settings.driver == DiskDriver::Scsi => return self.plug_unit(disk).await,
             other => other,
         };
         let id = device.id().to_owned();
-        let place = self.lock_bridge().take(&id).ok_or_else(|| Error::NoSlot { device: id.clone() })?;
+        let place = self.lock_bridge().take(&id).ok_or_else(|| Error::NoSlot {
+            device: id.clone(),
+            remedy: if matches!(device, Device::Disk(_)) { disk::MORE } else { "" },
+        })?;
         let plugged = match device {
             Device::Net(card) => self.plug_card(card, place).await,
             Device::Disk(disk) => self.plug_disk(disk, Some(place)).await,
@@ -93,7 +124,7 @@ impl QemuVm {
     async fn plug_unit(&self, disk: Disk) -> Result<(), Error> {
         if !self.lock_disks().controller {
             let device = disk::CONTROLLER.to_owned();
-            let place = self.lock_bridge().take(&device).ok_or(Error::NoSlot { device })?;
+            let place = self.lock_bridge().take(&device).ok_or(Error::NoSlot { device, remedy: "" })?;
             if let Err(error) = self.qmp.execute("device_add", disk::controller(Some(place)).object()).await {
                 self.lock_bridge().free(disk::CONTROLLER);
                 return Err(error);
@@ -123,7 +154,7 @@ impl QemuVm {
             let device = disk::device(&disk, way, place, settings, self.accelerator);
             self.qmp.execute("device_add", device.object()).await
         };
-        let plugged = plugged.await.map(drop);
+        let plugged = plugged.await.map(drop).map_err(|error| fault::of_disk(&disk.id, error));
         if plugged.is_err() {
             self.close_disk(&disk.id).await;
         }
@@ -141,7 +172,7 @@ impl QemuVm {
         }
     }
 
-    pub(super) async fn unplug_device(&self, id: &str) -> Result<(), Error> {
+    async fn unplug_device(&self, id: &str) -> Result<(), Error> {
         let mut departure = self.qmp.departure(id)?;
         let asked = self.qmp.execute("device_del", json!({"id": id})).await;
         if self.lock_disks().find(id).is_none() {
@@ -203,11 +234,12 @@ mod tests {
     use serde_json::Value;
     use tokio::sync::mpsc;
 
+    use super::super::launch::pair;
     use super::super::qmp::tests::monitor;
-    use super::super::{Accelerator, Terminal, pair};
+    use super::super::{Accelerator, Terminal};
     use super::*;
     use crate::Vm;
-    use crate::helper::{Helper, Pages};
+    use crate::helper::{Helper, Program};
 
     /// A VM whose monitor tells of every command and takes those that `guest` does not answer, and which has room for
     /// devices.
@@ -222,8 +254,7 @@ mod tests {
         });
         let args = ["1000".to_owned()];
         let process =
-            Helper::spawn("sleep", "path", std::path::Path::new("/bin/sleep"), &args, &[], &[], Pages::AsHost)
-                .expect("spawned");
+            Helper::spawn(&Program::new("sleep", "path", std::path::Path::new("/bin/sleep"), &args)).expect("spawned");
         let (console, terminal) = Terminal::follow(pair().expect("a pair").0, false).expect("followed");
         let vm = QemuVm {
             process: Arc::new(process),
@@ -239,6 +270,10 @@ mod tests {
             plugging: tokio::sync::Mutex::default(),
         };
         (vm, told)
+    }
+
+    async fn stop(vm: &QemuVm) {
+        vm.qmp.execute("stop", json!({})).await.expect("stopped");
     }
 
     fn disk(id: &str) -> Device {
@@ -260,24 +295,24 @@ mod tests {
         };
         let (vm, mut told) = vm(late).await;
         vm.plug(disk("disk1")).await.expect("plugged");
-        let place = vm.guest_path("disk1").expect("a place");
+        let place = vm.address("disk1").expect("a place");
         let error = vm.unplug("disk1").await.expect_err("nobody answers").to_string();
         assert!(error.contains("device_del of disk1"), "{error}");
         assert!(came(&mut told, "device_del") && !came(&mut told, "blockdev-del"));
-        assert_eq!(vm.guest_path("disk1").as_ref(), Some(&place), "its place is its own");
-        assert!(vm.guest_disk("disk1").is_some());
+        assert_eq!(vm.address("disk1").as_ref(), Some(&place), "its place is its own");
+        assert!(vm.address("disk1").is_some());
         vm.plug(disk("disk2")).await.expect("plugged");
-        assert_ne!(vm.guest_path("disk2").as_ref(), Some(&place));
+        assert_ne!(vm.address("disk2").as_ref(), Some(&place));
 
-        vm.pause().await.expect("stopped");
+        stop(&vm).await;
         while let Some(command) = told.recv().await {
             if command["execute"] == "remove-fd" {
                 break;
             }
         }
-        assert_eq!((vm.guest_path("disk1"), vm.guest_disk("disk1")), (None, None));
+        assert_eq!((vm.address("disk1"), vm.address("disk1")), (None, None));
         vm.plug(disk("disk3")).await.expect("plugged");
-        assert_eq!(vm.guest_path("disk3"), Some(place), "and free afterwards");
+        assert_eq!(vm.address("disk3"), Some(place), "and free afterwards");
     }
 
     /// Waits for a command.
@@ -296,10 +331,10 @@ mod tests {
         vm.plug(disk("disk1")).await.expect("plugged");
         let error = vm.unplug("disk1").await.expect_err("refused").to_string();
         assert!(error.contains("refuses to let go"), "{error}");
-        assert!(!came(&mut told, "blockdev-del") && vm.guest_path("disk1").is_some());
-        vm.pause().await.expect("stopped");
+        assert!(!came(&mut told, "blockdev-del") && vm.address("disk1").is_some());
+        stop(&vm).await;
         comes(&mut told, "remove-fd").await;
-        assert_eq!(vm.guest_path("disk1"), None);
+        assert_eq!(vm.address("disk1"), None);
     }
 
     #[tokio::test]
@@ -318,13 +353,13 @@ mod tests {
         })
         .await;
         super::super::halt::watch(&vm.qmp, &vm.process);
-        vm.pause().await.expect("stopped");
+        stop(&vm).await;
         tokio::task::yield_now().await;
         let mut exit = vm.exit();
         assert!(exit.borrow().is_none());
         tokio::time::timeout(Duration::from_secs(5), async {
             while exit.borrow_and_update().is_none() {
-                vm.resume().await.expect("stopped again");
+                vm.qmp.execute("cont", json!({})).await.expect("stopped again");
                 tokio::time::timeout(Duration::from_millis(100), exit.changed()).await.ok();
             }
         })
@@ -344,6 +379,6 @@ mod tests {
         vm.plug(disk("disk1")).await.expect("plugged");
         vm.unplug("disk1").await.expect("gone");
         comes(&mut told, "remove-fd").await;
-        assert_eq!(vm.guest_path("disk1"), None);
+        assert_eq!(vm.address("disk1"), None);
     }
 }

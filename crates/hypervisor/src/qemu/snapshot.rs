@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use async_trait::async_trait;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::sendfile::sendfile64;
 use nix::unistd::{Whence, lseek64};
@@ -23,8 +24,8 @@ use super::device::Options;
 use super::disk::Disks;
 use super::qmp::Qmp;
 use super::root::RootArguments;
-use super::{Accelerator, Bridge, QemuSettings};
-use crate::{Begin, Channel, Error, MemoryWay, SharedDir, Snapshot, VmSpec, next_data};
+use super::{Accelerator, Bridge, QemuSettings, QemuVm};
+use crate::{Begin, Channel, Error, MemoryWay, SharedDir, Snapshot, Snapshots, VmSpec, next_data};
 
 /// What must be done before a clone can go on.
 pub(super) struct Restore {
@@ -67,18 +68,21 @@ impl Restore {
     }
 }
 
-/// Stops the guest and writes its state.
-pub(super) async fn save(qmp: &Qmp, to: OwnedFd) -> Result<(), Error> {
-    qmp.execute("stop", json!({})).await?;
-    prepare(qmp).await?;
-    qmp.give("state", to.as_fd()).await?;
-    let written = qmp.migration()?;
-    qmp.execute("migrate", json!({"uri": "fd:state"})).await?;
-    // a maker that hangs would hold the template's lock for good
-    let limit = qmp.deadline();
-    let written = tokio::time::timeout(limit, written);
-    let outcome = written.await.map_err(|_| Error::Timeout { call: "migrate".into(), after: limit })?;
-    outcome.map_err(|_| Error::Gone)?.map_err(|why| Error::Snapshot { what: "saving", why })
+#[async_trait]
+impl Snapshots for QemuVm {
+    async fn save(&self, to: OwnedFd) -> Result<(), Error> {
+        let qmp = &self.qmp;
+        qmp.execute("stop", json!({})).await?;
+        prepare(qmp).await?;
+        qmp.give("state", to.as_fd()).await?;
+        let written = qmp.migration()?;
+        qmp.execute("migrate", json!({"uri": "fd:state"})).await?;
+        // a maker that hangs would hold the template's lock for good
+        let limit = qmp.deadline();
+        let written = tokio::time::timeout(limit, written);
+        let outcome = written.await.map_err(|_| Error::Timeout { call: "migrate".into(), after: limit })?;
+        outcome.map_err(|_| Error::Gone)?.map_err(|why| Error::Snapshot { what: "saving", why })
+    }
 }
 
 async fn prepare(qmp: &Qmp) -> Result<(), Error> {
@@ -112,7 +116,7 @@ pub(super) fn plain(spec: &VmSpec) -> VmSpec {
         channel: match &spec.channel {
             Channel::Serial { port } => Channel::Serial { port },
             // has no state that can be saved
-            Channel::Vsock { .. } => Channel::Serial { port: "" },
+            Channel::Vsock { .. } | Channel::HybridVsock { .. } => Channel::Serial { port: "" },
         },
         shared_dirs: spec.shared_dirs.iter().filter_map(SharedDir::of_template).collect(),
         devices: Vec::new(),
@@ -175,7 +179,9 @@ mod tests {
         let kept = |server| SharedDir { tag: "files", server }.of_template();
         let device = kept(crate::FileServer::NineP { folder: Some(open()) }).expect("the device");
         assert!(matches!(device.server, crate::FileServer::NineP { folder: None }), "and not the folder: {device:?}");
-        assert!(kept(crate::FileServer::VirtioFs { socket: open(), queue_size: 8 }).is_none());
+        assert!(
+            kept(crate::FileServer::VirtioFs { socket: crate::DaemonEnd::Connection(open()), queue_size: 8 }).is_none()
+        );
     }
 
     #[test]

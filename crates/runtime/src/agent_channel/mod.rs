@@ -1,16 +1,20 @@
-//! The way to a VM's agent: the kernel's vsock where the host has it, else a virtio-serial port.
+//! The way to a VM's agent: vsock where host and hypervisor have it, else a virtio-serial port.
 //!
-//! Owns the choice, what the VM gets for it, and the wait until the agent can be called; not the calls.
+//! Owns the choice among those that the driver has, and the wait until the agent can be called; not the calls, nor the end
+//! points, which are the driver's.
 
+mod hybrid;
 mod serial;
 mod vsock;
 
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use agent_api::ports;
-use hypervisor::Channel;
+use hypervisor::{Channel, ChannelKind, ChannelNames, Hypervisor};
 
+use self::hybrid::Hybrid;
 use self::vsock::Vsock;
 use crate::Error;
 use crate::agent_client::{AgentClient, VmWatch};
@@ -28,35 +32,58 @@ pub(crate) enum AgentChannel {
     Serial,
     /// An address that is the VM's alone.
     Vsock(Vsock),
+    /// A socket of the VMM's.
+    Hybrid(Hybrid),
 }
 
 impl AgentChannel {
-    /// Takes what `wanted` asks for; the device is the VM's.
+    /// Takes what `wanted` asks for, among what the driver has; the end point is the VM's. Sockets are made in `folder`.
     ///
     /// # Errors
-    /// vsock was demanded and the host does not have it.
-    pub(crate) fn open(wanted: config::AgentChannel) -> Result<(Self, Channel), Error> {
-        let serial = (Self::Serial, Channel::Serial { port: ports::AGENT_SERIAL });
-        if wanted == config::AgentChannel::Serial {
-            return Ok(serial);
-        }
-        match Vsock::claim() {
-            Ok((vsock, vhost)) => {
-                let cid = vsock.cid();
-                Ok((Self::Vsock(vsock), Channel::Vsock { vhost, cid }))
-            }
-            Err(error) if wanted == config::AgentChannel::Auto => {
-                // a host without the device is an ordinary one
-                if !matches!(&error, Error::Host { source, .. } if source.kind() == ErrorKind::NotFound) {
-                    tracing::warn!(%error, "vsock does not work here: the agent is reached by a serial port");
+    /// A way was demanded that the host or the driver does not have.
+    pub(crate) fn open(
+        driver: &dyn Hypervisor,
+        wanted: config::AgentChannel,
+        folder: &Path,
+    ) -> Result<(Self, Channel), Error> {
+        let wants = |kind: ChannelKind| match wanted {
+            config::AgentChannel::Auto => true,
+            config::AgentChannel::Serial => kind == ChannelKind::Serial,
+            config::AgentChannel::Vsock => kind != ChannelKind::Serial,
+        };
+        let names = ChannelNames { serial_port: ports::AGENT_SERIAL, folder };
+        let mut last = None;
+        for kind in driver.capabilities().channels.iter().copied().filter(|kind| wants(*kind)) {
+            let opened = driver.open_channel(kind, names).map_err(Error::from);
+            match opened.and_then(|channel| Ok((Self::of(&channel)?, channel))) {
+                Ok(opened) => return Ok(opened),
+                Err(error) => {
+                    // a host without the device is an ordinary one
+                    if wanted == config::AgentChannel::Auto && !is_missing(&error) {
+                        tracing::warn!(%error, ?kind, "this way to the agent does not work here");
+                    }
+                    last = Some(error);
                 }
-                Ok(serial)
             }
-            Err(error) => Err(Error::Unsupported(format!(
-                "agent_channel = \"vsock\" is set, but {error}: run `modprobe vhost_vsock` on the host, or set it to \
-                 \"auto\" or \"serial\""
-            ))),
         }
+        let why =
+            last.map_or_else(|| format!("hypervisor {} has no such channel", driver.name()), |error| error.to_string());
+        Err(match wanted {
+            config::AgentChannel::Vsock => Error::Unsupported(format!(
+                "agent_channel = \"vsock\" is set, but {why}: run `modprobe vhost_vsock` on the host, or set it to \
+                 \"auto\" or \"serial\""
+            )),
+            _ => Error::Unsupported(format!("no way to the agent: {why}: set agent_channel = \"auto\"")),
+        })
+    }
+
+    /// The host's side of a channel.
+    fn of(channel: &Channel) -> Result<Self, Error> {
+        Ok(match channel {
+            Channel::Serial { .. } => Self::Serial,
+            Channel::Vsock { cid, .. } => Self::Vsock(Vsock::listen(*cid)?),
+            Channel::HybridVsock { socket, .. } => Self::Hybrid(Hybrid::listen(socket)?),
+        })
     }
 
     /// What the guest's kernel command line says of it.
@@ -65,6 +92,7 @@ impl AgentChannel {
             Self::Serial => format!("agent.server_addr=serial://{}", ports::AGENT_SERIAL),
             // where agents listen unless they are told otherwise
             Self::Vsock(vsock) => format!("{}={}", ports::READY_PARAM, vsock.ready_port()),
+            Self::Hybrid(_) => format!("{}={}", ports::READY_PARAM, hybrid::READY_PORT),
         }
     }
 
@@ -84,6 +112,7 @@ impl AgentChannel {
                     serial::connect(port, &vm).await
                 }
                 Self::Vsock(vsock) => vsock.connect(&vm).await,
+                Self::Hybrid(hybrid) => hybrid.connect(&vm).await,
             }
         };
         let socket = tokio::time::timeout(limit, vm.unless_gone(STARTING, socket))
@@ -100,4 +129,9 @@ impl AgentChannel {
         let port = serial.ok_or_else(|| Error::Unsupported("the VM has no serial channel".into()))?;
         Ok(AgentClient::over(serial::resume(port)?, vm, config.request_timeout))
     }
+}
+
+/// The host does not have it.
+fn is_missing(error: &Error) -> bool {
+    matches!(error, Error::Vm(hypervisor::Error::System { source, .. }) if source.kind() == ErrorKind::NotFound)
 }

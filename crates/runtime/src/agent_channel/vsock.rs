@@ -1,4 +1,4 @@
-//! The kernel's vsock (vsock(7)): an address for the guest, and the first connection to its agent.
+//! The kernel's vsock (vsock(7)): the first connection to the agent of a guest with an address.
 //!
 //! What there is to wait for, in the order in which a start meets it (drivers/vhost/vsock.c, net/vmw_vsock):
 //! 1. *The guest's driver.* A connection that is asked for before it runs is kept by the host's kernel and handed over
@@ -7,41 +7,26 @@
 //!    that the kernel command line names: that is the event. Kata's agents do not, but they say on the console that they
 //!    listen: so whatever the console says is a reason to dial again.
 //! 3. *Nothing.* An agent that does neither is found by dialling at growing intervals, the one place where nobody tells.
-#![allow(unsafe_code, reason = "VHOST_VSOCK_SET_GUEST_CID has no safe wrapper")]
 
-use std::fs::File;
-use std::io::{self, ErrorKind, Read};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::{self, ErrorKind};
 use std::time::Duration;
 
 use agent_api::ports;
 use agent_api::ttrpc::r#async::transport::Socket;
 use hypervisor::Console;
-use nix::errno::Errno;
 use tokio_vsock::{VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
 use super::STARTING;
 use crate::Error;
 use crate::agent_client::VmWatch;
 
-/// The host's half of the device.
-const DEVICE: &str = "/dev/vhost-vsock";
 /// `VMADDR_PORT_ANY`: the kernel takes a free one.
 const ANY_PORT: u32 = u32::MAX;
-/// The first address that is nobody's by definition; the last number is `VMADDR_CID_ANY`.
-const FIRST_CID: u32 = 3;
-/// Addresses tried before the host counts as full. There are four thousand million.
-const DRAWS: usize = 64;
 
 /// Between two dials: at first, at most, and at least, so that a guest that floods its console gains nothing.
 const PAUSE: Duration = Duration::from_millis(10);
 const MOST_PAUSE: Duration = Duration::from_millis(200);
 const LEAST_PAUSE: Duration = Duration::from_millis(5);
-
-nix::ioctl_write_ptr!(
-    /// linux/vhost.h: gives the device's guest its address, or says that it is somebody's.
-    set_guest_cid, 0xAF, 0x60, u64
-);
 
 /// An address that is one guest's alone for as long as its VMM holds the device.
 #[derive(Debug)]
@@ -53,32 +38,13 @@ pub(crate) struct Vsock {
 }
 
 impl Vsock {
-    /// Opens the device and takes a free address; the device is for the VMM.
-    pub(super) fn claim() -> Result<(Self, OwnedFd), Error> {
-        let vhost = File::options().read(true).write(true).open(DEVICE).map_err(Error::host(DEVICE))?;
-        let mut random = File::open("/dev/urandom").map_err(Error::host("/dev/urandom"))?;
-        let cid = free_cid(
-            || {
-                let mut bytes = [0; 4];
-                random.read_exact(&mut bytes).map(|()| u32::from_ne_bytes(bytes))
-            },
-            |cid| {
-                let cid = u64::from(cid);
-                // SAFETY: an open vhost-vsock device and a pointer to a number that lives through the call.
-                unsafe { set_guest_cid(vhost.as_raw_fd(), &raw const cid) }.map(drop)
-            },
-        )
-        .map_err(Error::host(format!("{DEVICE}: an address for the guest")))?;
+    /// For a guest with this address.
+    pub(super) fn listen(cid: u32) -> Result<Self, Error> {
         // this address of the host's is the one that guests reach, and nobody else
         let ready = VsockListener::bind(VsockAddr::new(VMADDR_CID_HOST, ANY_PORT));
         let ready = ready.map_err(Error::host("a vsock port of the host"))?;
         let ready_port = ready.local_addr().map_err(Error::host("a vsock port of the host"))?.port();
-        Ok((Self { cid, ready, ready_port }, vhost.into()))
-    }
-
-    /// The guest's address.
-    pub(super) fn cid(&self) -> u32 {
-        self.cid
+        Ok(Self { cid, ready, ready_port })
     }
 
     /// The host's port to which an agent may connect once it listens.
@@ -112,24 +78,12 @@ impl Vsock {
     }
 }
 
-/// Draws addresses until one is nobody's.
-fn free_cid(
-    mut draw: impl FnMut() -> io::Result<u32>,
-    mut take: impl FnMut(u32) -> nix::Result<()>,
-) -> io::Result<u32> {
-    for _ in 0..DRAWS {
-        let cid = FIRST_CID + draw()? % (u32::MAX - FIRST_CID);
-        match take(cid) {
-            Ok(()) => return Ok(cid),
-            Err(Errno::EADDRINUSE) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Err(Errno::EADDRINUSE.into())
-}
-
 /// Dials until somebody listens: at once, then whenever something happens that may be the reason.
-async fn reach<T, D, W>(mut dial: impl FnMut() -> D, mut told: impl FnMut() -> W, console: &Console) -> io::Result<T>
+pub(super) async fn reach<T, D, W>(
+    mut dial: impl FnMut() -> D,
+    mut told: impl FnMut() -> W,
+    console: &Console,
+) -> io::Result<T>
 where
     D: Future<Output = io::Result<T>>,
     W: Future<Output = ()>,
@@ -164,31 +118,12 @@ fn is_early(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::errno::Errno;
     use std::cell::Cell;
     use std::future::{Ready, pending, ready};
     use tokio::io::AsyncWriteExt;
     use tokio::net::UnixStream;
     use tokio::time::Instant;
-
-    #[test]
-    fn an_address_is_drawn_until_one_is_free() {
-        let mut numbers = [0, u32::MAX, 7, 8].into_iter();
-        let mut asked = Vec::new();
-        let cid = free_cid(
-            || Ok(numbers.next().expect("no more are drawn")),
-            |cid| {
-                asked.push(cid);
-                if cid == 10 { Ok(()) } else { Err(Errno::EADDRINUSE) }
-            },
-        );
-        assert_eq!(cid.expect("one is free"), 10);
-        // neither a reserved address nor VMADDR_CID_ANY
-        assert_eq!(asked, [3, 3 + u32::MAX % (u32::MAX - 3), 10]);
-        let full = free_cid(|| Ok(5), |_| Err(Errno::EADDRINUSE)).expect_err("all are taken");
-        assert_eq!(full.raw_os_error(), Some(Errno::EADDRINUSE as i32));
-        let broken = free_cid(|| Ok(5), |_| Err(Errno::ENOTTY)).expect_err("no such device");
-        assert_eq!(broken.raw_os_error(), Some(Errno::ENOTTY as i32));
-    }
 
     /// A dial that is refused until `open`, and counts.
     fn guest<'a>(open: &'a Cell<bool>, dials: &'a Cell<u32>) -> impl FnMut() -> Ready<io::Result<()>> + 'a {

@@ -92,7 +92,7 @@ impl Attached {
     /// Tells a guest that has just booted everything: the interfaces first, since routes need them.
     pub(super) async fn tell(&self, agent: &AgentClient, vm: &dyn Vm) -> Result<(), Error> {
         for member in &self.members {
-            guest::interface(agent, &member.link, vm.guest_path(&member.id)).await?;
+            guest::interface(agent, &member.link, vm.address(&member.id)).await?;
         }
         guest::routes(agent, &self.told.routes).await?;
         guest::neighbours(agent, &[], &self.told.neighbours).await
@@ -160,8 +160,8 @@ impl Attached {
             let set = join::set_mtu(&self.namespace, member, link.mtu).await;
             set.or_else(|error| fatal("the MTU of an interface", error))?;
         }
-        let path = vm.guest_path(&member.id);
-        let told = guest::interface(agent, &link, path).await;
+        let address = vm.address(&member.id);
+        let told = guest::interface(agent, &link, address).await;
         tracing::info!(interface = link.name, "changed in the virtual machine");
         member.link = link;
         told.or_else(|error| fatal("changing an interface of the guest", error))
@@ -170,7 +170,7 @@ impl Attached {
     async fn remove(&mut self, place: usize, vm: &Arc<dyn Vm>) -> Result<(), Error> {
         let member = self.members.remove(place);
         let name = member.link.name.clone();
-        let unplugged = vm.unplug(&member.id).await;
+        let unplugged = async { vm.must_hotplug()?.unplug(&member.id).await }.await;
         join::part(member, &self.journal).await;
         tracing::info!(interface = name, "taken from the virtual machine");
         unplugged.map_err(Error::from).or_else(|error| fatal("unplugging an interface", error))
@@ -195,12 +195,12 @@ impl Attached {
         join::check(self.plan, &self.namespace, std::slice::from_ref(&link)).await?;
         let name = self.name();
         let (member, device) = join::join(self.plan, &self.namespace, link, name, &self.journal).await?;
-        if let Err(error) = vm.plug(device).await {
+        if let Err(error) = async { vm.must_hotplug()?.plug(device).await }.await {
             join::part(member, &self.journal).await;
             return Err(error.into());
         }
-        if let Err(error) = guest::interface(agent, &member.link, vm.guest_path(&member.id)).await {
-            let unplugged = vm.unplug(&member.id).await;
+        if let Err(error) = guest::interface(agent, &member.link, vm.address(&member.id)).await {
+            let unplugged = async { vm.must_hotplug()?.unplug(&member.id).await }.await;
             join::part(member, &self.journal).await;
             if let Err(error) = unplugged {
                 tracing::warn!(%error, "unplugging an interface that the guest did not take");

@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use agent_api::agent as api;
 use agent_api::types::{ARPNeighbor, IPAddress, IPFamily, Interface, Route as WireRoute};
 
+use hypervisor::Address;
+
 use super::mac_text;
 use super::scan::{Link, Neighbour, Route};
 use crate::Error;
@@ -17,9 +19,9 @@ const PERMANENT: i32 = 0x80;
 /// `NUD_FAILED` of linux/neighbour.h: nobody is there (any more).
 const FAILED: i32 = 0x20;
 
-/// Makes the guest's interface what `link` is. `path` is where the guest sees its device.
-pub(super) async fn interface(agent: &AgentClient, link: &Link, path: Option<String>) -> Result<(), Error> {
-    let request = api::UpdateInterfaceRequest { interface: Some(wire(link, path)).into(), ..Default::default() };
+/// Makes the guest's interface what `link` is. `address` is where the guest sees its device.
+pub(super) async fn interface(agent: &AgentClient, link: &Link, address: Option<Address>) -> Result<(), Error> {
+    let request = api::UpdateInterfaceRequest { interface: Some(wire(link, address)).into(), ..Default::default() };
     agent
         .call("setting up a network interface", |client, context| async {
             client.update_interface(context, &request).await
@@ -57,14 +59,18 @@ fn address(address: IpAddr, prefix: u8) -> IPAddress {
     IPAddress { family: family.into(), address: address.to_string(), mask: prefix.to_string(), ..Default::default() }
 }
 
-fn wire(link: &Link, path: Option<String>) -> Interface {
+fn wire(link: &Link, at: Option<Address>) -> Interface {
     Interface {
         device: link.name.clone(),
         name: link.name.clone(),
         IPAddresses: link.addresses.iter().map(|(own, prefix)| address(*own, *prefix)).collect(),
         mtu: link.mtu.into(),
         hwAddr: link.mac_text(),
-        devicePath: path.unwrap_or_default(),
+        // without, the guest finds it by its MAC address
+        devicePath: match at {
+            Some(Address::Pci(path)) => path,
+            _ => String::new(),
+        },
         raw_flags: if link.no_arp { libc::IFF_NOARP as u32 } else { 0 },
         ..Default::default()
     }

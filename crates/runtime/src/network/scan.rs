@@ -203,7 +203,7 @@ fn link(message: &LinkMessage, addresses: &[(u32, IpAddr, u8)]) -> Result<Option
 }
 
 impl Link {
-    /// As people and QEMU write it.
+    /// As people write it.
     pub(super) fn mac_text(&self) -> String {
         mac_text(self.mac)
     }

@@ -12,7 +12,7 @@ use hypervisor::{VmExit, pidfd};
 
 use super::make::{Made, make};
 use super::wire::Wire;
-use super::{Answer, Handed, Order, Part, Report, folder, key};
+use super::{Answer, Handed, Order, Part, Report, folder, key, no_hand_over};
 use crate::Error;
 use crate::cleanup::RunDir;
 use crate::sandbox::Env;
@@ -65,7 +65,7 @@ async fn kept(env: &Env, wanted: &str, server: &Wire, run: &mut RunDir) -> Resul
     };
     let Some(pod) = pod else { return end(made).await };
     let pod = Wire::new(pod).map_err(Error::host("the pod's shim"))?;
-    let served = serve(&made, others, &pod, &folder).await;
+    let served = serve(env, &made, others, &pod, &folder).await;
     end(made).await?;
     served
 }
@@ -94,12 +94,13 @@ async fn end(made: Made) -> Result<(), Error> {
 }
 
 /// Hands the VM out, and returns when its pod needs it no more.
-async fn serve(made: &Made, others: Vec<u32>, pod: &Wire, folder: &Path) -> Result<(), Error> {
+async fn serve(env: &Env, made: &Made, others: Vec<u32>, pod: &Wire, folder: &Path) -> Result<(), Error> {
     let failed = || Error::host("handing a machine out");
     let vmm = made.vm.pid();
     // one without is not made
     let daemon = made.share.pid().unwrap_or_default();
-    let lent = made.vm.lend().await?;
+    let handing = made.vm.hand_over().ok_or_else(|| no_hand_over(env))?;
+    let lent = handing.lend().await?;
     let processes = [pidfd::open(vmm).map_err(failed())?, pidfd::open(daemon).map_err(failed())?];
     let fds: Vec<_> = std::iter::once(&made.channel).chain(&processes).chain(&lent.fds).map(AsFd::as_fd).collect();
     let handed = Handed { folder: folder.to_owned(), vmm, daemon, others, about: lent.about };

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use agent_api::agent as api;
-use hypervisor::{MemoryWay, Vm, VmSpec};
+use hypervisor::{HotPlug, MemoryWay, Rescan, Vm, VmSpec};
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
@@ -28,7 +28,7 @@ pub(super) struct Made {
 /// Makes it: a clone where there is a template, else by a boot.
 pub(super) async fn make(env: &Env, run: &mut RunDir) -> Result<Made, Error> {
     let config = &env.config.hypervisor;
-    let (mut share, mut served) = Share::start(config, run).await?;
+    let (mut share, mut served) = Share::start(env.hypervisor.as_ref(), config, run).await?;
     if share.pid().is_none() {
         return Err(Error::Unsupported(
             "a pool needs virtiofsd: set shared_fs to \"virtio-fs\", or vm_cache_number to 0".into(),
@@ -48,8 +48,9 @@ pub(super) async fn make(env: &Env, run: &mut RunDir) -> Result<Made, Error> {
         run.push(Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
         let channel = vm.take_channel().ok_or_else(|| Error::Unsupported("the VM has no serial channel".into()))?;
         let watch = VmWatch::new(vm.as_ref());
+        let rescan = vm.hotplug().map(HotPlug::rescan).unwrap_or_default();
         // large, and waited for once
-        let answers = Box::pin(ready(env, &share, &channel, watch.clone(), is_clone));
+        let answers = Box::pin(ready(env, &share, &channel, watch.clone(), rescan, is_clone));
         match while_served(&share, watch, answers).await {
             Ok(()) => {
                 vm.booted();
@@ -66,7 +67,14 @@ pub(super) async fn make(env: &Env, run: &mut RunDir) -> Result<Made, Error> {
 }
 
 /// Wakes the guest, mounts the folder that will be the pod's, and has it do once what it will do for a pod.
-async fn ready(env: &Env, share: &Share, channel: &OwnedFd, watch: VmWatch, is_clone: bool) -> Result<(), Error> {
+async fn ready(
+    env: &Env,
+    share: &Share,
+    channel: &OwnedFd,
+    watch: VmWatch,
+    rescan: Rescan,
+    is_clone: bool,
+) -> Result<(), Error> {
     let config = &env.config.agent;
     let (relay, end) = Relay::start(channel).map_err(Error::host("the agent's channel"))?;
     let agent = if is_clone {
@@ -82,7 +90,7 @@ async fn ready(env: &Env, share: &Share, channel: &OwnedFd, watch: VmWatch, is_c
         .await?;
     warm::up(&agent, share).await?;
     // what is plugged for the pod is looked for once, at its wake
-    agent.lull(Duration::ZERO).await?;
+    agent.lull(Duration::ZERO, rescan).await?;
     relay.end().await;
     Ok(())
 }

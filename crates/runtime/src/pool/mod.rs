@@ -111,6 +111,15 @@ pub struct Info {
     pub age: u64,
 }
 
+/// The driver cannot have one.
+fn no_hand_over(env: &Env) -> Error {
+    let driver = env.hypervisor.name();
+    Error::Unsupported(format!(
+        "vm_cache_number is set, and a virtual machine of hypervisor {driver} cannot go from one process to another: set it \
+         to 0"
+    ))
+}
+
 /// The run folder of a keeper that lives, or that nobody has waited for: named by its start too, because the number may
 /// be another's one day, while a pod still has this folder in its journal.
 fn folder(keeper: u32) -> PathBuf {

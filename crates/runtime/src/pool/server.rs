@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::wire::{Listener, Wire};
-use super::{ANSWER, Answer, Ask, Info, NAME, Order, ROOT, Report, folder, key, mount_namespace, reach};
+use super::{ANSWER, Answer, Ask, Info, NAME, Order, ROOT, Report, folder, key, mount_namespace, no_hand_over, reach};
 use crate::sandbox::Env;
 use crate::{Error, cleanup};
 
@@ -64,6 +64,9 @@ struct Server<'a> {
 /// # Errors
 /// The endpoint cannot be had, or is served.
 pub async fn serve(env: &Env, stop: impl Future<Output = ()>, say: &mut dyn FnMut(String)) -> Result<(), Error> {
+    if !env.hypervisor.capabilities().hand_over {
+        return Err(no_hand_over(env));
+    }
     let factory = &env.config.factory;
     let (endpoint, number) = (factory.vm_cache_endpoint.clone(), factory.vm_cache_number as usize);
     let key = key(env, None).await?;

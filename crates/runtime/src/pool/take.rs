@@ -5,11 +5,11 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use hypervisor::helper::Helper;
-use hypervisor::{Lent, Size, Vm};
+use hypervisor::{Lent, LentProcess, Size, Vm};
 use tokio::sync::oneshot;
 
 use super::wire::Wire;
-use super::{ANSWER, Answer, Ask, Handed, Part, key, mount_namespace};
+use super::{ANSWER, Answer, Ask, Handed, Part, key, mount_namespace, no_hand_over};
 use crate::Error;
 use crate::cleanup::{Journal, RunDir, Step};
 use crate::sandbox::Env;
@@ -86,9 +86,10 @@ async fn adopt(env: &Env, handed: Handed, fds: Vec<OwnedFd>, wire: Wire, run: &m
     let ((vmm_to, vmm_told), (daemon_to, daemon_told)) = (oneshot::channel(), oneshot::channel());
     let listening = tokio::spawn(listen(wire, vmm_to, daemon_to));
     let adopted = async {
-        let process = Helper::adopt("QEMU", vmm, vmm_process, vmm_told).map_err(failed())?;
+        let adoption = env.hypervisor.adoption().ok_or_else(|| no_hand_over(env))?;
+        let process = LentProcess { pid: vmm, process: vmm_process, exit: vmm_told };
         let daemon = Helper::adopt("virtiofsd", daemon, daemon_process, daemon_told).map_err(failed())?;
-        let vm = env.hypervisor.adopt(Lent { about, fds: fds.collect() }, process, channel).await?;
+        let vm = adoption.adopt(Lent { about, fds: fds.collect() }, process, channel).await?;
         Ok::<_, Error>((vm, daemon))
     };
     match adopted.await {

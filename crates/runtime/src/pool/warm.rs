@@ -1,5 +1,5 @@
-//! A container's life, once, before there is a pod: what the guest runs for the first time costs many times as much under
-//! TCG, which has to translate it first, and some everywhere, since nothing is in a cache.
+//! A container's life, once, before there is a pod: what the guest runs for the first time costs many times as much where its
+//! instructions are translated first, and some everywhere, since nothing is in a cache.
 
 use std::fs::{self, File};
 use std::io::Write;

@@ -28,13 +28,13 @@ impl Sandbox {
         }
         let vm = self.vm().await?;
         let mut disks = self.0.disks.lock().await;
-        disks.let_go(|id| vm.guest_disk(id).is_some());
+        disks.let_go(|id| vm.address(id).is_some());
         let (ids, devices) = disks.assign(&blocks.sources)?;
         let placed = blocks.placed(ids.clone());
         let plugged = async {
             for device in devices {
-                let id = device.id().to_owned();
-                vm.plug(device).await.map_err(|error| placed.unplugged(&id, error))?;
+                let plugged = async { vm.must_hotplug()?.plug(device).await }.await;
+                plugged.map_err(|error| placed.unplugged(error))?;
             }
             placed.plan(vm.as_ref(), from.id.as_str())
         }
@@ -73,10 +73,10 @@ async fn give_back(vm: &Arc<dyn Vm>, disks: &mut Disks, ids: &[String]) {
 /// the place stays taken and the file open in the VMM, which ends with the pod at the latest.
 async fn unplug(vm: &Arc<dyn Vm>, gone: Vec<Known>) -> Vec<Known> {
     let mut leaving = JoinSet::new();
-    for disk in gone.into_iter().filter(|disk| vm.guest_disk(&disk.id).is_some()) {
+    for disk in gone.into_iter().filter(|disk| vm.address(&disk.id).is_some()) {
         let vm = Arc::clone(vm);
         leaving.spawn(async move {
-            let error = vm.unplug(&disk.id).await.err()?;
+            let error = async { vm.must_hotplug()?.unplug(&disk.id).await }.await.err()?;
             tracing::warn!(
                 disk = disk.id,
                 file = %disk.path.display(),

@@ -41,10 +41,11 @@ impl HostMemory {
     /// The reason, for a start that failed by it.
     pub(super) fn explain(&self, error: Error) -> Error {
         match error {
-            Error::VmGone { what, reason, console } if self.is_killed() => Error::VmGone {
+            Error::VmGone { what, reason, console, fault } if self.is_killed() => Error::VmGone {
                 what,
                 reason: format!("{reason}; the host killed it for want of memory: {self}"),
                 console,
+                fault,
             },
             other => other,
         }

@@ -169,7 +169,7 @@ async fn boot(
     let (up, share) = if let Some(taken) = up::from_pool(&wanted, run, trace, &prepare).await? {
         taken
     } else {
-        let (mut share, shared) = Share::start(config, run).await?;
+        let (mut share, shared) = Share::start(env.hypervisor.as_ref(), config, run).await?;
         trace.step("virtiofsd-started");
         let up = up::bring_up(wanted, &mut share, shared, run, trace, prepare).await;
         (up.map_err(|error| memory.explain(blocks.explain(error)))?, share)

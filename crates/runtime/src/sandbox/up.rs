@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::io::Read;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -57,6 +58,13 @@ pub(super) async fn from_pool(
     if wanted.env.config.factory.vm_cache_number == 0 || !is_plain {
         return Ok(None);
     }
+    if !wanted.env.hypervisor.capabilities().hand_over {
+        let driver = wanted.env.hypervisor.name();
+        tracing::warn!(
+            "vm_cache_number is set, and hypervisor {driver} cannot hand virtual machines over: this one boots"
+        );
+        return Ok(None);
+    }
     let Some(mut taken) = pool::take(wanted.env, wanted.size, run).await else { return Ok(None) };
     trace.step("taken");
     let config = &wanted.env.config.agent;
@@ -65,7 +73,8 @@ pub(super) async fn from_pool(
     let watch = VmWatch::new(vm);
     let wake = async {
         for device in &wanted.devices {
-            vm.plug(device.try_clone().map_err(Error::host("the pod's devices"))?).await?;
+            let device = device.try_clone().map_err(Error::host("the pod's devices"))?;
+            vm.must_hotplug()?.plug(device).await?;
         }
         let agent = AgentChannel::resume(serial, watch.clone(), config)?;
         let limit = config.dial_timeout.min(WAKING);
@@ -114,7 +123,7 @@ pub(super) async fn bring_up(
         let begin = found.as_mut().map(|found| std::mem::take(&mut found.begin));
         let is_clone = begin.is_some();
         let same_devices = !share.shares_memory() && wanted.devices.is_empty();
-        let (channel, spec) = wanted.spec(begin, shared)?;
+        let (channel, spec) = wanted.spec(begin, shared, run.path())?;
         let mut vm = wanted.env.hypervisor.launch(spec).await?;
         run.push(Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
         trace.step(if is_clone { "clone-started" } else { "vmm-started" });
@@ -180,7 +189,15 @@ async fn template(wanted: &Wanted<'_>, share: &Share) -> Result<Option<template:
 }
 
 impl Wanted<'_> {
-    fn spec(&self, begin: Option<Begin>, shared: Option<SharedDir>) -> Result<(AgentChannel, VmSpec), Error> {
+    fn spec(
+        &self,
+        begin: Option<Begin>,
+        shared: Option<SharedDir>,
+        folder: &Path,
+    ) -> Result<(AgentChannel, VmSpec), Error> {
+        let driver = self.env.hypervisor.as_ref();
+        let capabilities = driver.capabilities();
+        self.devices.iter().try_for_each(|device| capabilities.check(driver.name(), device))?;
         let devices = self.devices.iter().map(Device::try_clone).collect::<std::io::Result<Vec<_>>>();
         let devices = devices.map_err(Error::host("the pod's devices"))?;
         let shared_dirs = shared.into_iter().collect();
@@ -189,9 +206,18 @@ impl Wanted<'_> {
             let spec = template_spec(self.env, Some(self.size), shared_dirs);
             return Ok((AgentChannel::Serial, VmSpec { id, begin, devices, ..spec }));
         }
-        let (channel, device) = AgentChannel::open(self.env.config.agent.channel)?;
+        let (channel, device) = AgentChannel::open(driver, self.env.config.agent.channel, folder)?;
         let spec = vm_spec(self.env, self.size, device, &channel.kernel_params());
-        Ok((channel, VmSpec { id, shared_dirs, devices, pluggable: self.is_changing, ..spec }))
+        Ok((
+            channel,
+            VmSpec {
+                id,
+                shared_dirs,
+                devices,
+                pluggable: self.is_changing && !capabilities.hotplug.is_empty(),
+                ..spec
+            },
+        ))
     }
 
     /// Puts the VM into the pod's cgroup, with `others` that belong to it.
@@ -206,7 +232,7 @@ impl Wanted<'_> {
 }
 
 /// The VM that a template is made of, of this size or the configured one: without anything of a pod, and with room for it.
-/// What its clones have besides is all new to the guest, but for the folder that QEMU serves, in `shared_dirs`.
+/// What its clones have besides is all new to the guest, but for a folder that the VMM serves, in `shared_dirs`.
 pub(crate) fn template_spec(env: &Env, size: Option<Size>, shared_dirs: Vec<SharedDir>) -> VmSpec {
     let size = size.unwrap_or_else(|| sizing::plan(&env.config.hypervisor, crate::pod::Limits::default()));
     let channel = Channel::Serial { port: ports::AGENT_SERIAL };
@@ -288,7 +314,7 @@ pub(crate) fn news(same_devices: bool) -> Result<wake::UpRequest, Error> {
     })
 }
 
-/// After virtiofsd, which ends when QEMU does, QEMU's own end is seen so much later at most.
+/// After virtiofsd, which ends when the VMM does, the VMM's own end is seen so much later at most.
 const TOGETHER: Duration = Duration::from_millis(250);
 
 /// Does `work` unless virtiofsd ends.
@@ -302,7 +328,7 @@ pub(crate) async fn while_served<T>(
         done = work => return done,
         end = share.ended() => end,
     };
-    // it ends in peace when QEMU does, and QEMU with an error when it was killed
+    // it ends in peace when the VMM does, and the VMM with an error when it was killed
     let limit = if end.as_ref().is_some_and(|end| end.is_success) { TOGETHER } else { Duration::ZERO };
     let reason = end.map(|end| end.to_string()).unwrap_or_default();
     vm.broken_within("starting the guest", &reason, limit).await

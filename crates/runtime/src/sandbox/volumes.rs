@@ -70,8 +70,9 @@ impl Sandbox {
                 volume.path.display()
             )));
         }
+        let resize = vm.resize().ok_or(hypervisor::Error::Lacks { what: "disks that grow while it runs" })?;
         let size = direct_volume::grow(&volume.device, size)?;
-        vm.resize_disk(&volume.disk, size).await?;
+        resize.disk(&volume.disk, size).await?;
         let request = api::ResizeVolumeRequest { volume_guest_path: volume.point.clone(), size, ..Default::default() };
         self.0
             .agent

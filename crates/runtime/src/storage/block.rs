@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use agent_api::agent as api;
 use agent_api::paths;
 use agent_api::storage::{CREATE_DIRECTORY, MORE_DEVICE, READ_ONLY};
-use hypervisor::{DiskAddress, Vm};
+use hypervisor::{Address, Fault, Vm};
 use oci_spec::runtime::Spec;
 
 use super::layers::{self, Part};
@@ -226,45 +226,47 @@ pub(crate) struct Plan {
 }
 
 impl Placed {
-    /// An error of the VMM's, with what its disks are on the host.
+    /// An error about a disk, with what the disk is on the host.
     pub(crate) fn explain(&self, error: Error) -> Error {
-        let named = |text: String| {
-            let both = self.ids.iter().zip(&self.paths);
-            both.fold(text, |text, (id, path)| text.replace(&format!("{id}-host,"), &format!("{},", path.display())))
-        };
         match error {
-            Error::VmGone { what, reason, console } => Error::VmGone { what, reason: named(reason), console },
-            Error::Vm(hypervisor::Error::InUse { device }) => self.in_use(&device),
-            Error::Vm(error) => full(error),
+            Error::VmGone { fault: Some(Fault::DiskInUse { id }), .. } => self.in_use(&id),
+            Error::VmGone { fault: Some(Fault::Disk { id, why }), .. } => self.refused(&id, why),
+            Error::Vm(error) => self.unplugged(error),
             other => other,
         }
     }
 
-    fn in_use(&self, id: &str) -> Error {
+    fn path(&self, id: &str) -> &Path {
         let place = self.ids.iter().position(|one| one == id).and_then(|place| self.paths.get(place));
-        let path = place.map_or(Path::new(id), PathBuf::as_path);
-        Error::WrongState(format!("block device {} is in use: a virtual machine has locked it", path.display()))
+        place.map_or(Path::new(""), PathBuf::as_path)
     }
 
-    /// The file of a disk that could not be plugged.
-    pub(crate) fn unplugged(&self, id: &str, error: hypervisor::Error) -> Error {
-        let place = self.ids.iter().position(|one| one == id).and_then(|place| self.paths.get(place));
-        match (place, error) {
-            (_, error @ (hypervisor::Error::Gone | hypervisor::Error::NoSlot { .. })) | (None, error) => full(error),
-            (_, hypervisor::Error::InUse { device }) => self.in_use(&device),
-            (Some(path), error) => {
-                let what = format!("block device {}", path.display());
-                Error::Host { what, source: std::io::Error::other(error) }
-            }
+    fn in_use(&self, id: &str) -> Error {
+        let path = self.path(id).display();
+        Error::WrongState(format!("block device {path} is in use: a virtual machine has locked it"))
+    }
+
+    fn refused(&self, id: &str, why: String) -> Error {
+        Error::Host { what: format!("block device {}", self.path(id).display()), source: std::io::Error::other(why) }
+    }
+
+    /// The same for one that was to be plugged.
+    pub(crate) fn unplugged(&self, error: hypervisor::Error) -> Error {
+        use hypervisor::Error::{Disk, InUse, NoSlot, TooManyDevices};
+        match error {
+            InUse { device } => self.in_use(&device),
+            Disk { device, why } => self.refused(&device, why),
+            NoSlot { .. } | TooManyDevices { .. } => Error::Unsupported(error.to_string()),
+            other => other.into(),
         }
     }
 
     pub(crate) fn plan(&self, vm: &dyn Vm, container: &str) -> Result<Plan, Error> {
         let at = |disk: usize| {
             let id = self.ids.get(disk).map_or("", String::as_str);
-            match vm.guest_disk(id) {
-                Some(DiskAddress::Pci(path)) => Ok(("blk", path)),
-                Some(DiskAddress::Scsi { id, lun }) => Ok(("scsi", format!("{id}:{lun}"))),
+            match vm.address(id) {
+                Some(Address::Pci(path)) => Ok(("blk", path)),
+                Some(Address::Scsi { id, lun }) => Ok(("scsi", format!("{id}:{lun}"))),
                 None => Err(Error::NotFound(format!("disk {id} of container {container}"))),
             }
         };
@@ -320,18 +322,6 @@ impl Placed {
             });
         }
         Ok(plan)
-    }
-}
-
-/// Where a VM has no more places, there is another way.
-fn full(error: hypervisor::Error) -> Error {
-    use hypervisor::Error::{NoSlot, TooManyDevices};
-    match error {
-        NoSlot { .. } | TooManyDevices { .. } => Error::Unsupported(format!(
-            "{error}: block_device_driver = \"virtio-scsi\" has room for 256 disks, \"virtio-blk\" for 30 with the \
-             network cards"
-        )),
-        other => other.into(),
     }
 }
 

@@ -28,7 +28,7 @@ pub(super) struct Daemon {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Make {
-    /// QEMU's, of C: takes `-o` lists.
+    /// The one in C: takes `-o` lists.
     C,
     /// The one of Rust: takes long options.
     Rust,
@@ -107,7 +107,7 @@ impl Daemon {
 
     fn no_metadata(&self) -> Error {
         Error::Unsupported(format!(
-            "virtio_fs_cache = \"metadata\": {} is QEMU's virtiofsd, which does not have it: set \"never\", \"auto\" or \
+            "virtio_fs_cache = \"metadata\": {} is the C virtiofsd, which does not have it: set \"never\", \"auto\" or \
              \"always\", or set `virtio_fs_daemon` to the Rust virtiofsd",
             self.program.display()
         ))
@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn what_a_make_does_not_have_is_refused() {
         let error = arguments(Make::C, "virtio_fs_cache = \"metadata\"").expect_err("refused").to_string();
-        assert!(error.contains("/d is QEMU's virtiofsd"), "{error}");
+        assert!(error.contains("/d is the C virtiofsd"), "{error}");
     }
 
     #[tokio::test]

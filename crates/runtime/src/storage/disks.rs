@@ -56,7 +56,7 @@ impl Disks {
         Ok((ids, devices))
     }
 
-    /// QEMU would refuse a second one with a word of locks, unless both only read; who else may have it at the same time may
+    /// The VMM would refuse a second one with a word of locks, unless both only read; who else may have it at the same time may
     /// have it here too.
     fn is_free(&self, source: &Source) -> Result<(), Error> {
         let in_the_way =

@@ -1,4 +1,4 @@
-//! The pod's shared folder and who serves it: virtiofsd, or QEMU itself by 9p.
+//! The pod's shared folder and who serves it: virtiofsd, or the VMM itself by 9p.
 //!
 //! Two views of one folder: the shim mounts into `mounts`; what is served is `shared`, a read-only slave of it. So the
 //! guest cannot make anything between the mount points, where the shim works by path, and what is mounted later appears
@@ -16,8 +16,8 @@ use std::time::Duration;
 use agent_api::agent::Storage;
 use agent_api::paths;
 use config::SharedFs;
-use hypervisor::helper::{Helper, Pages};
-use hypervisor::{FileServer, SharedDir, VmExit};
+use hypervisor::helper::{Helper, Program};
+use hypervisor::{DaemonEnd, DaemonSocket, FileServer, Hypervisor, SharedDir, SharingKind, VmExit};
 use nix::mount::{MsFlags, mount};
 
 use super::daemon::{self, Daemon};
@@ -39,8 +39,8 @@ pub(crate) struct Share {
 #[derive(Debug)]
 enum Server {
     /// virtiofsd.
-    VirtioFs(Helper),
-    /// QEMU, in packets of so many bytes.
+    VirtioFs(Helper, DaemonSocket),
+    /// The VMM, in packets of so many bytes.
     NineP { msize: u32 },
     /// Nobody: only what comes by block devices reaches the guest.
     None,
@@ -54,6 +54,7 @@ impl Share {
 
     /// Makes the two views and starts the daemon, where one is needed; returns the VMM's part too.
     pub(crate) async fn start(
+        driver: &dyn Hypervisor,
         config: &config::Hypervisor,
         run: &mut RunDir,
     ) -> Result<(Self, Option<SharedDir>), Error> {
@@ -61,23 +62,26 @@ impl Share {
         if config.shared_fs == SharedFs::None {
             return Ok((Self::new(mounts, Server::None), None));
         }
-        let daemon = choose(config.shared_fs, || daemon::find(config))?;
+        let sharing = driver.capabilities().sharing;
+        let daemon = match choose(driver.name(), sharing, config.shared_fs, || daemon::find(config))? {
+            Served::ByDaemon(program, end) => Some((program, end)),
+            Served::ByVmm => None,
+            Served::Not => return Ok((Self::new(mounts, Server::None), None)),
+        };
         let shared = views(&mounts, run)?;
-        let Some(program) = daemon else {
+        let Some((program, end)) = daemon else {
             let server = Server::NineP { msize: config.msize_9p };
             return Ok((Self::new(mounts, server), Some(packets(&shared)?)));
         };
-        let (helper, dir) = serve(program, config, &shared, run).await?;
-        Ok((Self::new(mounts, Server::VirtioFs(helper)), Some(dir)))
+        let (helper, dir) = serve(program, end, config, &shared, run).await?;
+        Ok((Self::new(mounts, Server::VirtioFs(helper, end)), Some(dir)))
     }
 
     /// What a VM has of one that is saved before there is a pod.
-    pub(crate) fn of_template(config: &config::Hypervisor) -> Vec<SharedDir> {
-        kept(match config.shared_fs {
-            SharedFs::VirtioNineP => true,
-            SharedFs::Auto => daemon::find(config).is_none(),
-            SharedFs::VirtioFs | SharedFs::None => false,
-        })
+    pub(crate) fn of_template(driver: &dyn Hypervisor, config: &config::Hypervisor) -> Vec<SharedDir> {
+        let sharing = driver.capabilities().sharing;
+        let served = choose(driver.name(), sharing, config.shared_fs, || daemon::find(config));
+        kept(matches!(served, Ok(Served::ByVmm)))
     }
 
     /// What the VM has of it that this pod's is a clone of. Not looked up again: virtiofsd may have come or gone since.
@@ -87,7 +91,8 @@ impl Share {
 
     /// One that another process has made in `folder`.
     pub(crate) fn adopt(folder: &Path, daemon: Helper) -> Self {
-        Self::new(folder.join("mounts"), Server::VirtioFs(daemon))
+        // no other VMM comes in the place of one that was handed over
+        Self::new(folder.join("mounts"), Server::VirtioFs(daemon, DaemonSocket::Connection))
     }
 
     /// A daemon for another VMM, in the place of that whose VMM is gone; returns what that one is given.
@@ -98,20 +103,20 @@ impl Share {
     ) -> Result<Option<SharedDir>, Error> {
         self.stop().await;
         let shared = run.path().join(SHARED);
-        let daemon = match &mut self.server {
-            Server::VirtioFs(daemon) => daemon,
+        let (daemon, end) = match &mut self.server {
+            Server::VirtioFs(daemon, end) => (daemon, *end),
             Server::NineP { .. } => return packets(&shared).map(Some),
             Server::None => return Ok(None),
         };
         let program = daemon::find(config).ok_or_else(daemon::missing)?;
-        let (helper, dir) = serve(program, config, &shared, run).await?;
+        let (helper, dir) = serve(program, end, config, &shared, run).await?;
         *daemon = helper;
         Ok(Some(dir))
     }
 
     /// Somebody else than the VMM works in the guest's memory.
     pub(crate) fn shares_memory(&self) -> bool {
-        matches!(self.server, Server::VirtioFs(_))
+        matches!(self.server, Server::VirtioFs(..))
     }
 
     /// The run folders of all sandboxes of this host.
@@ -154,7 +159,7 @@ impl Share {
     pub(crate) fn storage(&self) -> Option<Storage> {
         let (driver, kind, options) = match &self.server {
             Server::None => return None,
-            Server::VirtioFs(_) => ("virtio-fs", "virtiofs", Vec::new()),
+            Server::VirtioFs(..) => ("virtio-fs", "virtiofs", Vec::new()),
             // reads and writes go to the host at once; only what is mapped is kept, until it is unmapped
             Server::NineP { msize } => {
                 // the times of reading are the host's: a guest's own would be written nowhere, but makes work of them
@@ -198,21 +203,59 @@ impl Share {
 
     fn daemon(&self) -> Option<&Helper> {
         match &self.server {
-            Server::VirtioFs(helper) => Some(helper),
+            Server::VirtioFs(helper, _) => Some(helper),
             _ => None,
         }
     }
 }
 
-/// The daemon's program where virtio-fs is to be had and wanted; `None` is 9p.
-fn choose(wanted: SharedFs, find: impl FnOnce() -> Option<PathBuf>) -> Result<Option<PathBuf>, Error> {
-    match wanted {
-        SharedFs::VirtioFs => find().map(Some).ok_or_else(daemon::missing),
-        SharedFs::Auto => Ok(find().or_else(|| {
-            tracing::warn!("{}; the guest has its files by virtio-9p, which is slower", daemon::missing());
-            None
-        })),
-        SharedFs::VirtioNineP | SharedFs::None => Ok(None),
+/// Who is to serve.
+#[derive(Debug, PartialEq, Eq)]
+enum Served {
+    /// This program, which the VMM reaches so.
+    ByDaemon(PathBuf, DaemonSocket),
+    ByVmm,
+    Not,
+}
+
+/// What is wanted, as far as the driver has it and the host has a daemon.
+fn choose(
+    name: &str,
+    sharing: &[SharingKind],
+    wanted: SharedFs,
+    find: impl FnOnce() -> Option<PathBuf>,
+) -> Result<Served, Error> {
+    let daemon = sharing.iter().find_map(|kind| match kind {
+        SharingKind::VirtioFs(end) => Some(*end),
+        SharingKind::NineP => None,
+    });
+    let has_packets = sharing.contains(&SharingKind::NineP);
+    let lacks = |value: &str| {
+        Err(Error::Unsupported(format!(
+            "shared_fs = \"{value}\" is set, and hypervisor {name} does not have it: leave it out, or set it to \"none\""
+        )))
+    };
+    match (wanted, daemon) {
+        (SharedFs::None, _) => Ok(Served::Not),
+        (SharedFs::VirtioFs, None) => lacks("virtio-fs"),
+        (SharedFs::VirtioFs, Some(end)) => {
+            find().map(|program| Served::ByDaemon(program, end)).ok_or_else(daemon::missing)
+        }
+        (SharedFs::VirtioNineP, _) if !has_packets => lacks("virtio-9p"),
+        (SharedFs::VirtioNineP, _) => Ok(Served::ByVmm),
+        (SharedFs::Auto, Some(end)) => match find() {
+            Some(program) => Ok(Served::ByDaemon(program, end)),
+            None if has_packets => {
+                tracing::warn!("{}; the guest has its files by virtio-9p, which is slower", daemon::missing());
+                Ok(Served::ByVmm)
+            }
+            None => Err(daemon::missing()),
+        },
+        (SharedFs::Auto, None) if has_packets => Ok(Served::ByVmm),
+        (SharedFs::Auto, None) => {
+            tracing::warn!("hypervisor {name} shares no folder: only block devices reach the guest");
+            Ok(Served::Not)
+        }
     }
 }
 
@@ -242,28 +285,29 @@ const TAG: &str = paths::SHARE_TAG;
 
 async fn serve(
     program: PathBuf,
+    end: DaemonSocket,
     config: &config::Hypervisor,
     shared: &Path,
     run: &mut RunDir,
 ) -> Result<(Helper, SharedDir), Error> {
     let daemon = Daemon::new(program).await?;
-    let (listener, connection) = socket(run.path()).map_err(Error::host("virtiofsd's socket"))?;
+    let (listener, socket) = socket(run.path(), end).map_err(Error::host("virtiofsd's socket"))?;
     let listener = OwnedFd::from(listener);
     let args = daemon.arguments(config, shared, &listener)?;
-    let helper =
-        Helper::spawn("virtiofsd", "virtio_fs_daemon", &daemon.program, &args, &[], &[listener], Pages::AsHost)?;
+    let program = Program::new("virtiofsd", "virtio_fs_daemon", &daemon.program, &args);
+    let helper = Helper::spawn(&Program { fds: &[listener], ..program })?;
     run.push(Step::process(helper.pid())).map_err(Error::host("the undo journal"))?;
     open_files::tell(config);
-    let server = FileServer::VirtioFs { socket: connection.into(), queue_size: config.virtio_fs_queue_size };
+    let server = FileServer::VirtioFs { socket, queue_size: config.virtio_fs_queue_size };
     Ok((helper, SharedDir { tag: TAG, server }))
 }
 
-fn kept(is_served_by_qemu: bool) -> Vec<SharedDir> {
+fn kept(is_served_by_vmm: bool) -> Vec<SharedDir> {
     let folder = SharedDir { tag: TAG, server: FileServer::NineP { folder: None } };
-    is_served_by_qemu.then_some(folder).into_iter().collect()
+    is_served_by_vmm.then_some(folder).into_iter().collect()
 }
 
-/// The folder for QEMU's own server.
+/// The folder for the VMM's own server.
 fn packets(shared: &Path) -> Result<SharedDir, Error> {
     let folder = File::open(shared).map_err(Error::host(shared.display().to_string()))?;
     Ok(SharedDir { tag: TAG, server: FileServer::NineP { folder: Some(folder.into()) } })
@@ -274,16 +318,25 @@ pub(crate) fn guest_path(name: &str) -> String {
     format!("{}/{name}", paths::SHARED)
 }
 
-/// A listening socket and a connection to it, nameless by the time it returns. It listens before the daemon exists, so
-/// nobody waits for a path to appear.
-fn socket(folder: &Path) -> io::Result<(UnixListener, UnixStream)> {
+/// A listening socket, and the VMM's end of the way to it: a connection, then the socket is nameless by the time this returns,
+/// or its path. It listens before the daemon exists, so nobody waits for a path to appear.
+fn socket(folder: &Path, end: DaemonSocket) -> io::Result<(UnixListener, DaemonEnd)> {
+    const NAME: &str = "virtiofsd.sock";
     // a socket's path has room for 107 bytes (unix(7)), and a pod's folder alone may need more
-    let folder = File::open(folder)?;
-    let path = format!("/proc/self/fd/{}/virtiofsd.sock", folder.as_raw_fd());
+    let opened = File::open(folder)?;
+    let path = format!("/proc/self/fd/{}/{NAME}", opened.as_raw_fd());
+    match fs::remove_file(&path) {
+        // of a daemon that was started again
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
     let listener = UnixListener::bind(&path)?;
+    if end == DaemonSocket::Path {
+        return Ok((listener, DaemonEnd::Path(folder.join(NAME))));
+    }
     let connection = UnixStream::connect(&path);
     fs::remove_file(&path)?;
-    Ok((listener, connection?))
+    Ok((listener, DaemonEnd::Connection(connection?.into())))
 }
 
 fn bind(from: &Path, to: &Path) -> Result<(), Error> {
@@ -308,19 +361,50 @@ mod tests {
         let root = tempfile::tempdir().expect("a folder");
         let folder = root.path().join("k8s.io@".to_owned() + &"a".repeat(128));
         fs::create_dir(&folder).expect("made");
-        let (listener, _connection) = socket(&folder).expect("made");
+        let (listener, connection) = socket(&folder, DaemonSocket::Connection).expect("made");
+        assert!(matches!(connection, DaemonEnd::Connection(_)));
         listener.accept().expect("connected");
         assert_eq!(fs::read_dir(&folder).expect("listed").count(), 0);
     }
 
     #[test]
+    fn a_vmm_that_connects_by_itself_finds_the_path() {
+        let folder = tempfile::tempdir().expect("a folder");
+        // twice: the second is in the place of one that is gone
+        for _ in 0..2 {
+            let (listener, end) = socket(folder.path(), DaemonSocket::Path).expect("made");
+            let DaemonEnd::Path(path) = end else { panic!("a path: {end:?}") };
+            UnixStream::connect(path).expect("connected");
+            listener.accept().expect("accepted");
+        }
+    }
+
+    #[test]
     fn a_host_without_virtiofsd_has_9p_unless_virtio_fs_was_asked_for() {
         let found = || Some(PathBuf::from("/virtiofsd"));
-        assert_eq!(choose(SharedFs::Auto, found).expect("fine"), found());
-        assert_eq!(choose(SharedFs::Auto, || None).expect("fine"), None);
-        assert_eq!(choose(SharedFs::VirtioNineP, found).expect("fine"), None);
-        let error = choose(SharedFs::VirtioFs, || None).expect_err("refused").to_string();
+        let by_daemon = || Served::ByDaemon("/virtiofsd".into(), DaemonSocket::Connection);
+        let all = [SharingKind::VirtioFs(DaemonSocket::Connection), SharingKind::NineP];
+        assert_eq!(choose("x", &all, SharedFs::Auto, found).expect("fine"), by_daemon());
+        assert_eq!(choose("x", &all, SharedFs::Auto, || None).expect("fine"), Served::ByVmm);
+        assert_eq!(choose("x", &all, SharedFs::VirtioNineP, found).expect("fine"), Served::ByVmm);
+        assert_eq!(choose("x", &all, SharedFs::None, found).expect("fine"), Served::Not);
+        let error = choose("x", &all, SharedFs::VirtioFs, || None).expect_err("refused").to_string();
         assert!(error.starts_with("virtiofsd not found in /usr/libexec/virtiofsd, "), "{error}");
+    }
+
+    #[test]
+    fn what_the_driver_does_not_have_is_refused_by_name_or_done_without() {
+        let found = || Some(PathBuf::from("/virtiofsd"));
+        for (wanted, value) in [(SharedFs::VirtioFs, "virtio-fs"), (SharedFs::VirtioNineP, "virtio-9p")] {
+            let error = choose("x", &[], wanted, found).expect_err("refused").to_string();
+            assert!(error.contains(&format!("shared_fs = \"{value}\"")) && error.contains("hypervisor x"), "{error}");
+        }
+        assert_eq!(choose("x", &[], SharedFs::Auto, found).expect("fine"), Served::Not);
+        assert_eq!(choose("x", &[SharingKind::NineP], SharedFs::Auto, found).expect("fine"), Served::ByVmm);
+        let by_path = [SharingKind::VirtioFs(DaemonSocket::Path)];
+        let served = choose("x", &by_path, SharedFs::Auto, found).expect("fine");
+        assert_eq!(served, Served::ByDaemon("/virtiofsd".into(), DaemonSocket::Path));
+        choose("x", &by_path, SharedFs::Auto, || None).expect_err("no daemon, and nothing else");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hypervisor::{Begin, Size, VmSpec};
+use hypervisor::{Begin, HotPlug, Size, VmSpec};
 
 use super::store::Store;
 use crate::Error;
@@ -15,13 +15,24 @@ use crate::storage::share::Share;
 /// it wants for that are there, not made in every clone again (370 of its translated blocks).
 const SETTLED: Duration = Duration::from_secs(3);
 
+/// The driver cannot make one.
+fn no_snapshots(env: &Env) -> Error {
+    let driver = env.hypervisor.name();
+    Error::Unsupported(format!(
+        "enable_template = true is set, and hypervisor {driver} cannot save a virtual machine: set it to false"
+    ))
+}
+
 /// Makes the template of this configuration for VMs of this size (or of the configured one). `false` when it is there, or
 /// another process makes it.
 ///
 /// # Errors
 /// The VM did not come up or could not be saved. Nothing is left.
 pub async fn make(env: &Env, size: Option<Size>) -> Result<bool, Error> {
-    let spec = template_spec(env, size, Share::of_template(&env.config.hypervisor));
+    if env.hypervisor.capabilities().snapshots.is_none() {
+        return Err(no_snapshots(env));
+    }
+    let spec = template_spec(env, size, Share::of_template(env.hypervisor.as_ref(), &env.config.hypervisor));
     let store = Store::new(&env.config.factory.template_path);
     let key = env.hypervisor.fingerprint(&spec).await?;
     let Some(draft) = store.draft(&key, spec.size.memory_mib)? else { return Ok(false) };
@@ -32,9 +43,10 @@ pub async fn make(env: &Env, size: Option<Size>) -> Result<bool, Error> {
     let watch = VmWatch::new(vm.as_ref());
     let serial = vm.take_channel();
     let agent = AgentChannel::Serial.connect(serial, watch, &env.config.agent).await?;
+    let snapshots = vm.snapshots().ok_or_else(|| no_snapshots(env))?;
     // it says that it is there before it has done all that it does at a start
-    agent.lull(SETTLED).await?;
-    vm.save(draft.file("state")?.into()).await?;
+    agent.lull(SETTLED, vm.hotplug().map(HotPlug::rescan).unwrap_or_default()).await?;
+    snapshots.save(draft.file("state")?.into()).await?;
     vm.stop(Duration::ZERO).await?;
     draft.publish(size.vcpus, size.memory_mib, boots)?;
     Ok(true)

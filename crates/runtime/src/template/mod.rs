@@ -38,6 +38,13 @@ impl Found {
 
 /// The template for a VM like `spec`, if there is one that can be used; if there is none, one is made for the next.
 pub(crate) async fn find(env: &Env, spec: &VmSpec, way: MemoryWay) -> Result<Option<Found>, Error> {
+    if env.hypervisor.capabilities().snapshots.is_none() {
+        let driver = env.hypervisor.name();
+        tracing::warn!(
+            "enable_template = true is set, and hypervisor {driver} cannot save virtual machines: this one boots"
+        );
+        return Ok(None);
+    }
     let store = Store::new(&env.config.factory.template_path);
     let key = env.hypervisor.fingerprint(spec).await?;
     match store.open(&key, spec.size.memory_mib) {
