@@ -139,12 +139,13 @@ impl Cgroup {
             {
                 if file == WEIGHT && self.can_weigh {
                     if !is_weight(&value) {
-                        return Err(Error::Invalid(format!("cgroup {WEIGHT} {value:.20?} must be 1 to 10000")));
+                        return Err(Error::Invalid(format!("cgroup {WEIGHT} = {value:.20?} must be from 1 to 10000")));
                     }
                     *self.weight() = Some(value);
                     continue;
                 }
-                hand_down(Some(controller)).map_err(Error::failed(format!("cgroup controller {controller}")))?;
+                hand_down(Some(controller))
+                    .map_err(Error::failed(format!("enabling cgroup controller {controller}")))?;
             }
             if file == WEIGHT {
                 // the older one
@@ -153,7 +154,7 @@ impl Cgroup {
             match write_existing(&path, &value) {
                 // no swap in this kernel or guest: nothing to limit
                 Err(error) if file == "memory.swap.max" && error.kind() == io::ErrorKind::NotFound => {}
-                other => other.map_err(Error::failed(format!("cgroup {file} = {value}")))?,
+                other => other.map_err(Error::failed(format!("setting cgroup {file} = {value}")))?,
             }
         }
         Ok(())
@@ -171,7 +172,7 @@ impl Cgroup {
     /// Lets the weight that it was given count.
     pub(crate) fn weigh(&self) -> Result<(), Error> {
         let Some(weight) = self.weight().take() else { return Ok(()) };
-        let failed = || Error::failed(format!("cgroup {WEIGHT} = {weight}"));
+        let failed = || Error::failed(format!("setting cgroup {WEIGHT} = {weight}"));
         hand_down(Some("cpu")).map_err(failed())?;
         write_existing(&self.path.join(WEIGHT), &weight).map_err(failed())
     }
@@ -345,7 +346,7 @@ impl Drop for Cgroup {
         let _ = self.kill();
         match remove_tree(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                crate::log::warn(&format!("cgroup {} stays: {error}", self.path.display()));
+                crate::log::warn(&format!("cannot remove cgroup {}: {error}", self.path.display()));
             }
             _ => {}
         }
@@ -422,7 +423,7 @@ fn settings(resources: &LinuxResources) -> Result<Vec<(String, String)>, Error> 
             set("cpu.max", format!("{quota} {period}"));
         }
         if cpu.RealtimeRuntime != 0 || cpu.RealtimePeriod != 0 {
-            return Err(Error::Unsupported("a real-time limit (cgroup version 2 has none)".into()));
+            return Err(Error::Unsupported("a real-time CPU limit, which cgroup v2 does not have,".into()));
         }
         for (file, value) in [("cpuset.cpus", &cpu.Cpus), ("cpuset.mems", &cpu.Mems)] {
             if !value.is_empty() {
@@ -437,13 +438,13 @@ fn settings(resources: &LinuxResources) -> Result<Vec<(String, String)>, Error> 
     }
     for huge in &resources.HugepageLimits {
         if huge.Pagesize.contains(['/', '.']) {
-            return Err(Error::Invalid(format!("huge page size {:?}", huge.Pagesize)));
+            return Err(Error::Invalid(format!("invalid huge page size {:?}", huge.Pagesize)));
         }
         set(&format!("hugetlb.{}.max", huge.Pagesize), huge.Limit.to_string());
     }
     for (file, value) in &resources.Unified {
         if file.contains('/') || !file.contains('.') || file.starts_with("cgroup.") {
-            return Err(Error::Invalid(format!("cgroup file {file:?} cannot be set")));
+            return Err(Error::Invalid(format!("cgroup file {file:?} must not be set by a container")));
         }
         set(file, value.clone());
     }

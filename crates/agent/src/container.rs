@@ -104,7 +104,7 @@ impl Container {
     /// Lets the first process execute its program.
     pub(crate) fn start(&self) -> Result<(), Error> {
         let go = self.go.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let go = go.ok_or_else(|| Error::State("cannot start a container that has been started".into()))?;
+        let go = go.ok_or_else(|| Error::State("cannot start a container that was started already".into()))?;
         std::fs::File::from(go).write_all(b"g").map_err(Error::failed("starting the container"))
     }
 
@@ -117,7 +117,7 @@ impl Container {
     pub(crate) async fn exec(&self, exec: &str, process: &oci::Process, reaper: &Reaper) -> Result<(), Error> {
         if self.holder {
             return Err(Error::State(
-                "cannot exec in a pod's sandbox: it has no files, name one of its containers".into(),
+                "cannot exec in a pod's sandbox container, which has no root file system: use another container of the pod".into(),
             ));
         }
         if self.go.lock().unwrap_or_else(PoisonError::into_inner).is_some() || self.init.has_ended() {
@@ -224,7 +224,7 @@ fn with_terminal(stdio: Option<Stdio>, terminal: Option<OwnedFd>) -> Result<Stdi
     match (stdio, terminal) {
         (Some(stdio), _) => Ok(stdio),
         (None, Some(master)) => Stdio::terminal(master),
-        (None, None) => Err(Error::Failed("the process made no terminal".into())),
+        (None, None) => Err(Error::Failed("the process did not create its terminal".into())),
     }
 }
 

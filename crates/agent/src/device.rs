@@ -22,7 +22,10 @@ pub(crate) async fn translate(devices: &[Device], spec: &mut oci::Spec, patience
     if found.is_empty() {
         return Ok(());
     }
-    let linux = spec.Linux.as_mut().ok_or_else(|| Error::Invalid("devices without linux".into()))?;
+    let linux = spec
+        .Linux
+        .as_mut()
+        .ok_or_else(|| Error::Invalid("the specification has devices but no linux section".into()))?;
     rewrite(&found, linux)
 }
 

@@ -46,7 +46,7 @@ fn program(rules: &[LinuxDeviceCgroup]) -> io::Result<Vec<Insn>> {
     // what is said again by a stronger rule is not said: most clients' rules are these, and one program fits them all
     let all: Vec<_> = rules.iter().filter(|rule| !is_said(rule)).cloned().chain(always).collect();
     if all.len() > MOST_RULES {
-        return Err(io::Error::other(format!("{} device rules are more than {MOST_RULES}", all.len())));
+        return Err(io::Error::other(format!("{} device rules: the limit is {MOST_RULES}", all.len())));
     }
     // r2 access, r3 type, r4 major, r5 minor
     let mut code = vec![
@@ -89,7 +89,7 @@ fn one(rule: &LinuxDeviceCgroup) -> io::Result<Vec<Insn>> {
         "" | "a" => {}
         "b" => tests.push(insn(JUMP_NE_IMM, 3, 0, 0, 1)),
         "c" | "u" => tests.push(insn(JUMP_NE_IMM, 3, 0, 0, 2)),
-        other => return Err(io::Error::other(format!("device type {other:?} is not one of a, b, c"))),
+        other => return Err(io::Error::other(format!("invalid device type {other:?}: must be a, b or c"))),
     }
     let mut access = 0;
     for letter in rule.Access.chars() {
@@ -97,7 +97,7 @@ fn one(rule: &LinuxDeviceCgroup) -> io::Result<Vec<Insn>> {
             'r' => READ,
             'w' => WRITE,
             'm' => MKNOD,
-            other => return Err(io::Error::other(format!("device access {other:?} is not one of r, w, m"))),
+            other => return Err(io::Error::other(format!("invalid device access {other:?}: must be of r, w and m"))),
         };
     }
     if access == 0 {

@@ -50,11 +50,12 @@ impl Known {
             "blk" => Slots::parse(address).map(Self::Pci),
             "scsi" => {
                 let unit = address.split_once(':').and_then(|(id, lun)| Some((id.parse().ok()?, lun.parse().ok()?)));
-                let (id, lun) =
-                    unit.ok_or_else(|| Error::Invalid(format!("SCSI address {address:.80?} is not like 0:1")))?;
+                let (id, lun) = unit.ok_or_else(|| {
+                    Error::Invalid(format!("invalid SCSI address {address:.80?}: must be ID:LUN, such as 0:1"))
+                })?;
                 Ok(Self::Scsi { id, lun })
             }
-            other => Err(Error::Unsupported(format!("disk driver {other:.80?}"))),
+            other => Err(Error::Unsupported(format!("the disk driver {other:.80?}"))),
         }
     }
 
@@ -91,7 +92,7 @@ pub(crate) async fn find(driver: &str, address: &str, patience: Duration) -> Res
     }
     wait(patience, || known.find(), || known.look())
         .await?
-        .ok_or_else(|| Error::NotFound(format!("block device {address} (waited {patience:?} for it)")))
+        .ok_or_else(|| Error::NotFound(format!("block device {address} (after waiting for {patience:?})")))
 }
 
 /// Waits until `find` finds something about a device; `look` does what makes it come. `None` when it does not come.

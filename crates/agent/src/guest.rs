@@ -69,7 +69,7 @@ pub(crate) fn online(wanted: u32, cpu_only: bool) -> io::Result<()> {
         }
     }
     if count < wanted {
-        return Err(io::Error::other(format!("{wanted} processors are wanted, the guest has {count}")));
+        return Err(io::Error::other(format!("{wanted} processors should be online, the guest has {count}")));
     }
     if !cpu_only {
         for block in numbered(MEMORY, "memory").unwrap_or_default() {

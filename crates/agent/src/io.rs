@@ -190,6 +190,6 @@ impl Stdio {
     pub(crate) fn resize(&self, rows: u32, columns: u32) -> Result<(), Error> {
         let terminal = self.terminal.as_ref().ok_or_else(|| Error::State("the process has no terminal".into()))?;
         crate::launcher::set_size(std::os::fd::AsFd::as_fd(terminal), rows, columns)
-            .map_err(Error::failed(format!("size of terminal {}", terminal.as_raw_fd())))
+            .map_err(Error::failed(format!("setting the size of terminal {}", terminal.as_raw_fd())))
     }
 }

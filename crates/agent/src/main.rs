@@ -48,7 +48,7 @@ fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            log::error(&format!("the async runtime: {error}"));
+            log::error(&format!("creating the async runtime: {error}"));
             return ExitCode::FAILURE;
         }
     };

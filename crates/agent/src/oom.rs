@@ -119,7 +119,7 @@ impl OomWatch {
             Ok(descriptor) => {
                 watched.insert(descriptor, Watched { id: id.to_owned(), file, kills: 0 });
             }
-            Err(errno) => crate::log::warn(&format!("watching the memory of {id}: {errno}")),
+            Err(errno) => crate::log::warn(&format!("cannot watch container {id} for OOM kills: {errno}")),
         }
     }
 

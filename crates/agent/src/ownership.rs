@@ -30,7 +30,7 @@ pub(crate) fn apply(point: &str, group: &FSGroup) -> io::Result<()> {
 
 fn below(folder: &File, group: u32, deepest: usize) -> io::Result<()> {
     if deepest == 0 {
-        return Err(io::Error::other(format!("more than {DEEPEST} folders in one another")));
+        return Err(io::Error::other(format!("folders are nested deeper than {DEEPEST} levels")));
     }
     for entry in fs::read_dir(format!("/proc/self/fd/{}", folder.as_raw_fd()))? {
         let entry = entry?;

@@ -56,13 +56,17 @@ impl Params {
                 }
                 "agent.server_addr" => match address(value) {
                     Some(address) => params.address = address,
-                    None => crate::log::warn(&format!("agent.server_addr={value:.100} is not understood")),
+                    None => crate::log::warn(&format!(
+                        "kernel parameter agent.server_addr={value:.100} is ignored: must be vsock://CID:PORT or serial://PORT"
+                    )),
                 },
                 agent_api::ports::READY_PARAM => params.ready_vport = value.parse().unwrap_or_default(),
                 "agent.log_vport" => params.log_vport = value.parse().unwrap_or_default(),
                 "agent.hotplug_timeout" => match value.parse() {
                     Ok(seconds @ 1..=3600) => params.hotplug_timeout = Duration::from_secs(seconds),
-                    _ => crate::log::warn(&format!("agent.hotplug_timeout={value:.20} is not 1 to 3600 seconds")),
+                    _ => crate::log::warn(&format!(
+                        "kernel parameter agent.hotplug_timeout={value:.20} is ignored: must be from 1 to 3600 seconds"
+                    )),
                 },
                 _ => {}
             }

@@ -29,7 +29,7 @@ impl Slots {
         slots
             .filter(|slots| slots.len() <= DEEPEST)
             .map(Self)
-            .ok_or_else(|| Error::Invalid(format!("PCI path {path:.80?} is not like 02/1f")))
+            .ok_or_else(|| Error::Invalid(format!("invalid PCI path {path:.80?}: must be like 02/1f")))
     }
 
     /// Its folder in sysfs.

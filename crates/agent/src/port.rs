@@ -50,7 +50,7 @@ impl Ports {
 impl Port for Ports {
     async fn dial(&self, _: &TtrpcContext, request: DialRequest) -> ttrpc::Result<DialResponse> {
         let port = u16::try_from(request.port)
-            .map_err(|_| Error::Invalid(format!("port {} is not one: at most 65535", request.port)))?;
+            .map_err(|_| Error::Invalid(format!("invalid port {}: must be at most 65535", request.port)))?;
         let stream = match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {
             Ok(stream) => Ok(stream),
             // as Go's net.Dial("localhost") and curl try
@@ -60,7 +60,7 @@ impl Port for Ports {
         let connection = Connection { from: from.into(), to: to.into() };
         let mut open = self.open();
         if open.all.len() >= MOST {
-            return Err(Error::State(format!("{MOST} connections are open already")).into());
+            return Err(Error::State(format!("too many forwarded connections: the limit is {MOST}")).into());
         }
         open.last += 1;
         let id = open.last;

@@ -76,14 +76,14 @@ impl Sandbox {
 
     pub(crate) async fn create(&self, request: &api::CreateSandboxRequest) -> Result<(), Error> {
         if !request.kernel_modules.is_empty() {
-            return Err(Error::Unsupported("loading kernel modules (this kernel has everything built in)".into()));
+            return Err(Error::Unsupported("loading kernel modules, which this kernel has built in,".into()));
         }
         if !request.hostname.is_empty() {
-            nix::unistd::sethostname(&request.hostname).map_err(Error::failed("hostname"))?;
+            nix::unistd::sethostname(&request.hostname).map_err(Error::failed("setting the host name"))?;
             self.hostname.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&request.hostname);
         }
         if !request.dns.is_empty() {
-            write_resolver(&request.dns).map_err(Error::failed("/etc/resolv.conf of the guest"))?;
+            write_resolver(&request.dns).map_err(Error::failed("writing /etc/resolv.conf of the guest"))?;
         }
         for storage in &request.storages {
             let point = storage::connect(storage, self.patience).await?;
@@ -119,14 +119,16 @@ impl Sandbox {
     pub(crate) async fn create_container(&self, request: api::CreateContainerRequest) -> Result<(), Error> {
         let id = request.container_id;
         check_id("container", &id)?;
-        let spec =
-            request.OCI.into_option().ok_or_else(|| Error::Invalid("the container has no specification".into()))?;
+        let spec = request
+            .OCI
+            .into_option()
+            .ok_or_else(|| Error::Invalid("the request has no container specification".into()))?;
         for (name, present) in [
-            ("a container without process", spec.Process.is_none()),
-            ("a container without root", spec.Root.is_none() && !request.namespace_holder),
-            ("a container without linux", spec.Linux.is_none()),
+            ("a container specification without process", spec.Process.is_none()),
+            ("a container specification without root", spec.Root.is_none() && !request.namespace_holder),
+            ("a container specification without linux", spec.Linux.is_none()),
             ("a hook other than startContainer", spec.Hooks.as_ref().is_some_and(has_other_hooks)),
-            ("a pod's sandbox with a terminal", request.namespace_holder && spec.Process.Terminal),
+            ("a sandbox container with a terminal", request.namespace_holder && spec.Process.Terminal),
         ] {
             if present {
                 return Err(Error::Unsupported(name.into()));
@@ -180,7 +182,7 @@ impl Sandbox {
             return Ok(None);
         }
         let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        first.map(Some).ok_or_else(|| Error::State("the pod has no process namespace yet that could be shared".into()))
+        first.map(Some).ok_or_else(|| Error::State("the pod has no PID namespace to share yet".into()))
     }
 
     async fn make(
@@ -261,7 +263,8 @@ impl Sandbox {
 
     pub(crate) async fn exec(&self, request: &api::ExecProcessRequest) -> Result<(), Error> {
         check_id("exec", &request.exec_id)?;
-        let process = request.process.as_ref().ok_or_else(|| Error::Invalid("the exec has no process".into()))?;
+        let process =
+            request.process.as_ref().ok_or_else(|| Error::Invalid("the exec request has no process".into()))?;
         storage::renew();
         self.container(&request.container_id)?.exec(&request.exec_id, process, &self.reaper).await
     }
@@ -287,7 +290,7 @@ fn weigh(containers: &HashMap<String, Option<Arc<Container>>>) {
 /// ended may go then.
 fn answered() {
     if let Err(errno) = nix::sys::statfs::statfs(paths::SHARED) {
-        crate::log::debug(&format!("asking for the share: {errno}"));
+        crate::log::debug(&format!("statfs of the shared folder: {errno}"));
     }
 }
 

@@ -43,15 +43,17 @@ type Rpc<T> = ttrpc::Result<T>;
 /// the host, and a machine that switched itself off could do so before its answer is out.
 pub(crate) async fn run(params: &Params) -> Result<std::convert::Infallible, Error> {
     // first of all, so that the host's answer and the rest of our start pass at the same time
-    let listener = transport::listen(params).map_err(Error::failed("the agent's channel"))?;
+    let listener = transport::listen(params).map_err(Error::failed("opening the agent's channel"))?;
     crate::log::debug("listening");
     init::finish().map_err(Error::failed("preparing the guest"))?;
     transport::serve_log(params);
     if let Err(error) = priority::raise() {
-        crate::log::warn(&format!("the agent runs as its containers do: {error}"));
+        crate::log::warn(&format!(
+            "cannot raise the agent's scheduling priority, so busy containers can delay its answers: {error}"
+        ));
     }
-    let reaper = Reaper::start().map_err(Error::failed("reaper"))?;
-    let oom = OomWatch::start().map_err(Error::failed("memory watch"))?;
+    let reaper = Reaper::start().map_err(Error::failed("starting to reap child processes"))?;
+    let oom = OomWatch::start().map_err(Error::failed("starting to watch for OOM kills"))?;
     let sandbox = Arc::new(Sandbox::new(reaper, oom, params.hotplug_timeout));
     let service = Arc::new(Service {
         sandbox: Arc::clone(&sandbox),
@@ -224,7 +226,7 @@ impl AgentService for Service {
         request: api::ListProcessesRequest,
     ) -> Rpc<api::ListProcessesResponse> {
         if !matches!(request.format.as_str(), "" | "json") {
-            return Err(Error::Unsupported(format!("process list format {:?}", request.format)).into());
+            return Err(Error::Unsupported(format!("the process list format {:?}", request.format)).into());
         }
         let pids = self.sandbox.container(&request.container_id)?.cgroup.pids();
         let text: Vec<_> = pids.iter().map(ToString::to_string).collect();
@@ -243,7 +245,7 @@ impl AgentService for Service {
         let len = tokio::select! {
             biased;
             written = process.stdio.write(&request.data) => written?,
-            _ = process.wait() => return Err(Error::State("the process has ended".into()).into()),
+            _ = process.wait() => return Err(Error::State("the process has exited".into()).into()),
         };
         Ok(api::WriteStreamResponse { len: len as u32, ..Default::default() })
     }
@@ -290,14 +292,15 @@ impl AgentService for Service {
     }
 
     async fn online_cpu_mem(&self, _: &TtrpcContext, request: api::OnlineCPUMemRequest) -> Rpc<Empty> {
-        guest::online(request.nb_cpus, request.cpu_only).map_err(Error::failed("plugged processors and memory"))?;
+        guest::online(request.nb_cpus, request.cpu_only)
+            .map_err(Error::failed("bringing processors and memory online"))?;
         Ok(Empty::new())
     }
 
     async fn reseed_random_dev(&self, _: &TtrpcContext, request: api::ReseedRandomDevRequest) -> Rpc<Empty> {
         guest::random_device()
             .and_then(|mut device| guest::reseed(&mut device, &request.data))
-            .map_err(Error::failed("random device"))?;
+            .map_err(Error::failed("reseeding the random device"))?;
         Ok(Empty::new())
     }
 

@@ -49,7 +49,7 @@ pub(crate) async fn connect(storage: &Storage, patience: Duration) -> Result<Str
         && let Err(error) = ownership::apply(point, group)
     {
         disconnect(point);
-        return Err(Error::failed(format!("group {} of {shown}", group.group_id))(error));
+        return Err(Error::failed(format!("changing the group to {} on {shown}", group.group_id))(error));
     }
     Ok(point.to_owned())
 }
@@ -71,7 +71,7 @@ pub(crate) fn connect_now(storage: &Storage) -> Result<String, Error> {
         "ephemeral" => ("tmpfs", within_memory(&storage.options)),
         "bind" => ("bind", [&["bind".to_owned()], storage.options.as_slice()].concat()),
         "overlayfs" => ("overlay", storage.options.clone()),
-        other => return Err(Error::Unsupported(format!("storage driver {other:?}"))),
+        other => return Err(Error::Unsupported(format!("the storage driver {other:?}"))),
     };
     make_folders(storage)?;
     mount_on(point, kind, &storage.source, &storage.source, &options)?;
@@ -86,7 +86,7 @@ fn mount_on(point: &str, kind: &str, source: &str, shown: &str, options: &[Strin
 
 fn below_run(point: &str) -> Result<&str, Error> {
     if !point.starts_with("/run/") || point.split('/').any(|part| part == "..") {
-        return Err(Error::Invalid(format!("mount point {point:?} of a storage is not below /run")));
+        return Err(Error::Invalid(format!("mount point {point:?} of a storage must be below /run")));
     }
     Ok(point)
 }
@@ -104,7 +104,7 @@ fn make_folders(storage: &Storage) -> Result<(), Error> {
             _ => {}
         }
         if !fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir()) {
-            return Err(Error::Failed(format!("{path}: not a folder")));
+            return Err(Error::Failed(format!("{path} is not a folder")));
         }
     }
     Ok(())
@@ -116,7 +116,7 @@ pub(crate) fn disconnect(point: &str) {
         && let Ok(folder) = File::open(point)
         && let Err(errno) = nix::unistd::syncfs(&folder)
     {
-        crate::log::warn(&format!("writing back {point}: {errno}"));
+        crate::log::warn(&format!("syncing {point}: {errno}"));
     }
     if let Err(errno) = umount2(point, MntFlags::MNT_DETACH) {
         crate::log::debug(&format!("unmounting {point}: {errno}"));
@@ -136,7 +136,7 @@ pub(crate) fn renew() {
     if let Err(errno) = done
         && ![Errno::EINVAL, Errno::ENOENT].contains(&errno)
     {
-        crate::log::warn(&format!("remounting the share: {errno}; changes of the host's may be seen late"));
+        crate::log::warn(&format!("remounting the shared folder: {errno}; the guest may see changes on the host late"));
     }
 }
 
@@ -259,11 +259,13 @@ fn set_pages_aside(options: &[String]) -> Result<(), Error> {
         options.iter().find_map(|option| option.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
     };
     let (Some(page), Some(size)) = (number("pagesize").filter(|page| *page >= 1024), number("size")) else {
-        return Err(Error::Invalid(format!("options {options:?} of huge pages lack pagesize and size in bytes")));
+        return Err(Error::Invalid(format!(
+            "options {options:?} of a hugetlbfs mount must have pagesize and size in bytes"
+        )));
     };
     let file = format!("/sys/kernel/mm/hugepages/hugepages-{}kB/nr_hugepages", page / 1024);
     let count = || -> std::io::Result<u64> { fs::read_to_string(&file)?.trim().parse().map_err(std::io::Error::other) };
-    let had = count().map_err(Error::failed(format!("huge pages of {page} bytes: {file}")))?;
+    let had = count().map_err(Error::failed(format!("reserving huge pages of {page} bytes: {file}")))?;
     let wanted = had.saturating_add(size.div_ceil(page));
     fs::write(&file, wanted.to_string()).map_err(Error::failed(file.as_str()))?;
     let has = count().map_err(Error::failed(file.as_str()))?;
@@ -271,7 +273,7 @@ fn set_pages_aside(options: &[String]) -> Result<(), Error> {
         // what cannot be used as a whole is given back
         let _ = fs::write(&file, had.to_string());
         return Err(Error::Failed(format!(
-            "the virtual machine has memory for {} of {} huge pages of {page} bytes: raise default_memory",
+            "the VM has memory for {} of {} huge pages of {page} bytes: raise default_memory in [hypervisor]",
             has.saturating_sub(had),
             wanted - had
         )));

@@ -41,7 +41,7 @@ pub(crate) fn tell_ready(params: &Params) {
         tokio::spawn(async move {
             // a host that has found us already does not listen any more
             if let Err(error) = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, port)).await {
-                crate::log::debug(&format!("telling the host on port {port}: {error}"));
+                crate::log::debug(&format!("cannot report to the host on port {port}: {error}"));
             }
         });
     }
@@ -54,7 +54,7 @@ pub(crate) fn serve_log(params: &Params) {
     }
     let mut listener = match FromHost::listen(params.log_vport) {
         Ok(listener) => listener,
-        Err(error) => return crate::log::warn(&format!("log port {}: {error}", params.log_vport)),
+        Err(error) => return crate::log::warn(&format!("listening on log port {}: {error}", params.log_vport)),
     };
     let mut early = Some(crate::log::follow());
     tokio::spawn(async move {
@@ -64,7 +64,7 @@ pub(crate) fn serve_log(params: &Params) {
                 loop {
                     let line = match lines.recv().await {
                         Ok(line) => line,
-                        Err(RecvError::Lagged(count)) => format!("agent: {count} lines are lost\n"),
+                        Err(RecvError::Lagged(count)) => format!("agent: {count} log lines were dropped\n"),
                         Err(RecvError::Closed) => return,
                     };
                     if AsyncWriteExt::write_all(&mut stream, line.as_bytes()).await.is_err() {
@@ -92,7 +92,7 @@ impl Stream for FromHost {
         loop {
             match ready!(self.0.poll_accept(context)) {
                 Ok((stream, from)) if from.cid() == VMADDR_CID_HOST => return Poll::Ready(Some(Ok(stream))),
-                Ok((_, from)) => crate::log::debug(&format!("a connection from {from}, which is not the host")),
+                Ok((_, from)) => crate::log::debug(&format!("refused a connection from {from}, which is not the host")),
                 Err(error) => return Poll::Ready(Some(Err(error))),
             }
         }

@@ -23,7 +23,7 @@ const SECTOR: u64 = 512;
 fn open(point: &str) -> Result<File, Error> {
     let name = point.strip_prefix(paths::DISKS).and_then(|rest| rest.strip_prefix('/')).unwrap_or_default();
     if name.is_empty() || name.contains('/') || name == ".." {
-        return Err(Error::Invalid(format!("{point:.200?} is not where a volume is mounted")));
+        return Err(Error::Invalid(format!("{point:.200?} is not the mount point of a volume")));
     }
     File::open(point).map_err(|_| Error::NotFound(format!("volume {point}")))
 }
@@ -53,7 +53,7 @@ pub(crate) async fn grow(point: &str, size: u64, patience: Duration) -> Result<(
     let root = open(point)?;
     let kind = fstatfs(&root).map_err(Error::failed(point))?.filesystem_type();
     if kind != EXT4_SUPER_MAGIC {
-        return Err(Error::Unsupported(format!("enlarging another file system than ext4, of volume {point},")));
+        return Err(Error::Unsupported(format!("growing volume {point}, whose file system is not ext4,")));
     }
     let device = root.metadata().map_err(Error::failed(point))?.dev();
     let path = format!("/sys/dev/block/{}:{}/size", libc::major(device), libc::minor(device));
@@ -63,13 +63,13 @@ pub(crate) async fn grow(point: &str, size: u64, patience: Duration) -> Result<(
     };
     let bytes = disk::wait(patience, bytes, || {})
         .await?
-        .ok_or_else(|| Error::State(format!("the disk of volume {point} has not become {size} bytes")))?;
+        .ok_or_else(|| Error::State(format!("the disk of volume {point} did not grow to {size} bytes")))?;
     let block = fstatvfs(&root).map_err(Error::failed(point))?.block_size().max(1);
     let blocks: u64 = bytes / block;
     // SAFETY: an open descriptor and a pointer to a number that lives through the call.
     if unsafe { libc::ioctl(root.as_raw_fd(), EXT4_RESIZE, &raw const blocks) } < 0 {
         let error = std::io::Error::last_os_error();
-        return Err(Error::failed(format!("enlarging volume {point}"))(error));
+        return Err(Error::failed(format!("growing volume {point}"))(error));
     }
     Ok(())
 }

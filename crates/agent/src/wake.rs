@@ -111,7 +111,9 @@ impl Wake for Waking {
             return Err(Error::Invalid(format!("{count} random bytes: must be 32 to 4096")).into());
         }
         let mut files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let files = files.as_mut().ok_or_else(|| Error::State("cannot wake what was not saved".into()))?;
+        let files = files
+            .as_mut()
+            .ok_or_else(|| Error::State("cannot resume a guest that was not prepared for a snapshot".into()))?;
         // before all else: every clone has the same numbers until then
         guest::reseed(&mut files.random, &request.random).map_err(Error::failed("new random numbers"))?;
         guest::set_clock(request.sec, request.usec).map_err(Error::failed("setting the clock"))?;

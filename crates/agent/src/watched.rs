@@ -59,7 +59,7 @@ fn apply(folder: &Path, files: &[WatchedFile]) -> io::Result<()> {
         } else if is(file, libc::S_IFREG) {
             regular(&path, file, old.contains(Path::new(&file.path)))?;
         } else if !is(file, libc::S_IFLNK) {
-            return Err(io::Error::other(format!("{:?} is no folder, file or link", file.path)));
+            return Err(io::Error::other(format!("{:?} is neither a folder nor a file nor a link", file.path)));
         }
     }
     // what they lead to is there
@@ -92,7 +92,7 @@ fn place(folder: &Path, path: &str) -> io::Result<PathBuf> {
     if Path::new(path).components().all(|part| matches!(part, Component::Normal(_))) {
         Ok(folder.join(path))
     } else {
-        Err(io::Error::other(format!("{path:?} is no path below a volume")))
+        Err(io::Error::other(format!("{path:?} must be a relative path without ..")))
     }
 }
 

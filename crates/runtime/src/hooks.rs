@@ -155,7 +155,7 @@ impl Hooks {
             (child.wait().await, said)
         };
         match tokio::time::timeout(limit, work).await {
-            Err(_) => Err(failed(format!("did not end within {limit:?}"))),
+            Err(_) => Err(failed(format!("timed out after {limit:?}"))),
             Ok((Ok(status), _)) if status.success() => Ok(()),
             Ok((Ok(status), said)) => {
                 let said = String::from_utf8_lossy(&said);
@@ -223,6 +223,6 @@ mod tests {
         let error = fail(json!({ "path": "/no/hook" })).await;
         assert!(error.contains("/no/hook failed: No such file"), "{error}");
         let error = fail(json!({ "path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1 })).await;
-        assert!(error.ends_with("did not end within 1s"), "{error}");
+        assert!(error.ends_with("timed out after 1s"), "{error}");
     }
 }

@@ -57,7 +57,7 @@ fn run(hook: &oci::Hook, state: &str) -> Outcome<()> {
         None => {
             let _ = child.kill();
             let _ = child.wait();
-            Err(format!("did not end within {} s", hook.Timeout))
+            Err(format!("timed out after {} s", hook.Timeout))
         }
     }
 }
@@ -94,6 +94,6 @@ mod tests {
     fn ends_as_the_program_does() {
         assert_eq!(outcome("read state; test \"$state\" = {}", 5), Ok(()));
         assert_eq!(outcome("exit 3", 0), Err("exit status: 3".into()));
-        assert_eq!(outcome("exec sleep 1000", 1), Err("did not end within 1 s".into()));
+        assert_eq!(outcome("exec sleep 1000", 1), Err("timed out after 1 s".into()));
     }
 }

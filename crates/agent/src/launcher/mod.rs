@@ -162,7 +162,7 @@ pub(crate) async fn launch(
         begun => begun,
     };
     if joins {
-        let own = File::open("/proc/self/ns/pid").map_err(Error::failed("own pid namespace"))?;
+        let own = File::open("/proc/self/ns/pid").map_err(Error::failed("opening the agent's PID namespace"))?;
         set_pid_namespace(&own)?;
     }
     let (pid, _) =
@@ -171,7 +171,7 @@ pub(crate) async fn launch(
     let exit = reaper.follow(pid);
     drop((report_child, terminal_child, streams, what));
 
-    let text = read_report(report).await.map_err(Error::failed("report of the new process"))?;
+    let text = read_report(report).await.map_err(Error::failed("reading the status of the new process"))?;
     match text.split_first() {
         // the container's process waits before its exec
         Some((&READY, _)) if !is_exec => {}
@@ -182,12 +182,12 @@ pub(crate) async fn launch(
         // closed by the exec, or by a death without a word
         None if is_exec => {}
         None => {
-            let words = "unable to start container process: it ended during its set-up (memory limit too low?)";
+            let words = "unable to start container process: it exited during its set-up (memory limit too low?)";
             return Err(Error::Failed(words.into()));
         }
     }
     let terminal = match terminal {
-        Some(socket) => receive(&socket).map_err(Error::failed("terminal of the new process"))?,
+        Some(socket) => receive(&socket).map_err(Error::failed("receiving the terminal of the new process"))?,
         None => None,
     };
     Ok(Launched { pid, exit, terminal })
@@ -274,12 +274,12 @@ pub(crate) fn allow_descriptors(process: &oci::Process) -> Result<(), Error> {
 /// The PID namespace of a running process.
 pub(crate) fn pid_namespace(pid: i32) -> Result<File, Error> {
     File::open(format!("/proc/{pid}/ns/pid"))
-        .map_err(|_| Error::State("the pod's process namespace is gone: its sandbox has ended".into()))
+        .map_err(|_| Error::State("the pod's PID namespace is gone: its sandbox container has exited".into()))
 }
 
 /// The mounts of a process, for as long as this is open.
 pub(crate) fn mount_namespace(pid: i32) -> Result<File, Error> {
-    File::open(format!("/proc/{pid}/ns/mnt")).map_err(Error::failed("the container's mounts"))
+    File::open(format!("/proc/{pid}/ns/mnt")).map_err(Error::failed("opening the container's mount namespace"))
 }
 
 fn set_pid_namespace(namespace: &File) -> Result<(), Error> {

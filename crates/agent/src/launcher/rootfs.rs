@@ -48,7 +48,7 @@ pub(super) fn build(id: &str, spec: &oci::Spec, submounts: &[String]) -> Outcome
         name => match options::propagation(name) {
             Some(shared) if shared.contains(MsFlags::MS_SHARED) => MsFlags::MS_SLAVE | MsFlags::MS_REC,
             Some(other) => other,
-            None => return Err(format!("rootfsPropagation {name:?} is not known")),
+            None => return Err(format!("unknown rootfsPropagation {name:?}")),
         },
     };
     set_flags("/", propagation)?;
@@ -152,7 +152,7 @@ fn mount_one(root: &OwnedFd, one: &oci::Mount, lexical: &str, volumes: &Volumes<
         return Err("the mount has no type".into());
     }
     if parsed.copy_up && kind != "tmpfs" {
-        return Err(format!("option tmpcopyup is for tmpfs alone, not for {kind}"));
+        return Err(format!("mount option tmpcopyup works with tmpfs only, not with {kind}"));
     }
     let folder = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
     // what is there before the mount hides it
@@ -302,7 +302,7 @@ fn devices(root: &OwnedFd, linux: &oci::Linux) -> Outcome<()> {
             "c" | "u" => SFlag::S_IFCHR,
             "b" => SFlag::S_IFBLK,
             "p" => SFlag::S_IFIFO,
-            other => return Err(format!("{}: type {other:?} is not one of c, u, b, p", device.Path)),
+            other => return Err(format!("{}: invalid device type {other:?}: must be c, u, b or p", device.Path)),
         };
         let (parent, name) = path.rsplit_once('/').unwrap_or(("", &path));
         let folder = make_folders(root, parent).map_err(named(&device.Path))?;

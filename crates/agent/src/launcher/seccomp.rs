@@ -50,7 +50,7 @@ impl Filter {
     }
 
     pub(super) fn load(&self) -> Outcome<()> {
-        let len = u16::try_from(self.program.len()).map_err(named("length of the seccomp filter"))?;
+        let len = u16::try_from(self.program.len()).map_err(named("the seccomp filter is too long"))?;
         let program = libc::sock_fprog { len, filter: self.program.as_ptr().cast_mut() };
         // SAFETY: a program with its length, which the kernel copies and does not write (seccomp(2)).
         let done =

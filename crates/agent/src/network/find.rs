@@ -60,7 +60,7 @@ impl Network {
             }
         };
         tokio::time::timeout(self.patience, plugged).await.unwrap_or_else(|_| {
-            Err(Error::NotFound(format!("network interface {shown} (waited {:?} for it)", self.patience)))
+            Err(Error::NotFound(format!("network interface {shown} (after waiting for {:?})", self.patience)))
         })
     }
 }

@@ -17,7 +17,7 @@ impl Network {
     /// Replaces every route but those that the kernel makes for addresses; what stays is not touched.
     pub(crate) async fn update_routes(&self, wanted: api::Routes) -> Result<api::Routes, Error> {
         if wanted.Routes.len() > MOST {
-            return Err(Error::Invalid(format!("{} routes are more than {MOST}", wanted.Routes.len())));
+            return Err(Error::Invalid(format!("{} routes: the limit is {MOST}", wanted.Routes.len())));
         }
         let links = self.links().await?;
         let mut refused = Refused::default();
@@ -47,7 +47,7 @@ impl Network {
     /// Entries that never expire; one with the state "failed" is taken away instead.
     pub(crate) async fn update_neighbours(&self, wanted: api::ARPNeighbors) -> Result<(), Error> {
         if wanted.ARPNeighbors.len() > MOST {
-            return Err(Error::Invalid(format!("{} neighbours are more than {MOST}", wanted.ARPNeighbors.len())));
+            return Err(Error::Invalid(format!("{} neighbours: the limit is {MOST}", wanted.ARPNeighbors.len())));
         }
         let links = self.links().await?;
         let mut refused = Refused::default();
@@ -62,7 +62,7 @@ impl Network {
         let mac = wire::mac(&neighbour.lladdr)?;
         let state = u16::try_from(neighbour.state)
             .map(NeighbourState::from)
-            .map_err(|_| Error::Invalid(format!("state {} of a neighbour", neighbour.state)))?;
+            .map_err(|_| Error::Invalid(format!("invalid state {} of a neighbour", neighbour.state)))?;
         let index = index(links, &neighbour.device, "neighbour")?;
         let mut entry = self.handle.neighbours().add(index, address).link_layer_address(&mac).state(state).replace();
         if state != NeighbourState::Failed {
@@ -114,8 +114,8 @@ fn index(links: &[LinkMessage], device: &str, what: &str) -> Result<u32, Error> 
 
 fn shown(route: &Route) -> String {
     let or = |text: &str, other: &str| if text.is_empty() { other.to_owned() } else { text.to_owned() };
-    let over = if route.gateway.is_empty() { String::new() } else { format!(" over {}", route.gateway) };
-    format!("route to {}{over} at {}", or(&route.dest, "everywhere"), route.device)
+    let over = if route.gateway.is_empty() { String::new() } else { format!(" via {}", route.gateway) };
+    format!("adding the route to {}{over} dev {}", or(&route.dest, "default"), route.device)
 }
 
 /// What could not be done, while the rest was.

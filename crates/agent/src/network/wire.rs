@@ -21,7 +21,9 @@ pub(super) fn check_name(name: &str) -> Result<(), Error> {
     if fine {
         Ok(())
     } else {
-        Err(Error::Invalid(format!("interface name {name:.80?} is not 1 to {NAME} plain bytes")))
+        Err(Error::Invalid(format!(
+            "invalid interface name {name:.80?}: must be 1 to {NAME} bytes without / : and white space"
+        )))
     }
 }
 
@@ -32,12 +34,12 @@ pub(super) fn mac(text: &str) -> Result<Vec<u8>, Error> {
         .collect();
     bytes
         .filter(|bytes| bytes.len() == 6)
-        .ok_or_else(|| Error::Invalid(format!("MAC address {text:.80?} is not like 52:54:00:12:34:56")))
+        .ok_or_else(|| Error::Invalid(format!("invalid MAC address {text:.80?}: must be like 52:54:00:12:34:56")))
 }
 
 /// An address and its prefix's length; the mask is a length or, for version 4, a mask.
 pub(super) fn address(from: &IPAddress) -> Result<(IpAddr, u8), Error> {
-    let invalid = || Error::Invalid(format!("address {:.80?} with mask {:.80?}", from.address, from.mask));
+    let invalid = || Error::Invalid(format!("invalid address {:.80?} with mask {:.80?}", from.address, from.mask));
     let address: IpAddr = from.address.parse().map_err(|_| invalid())?;
     let most = if address.is_ipv4() { 32 } else { 128 };
     let prefix = if from.mask.is_empty() {
@@ -59,7 +61,7 @@ pub(super) fn address(from: &IPAddress) -> Result<(IpAddr, u8), Error> {
 
 pub(super) fn addresses(from: &[IPAddress]) -> Result<Vec<(IpAddr, u8)>, Error> {
     if from.len() > super::MOST {
-        return Err(Error::Invalid(format!("{} addresses are more than {}", from.len(), super::MOST)));
+        return Err(Error::Invalid(format!("{} addresses: the limit is {}", from.len(), super::MOST)));
     }
     from.iter().map(address).collect()
 }
@@ -131,18 +133,19 @@ pub(super) fn route(from: &Route, index: u32) -> Result<RouteMessage, Error> {
             return Ok(None);
         }
         let address: Option<IpAddr> = text.parse().ok().filter(family_of);
-        address.map(Some).ok_or_else(|| Error::Invalid(format!("{what} {text:.80?} of a route")))
+        address.map(Some).ok_or_else(|| Error::Invalid(format!("invalid {what} {text:.80?} of a route")))
     };
     let mut message = RouteMessageBuilder::<std::net::Ipv4Addr>::new().output_interface(index).build();
     message.header.address_family = if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
-    let scope = u8::try_from(from.scope).map_err(|_| Error::Invalid(format!("scope {} of a route", from.scope)))?;
+    let scope =
+        u8::try_from(from.scope).map_err(|_| Error::Invalid(format!("invalid scope {} of a route", from.scope)))?;
     message.header.scope = RouteScope::from(scope);
     // what a dump shows and a request must not have is left out
     message.header.flags = RouteFlags::from_bits_retain(from.flags) & RouteFlags::Onlink;
     let attributes = &mut message.attributes;
     if !from.dest.is_empty() {
         let (address, prefix) = from.dest.split_once('/').unwrap_or((&from.dest, ""));
-        let invalid = || Error::Invalid(format!("destination {:.80?} of a route", from.dest));
+        let invalid = || Error::Invalid(format!("invalid destination {:.80?} of a route", from.dest));
         let address: IpAddr = address.parse().ok().filter(family_of).ok_or_else(invalid)?;
         let most = if v6 { 128 } else { 32 };
         let prefix: u8 = if prefix.is_empty() { most } else { prefix.parse().map_err(|_| invalid())? };

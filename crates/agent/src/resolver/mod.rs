@@ -83,10 +83,12 @@ impl Names {
 #[async_trait]
 impl Resolver for Names {
     async fn listen(&self, _: &TtrpcContext, request: ListenRequest) -> ttrpc::Result<Empty> {
-        let address: Ipv4Addr =
-            request.address.parse().ok().filter(Ipv4Addr::is_loopback).ok_or_else(|| {
-                Error::Invalid(format!("{:?} is no address of the loopback network", request.address))
-            })?;
+        let address: Ipv4Addr = request
+            .address
+            .parse()
+            .ok()
+            .filter(Ipv4Addr::is_loopback)
+            .ok_or_else(|| Error::Invalid(format!("{:?} is not a loopback address", request.address)))?;
         let Some(to) = self.to.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(Empty::new()) };
         match sockets(address).await {
             Ok((udp, tcp)) => {
@@ -104,7 +106,8 @@ impl Resolver for Names {
 
     async fn next(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Question> {
         let asked = self.from.lock().await.recv().await;
-        let (message, asker) = asked.ok_or_else(|| Error::State("nobody listens for questions any more".into()))?;
+        let (message, asker) =
+            asked.ok_or_else(|| Error::State("the name server of the guest does not run any more".into()))?;
         let tcp = matches!(asker, Asker::Tcp(_));
         Ok(Question { id: self.number(asker), message, tcp, ..Default::default() })
     }
