@@ -10,25 +10,25 @@ use runtime::management;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Say which device stands behind a volume path
+    /// Register the block device of a volume
     Add {
         #[command(flatten)]
         volume: Volume,
-        /// JSON: {"volume-type": "block", "device": "/dev/sdf", "fstype": "ext4", "metadata": {}, "options": []}
+        /// Device and file system in JSON: {"volume-type": "block", "device": "/dev/sdf", "fstype": "ext4", "metadata": {}, "options": []}
         #[arg(long)]
         mount_info: String,
     },
-    /// Tell how full a volume is that a pod has mounted: JSON in CSI's terms
+    /// Print the usage of a volume that a running pod has mounted, in JSON with the terms of CSI
     Stats(Volume),
-    /// Enlarge a volume that a pod has mounted, after its device has grown; a file is enlarged
+    /// Grow a volume that a running pod has mounted: first grow its device; a regular file is grown by this command
     Resize {
         #[command(flatten)]
         volume: Volume,
-        /// Bytes
+        /// New size in bytes
         #[arg(long)]
         size: u64,
     },
-    /// Forget a volume path
+    /// Unregister a volume
     #[command(visible_alias = "delete")]
     Remove(Volume),
 }
@@ -36,7 +36,7 @@ pub(crate) enum Command {
 /// Which volume.
 #[derive(Debug, Args)]
 pub(crate) struct Volume {
-    /// The path that pods' mounts have as their source
+    /// Path of the volume, which is the source of the mount in the pod's container
     #[arg(long = "volume-path")]
     path: PathBuf,
 }
@@ -58,5 +58,8 @@ pub(crate) fn run(command: &Command) -> Result<()> {
 /// The pod that has it: a file system is one machine's at a time.
 fn user(store: &Store, volume: &Volume) -> Result<String> {
     let users = store.users(&volume.path)?;
-    users.into_iter().next().with_context(|| format!("no pod has the direct volume {}", volume.path.display()))
+    users
+        .into_iter()
+        .next()
+        .with_context(|| format!("no running pod has mounted the direct volume {}", volume.path.display()))
 }

@@ -14,13 +14,13 @@ use tokio::signal::unix::{SignalKind, signal};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Boot a machine as the configuration says and save it for clones, if there is none; with `vm_cache_number`, keep so
-    /// many machines ready, until it is told to end
+    /// Make the template of the configured VM, if there is none. With `vm_cache_number`, keep that many VMs ready for pods
+    /// and run until SIGTERM or SIGINT
     Init(Init),
-    /// List what is saved, and what is ready
+    /// List the templates and the VMs of the pool
     Status,
-    /// Take away all that is saved below the configuration's `template_path`, whoever saved it, and end the pool; machines
-    /// that pods have go on
+    /// Remove all templates below `template_path`, by whichever configuration they were made, and end the pool. VMs of pods
+    /// keep running
     Destroy,
     /// The pool's own: the parent of one machine
     #[command(hide = true)]
@@ -33,10 +33,10 @@ pub(crate) enum Command {
 /// Of what size: what pods of the configured size plus their limits boot with.
 #[derive(Debug, Args)]
 pub(crate) struct Init {
-    /// Processors, instead of the configuration's
+    /// vCPUs of the template, instead of `default_vcpus`
     #[arg(long, requires = "memory")]
     vcpus: Option<u32>,
-    /// MiB, instead of the configuration's
+    /// Memory of the template in MiB, instead of `default_memory`
     #[arg(long, requires = "vcpus")]
     memory: Option<u64>,
 }
@@ -55,16 +55,12 @@ pub(crate) fn run(command: &Command, config: Option<&Path>) -> Result<()> {
         Command::Status => status(&config, &store, &mut out),
         Command::Destroy => {
             if runtime()?.block_on(pool::end(&config.factory.vm_cache_endpoint))? {
-                writeln!(out, "the pool has ended")?;
+                writeln!(out, "pool ended")?;
             }
             let taken = store.destroy()?;
-            write!(out, "{} taken away", taken.templates)?;
+            write!(out, "{} templates removed", taken.templates)?;
             if taken.being_made > 0 {
-                write!(
-                    out,
-                    "; {} being made, which will be there in some seconds: run it again then",
-                    taken.being_made
-                )?;
+                write!(out, "; {} being made: repeat the command in some seconds to remove them", taken.being_made)?;
             }
             Ok(writeln!(out)?)
         }
@@ -74,7 +70,7 @@ pub(crate) fn run(command: &Command, config: Option<&Path>) -> Result<()> {
 
 /// Of one thread: the one that starts a machine must live as long as that.
 fn runtime() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().context("the async runtime")
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("creating the async runtime")
 }
 
 fn init(size: &Init, config: Config, out: &mut impl Write) -> Result<()> {
@@ -82,7 +78,7 @@ fn init(size: &Init, config: Config, out: &mut impl Write) -> Result<()> {
     let has_pool = config.factory.vm_cache_number > 0 && size.vcpus.is_none();
     if !config.factory.enable_template && !has_pool {
         bail!(
-            "no pod would use it: set `enable_template = true`, or `vm_cache_number`, in [factory] of {} first",
+            "templates and the pool are disabled: set `enable_template = true` or `vm_cache_number` in [factory] of {}",
             config.source.display()
         );
     }
@@ -91,8 +87,7 @@ fn init(size: &Init, config: Config, out: &mut impl Write) -> Result<()> {
             let (most, most_mib) = (config.hypervisor.default_maxvcpus, config.hypervisor.default_maxmemory_mib);
             if !(1..=most).contains(&vcpus) || !(128..=most_mib).contains(&memory_mib) {
                 bail!(
-                    "--vcpus {vcpus} --memory {memory_mib}: a machine may have 1 to {most} processors and 128 to \
-                     {most_mib} MiB here"
+                    "--vcpus {vcpus} --memory {memory_mib}: a VM may have 1 to {most} vCPUs and 128 to {most_mib} MiB on this host"
                 );
             }
             Some(Size { vcpus, memory_mib })
@@ -107,10 +102,10 @@ fn init(size: &Init, config: Config, out: &mut impl Write) -> Result<()> {
             tokio::select! {
                 // dropped, it takes its machine and its files with it
                 made = template::make(&env, size) => Ok(made?),
-                () = stop => bail!("told to end: nothing was saved"),
+                () = stop => bail!("interrupted: no template was made"),
             }
         })?;
-        writeln!(out, "{}", if is_made { "made" } else { "it is there, or being made" })?;
+        writeln!(out, "{}", if is_made { "template made" } else { "the template exists, or is being made" })?;
     }
     if has_pool { runtime.block_on(serve(&env, out)) } else { Ok(()) }
 }
@@ -136,13 +131,13 @@ async fn serve(env: &Env, out: &mut impl Write) -> Result<()> {
 }
 
 fn keep(config: Config, key: &str) -> Result<()> {
-    let server = std::io::stdin().as_fd().try_clone_to_owned().context("the pool's server")?;
+    let server = std::io::stdin().as_fd().try_clone_to_owned().context("connecting to the pool's server")?;
     let hypervisor = runtime::driver(&config);
     Ok(runtime()?.block_on(pool::keep(&Env { config, hypervisor }, key, server))?)
 }
 
 fn status(config: &Config, store: &Store, out: &mut impl Write) -> Result<()> {
-    let state = if config.factory.enable_template { "on" } else { "off" };
+    let state = if config.factory.enable_template { "enabled" } else { "disabled" };
     writeln!(out, "templates are {state} in {}", config.source.display())?;
     for info in store.list()? {
         let age = SystemTime::now().duration_since(info.made).unwrap_or_default();
@@ -161,17 +156,17 @@ fn status(config: &Config, store: &Store, out: &mut impl Write) -> Result<()> {
     let Some(all) = runtime()?.block_on(pool::list(&factory.vm_cache_endpoint))? else {
         let wanted = factory.vm_cache_number > 0;
         let todo = if wanted {
-            ", but vm_cache_number is set: `kata-runtime factory init` is to be run, and stays"
+            "; vm_cache_number is set: start `kata-runtime factory init`, which keeps running"
         } else {
             ""
         };
-        return Ok(writeln!(out, "no pool is at {}{todo}", factory.vm_cache_endpoint.display())?);
+        return Ok(writeln!(out, "no pool at {}{todo}", factory.vm_cache_endpoint.display())?);
     };
     let ready = all.iter().filter(|info| info.vmm.is_some()).count();
-    writeln!(out, "{ready} of {} are ready at {}", factory.vm_cache_number, factory.vm_cache_endpoint.display())?;
+    writeln!(out, "pool: {ready} of {} VMs ready at {}", factory.vm_cache_number, factory.vm_cache_endpoint.display())?;
     for pool::Info { keeper, vmm, is_clone, age } in all {
         let state = match vmm {
-            Some(vmm) => format!("ready  process {vmm}  {}", if is_clone { "a clone" } else { "booted" }),
+            Some(vmm) => format!("ready  pid {vmm}  {}", if is_clone { "cloned" } else { "booted" }),
             None => "being made".into(),
         };
         writeln!(out, "keeper {keeper}  {state}  for {}", words(Duration::from_secs(age)))?;

@@ -12,11 +12,11 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// The host's side of Kata Containers.
+/// Administer Kata Containers on this host: VM templates, the pool of VMs, and direct volumes.
 #[derive(Debug, Parser)]
 #[command(name = "kata-runtime", version, arg_required_else_help = true)]
 struct Args {
-    /// The configuration file, instead of the first one of the usual places
+    /// Configuration file to use instead of the first one found, see kata-configuration(5)
     #[arg(long, visible_alias = "kata-config", global = true)]
     config: Option<PathBuf>,
     #[command(subcommand)]
@@ -25,10 +25,10 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Block devices of the host that pods mount as volumes, past the host's own file systems
+    /// Manage direct volumes: block devices of the host that the VM mounts itself
     #[command(subcommand)]
     DirectVolume(direct_volume::Command),
-    /// Machines that were saved after their boot, of which those of pods are clones
+    /// Manage VM templates, from which the VMs of pods are cloned, and the pool of VMs that are kept ready
     #[command(subcommand)]
     Factory(factory::Command),
 }

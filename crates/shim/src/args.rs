@@ -12,6 +12,7 @@ pub(crate) struct Args {
     pub(crate) address: String,
     pub(crate) debug: bool,
     pub(crate) version: bool,
+    pub(crate) help: bool,
     pub(crate) info: bool,
     /// `start`, `delete`, `features`, or empty for the server.
     pub(crate) action: String,
@@ -34,6 +35,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = String>) -> Result<Args> {
         let switch = match name {
             "debug" => Some(&mut out.debug),
             "v" | "version" => Some(&mut out.version),
+            "h" | "help" => Some(&mut out.help),
             "info" => Some(&mut out.info),
             _ => None,
         };
@@ -50,7 +52,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = String>) -> Result<Args> {
             // events go over ttRPC; the socket is inherited
             "publish-binary" | "socket" => &mut ignored,
             _ => bail!(
-                "unknown flag -{name}: containerd runs this program; people run kata-runtime, or this with -v, -info or features"
+                "unknown flag -{name}: this program is run by containerd; see -help, and kata-runtime for administrators"
             ),
         };
         match value.or_else(|| args.next()) {
@@ -88,5 +90,12 @@ mod tests {
     fn refuses_what_it_does_not_know() {
         assert!(parse_line("-nope x start").is_err());
         assert!(parse_line("-id").is_err());
+    }
+
+    #[test]
+    fn help_is_asked_for_as_with_go() {
+        for flag in ["-h", "-help", "--help"] {
+            assert!(parse_line(flag).expect("parsed").help, "{flag}");
+        }
     }
 }

@@ -36,7 +36,7 @@ const WORD_LIMIT: u64 = 4096;
 /// The namespace and id as path-safe names, and the run folder that they make.
 pub(crate) fn run_dir(args: &Args) -> Result<(ContainerId, PathBuf)> {
     let id = ContainerId::try_from(args.id.as_str())?;
-    let namespace = ContainerId::try_from(args.namespace.as_str()).context("containerd's namespace")?;
+    let namespace = ContainerId::try_from(args.namespace.as_str()).context("containerd's namespace (-namespace)")?;
     // two containerds may use the same names
     let node = &hex(&Sha256::digest(&args.address))[..8];
     let name = format!("{namespace}@{id}@{node}");
@@ -46,7 +46,7 @@ pub(crate) fn run_dir(args: &Args) -> Result<(ContainerId, PathBuf)> {
 /// Starts a server for the pod, or finds the one that serves it; writes the answer for containerd on stdout.
 pub(crate) fn start(args: &Args) -> Result<()> {
     let (id, run_dir) = run_dir(args)?;
-    let bundle = std::env::current_dir().context("the bundle")?;
+    let bundle = std::env::current_dir().context("reading the bundle's path")?;
     let handshake = handshake::read(&args.id, &args.namespace)?;
     let group = sandbox_of(&bundle)?.unwrap_or_else(|| id.as_str().to_owned());
     let place = handshake.socket_dir.as_deref().unwrap_or(Path::new(SOCKET_DIR));
@@ -57,7 +57,7 @@ pub(crate) fn start(args: &Args) -> Result<()> {
         write_address(&path)?;
         let listener = listen(&path)?;
         let outcome = spawn_server(args, &listener, &handshake.ttrpc_address)
-            .and_then(|pid| fs::write("shim.pid", pid.to_string()).context("shim.pid"));
+            .and_then(|pid| fs::write("shim.pid", pid.to_string()).context("writing shim.pid into the bundle"));
         if let Err(error) = outcome {
             let _ = fs::remove_file(&path);
             return Err(error);
@@ -81,7 +81,7 @@ pub(crate) fn delete(args: &Args) -> Result<()> {
     let group = sandbox_of(&bundle).ok().flatten().unwrap_or_else(|| id.as_str().to_owned());
     if group == id.as_str() {
         // containerd deletes only what it has given up; a server that still runs is stuck, or was never connected to
-        cleanup::evict(&run_dir).with_context(|| format!("cleaning {}", run_dir.display()))?;
+        cleanup::evict(&run_dir).with_context(|| format!("cleaning up {}", run_dir.display()))?;
         // by its name it is ours and no other pod's
         let name = socket_name(args, &group);
         let written = read_address(&bundle).filter(|path| path.file_name() == Some(name.as_ref()));
@@ -113,7 +113,7 @@ fn after_a_crash(id: &ContainerId, bundle: &Path) {
 pub(crate) fn inherited() -> Result<(UnixListener, fs::File)> {
     // SAFETY: `start` put both there for this process alone, and this is called once, first of all.
     let (listener, ready) = unsafe { (UnixListener::from_raw_fd(SOCKET_FD), fs::File::from_raw_fd(READY_FD)) };
-    listener.local_addr().context("this program is started by containerd: no socket was inherited")?;
+    listener.local_addr().context("no socket was inherited: this program is run by containerd, see -help")?;
     listener.set_nonblocking(true)?;
     for fd in [listener.as_fd(), ready.as_fd()] {
         nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
@@ -126,7 +126,7 @@ pub(crate) const READY: &str = "ready";
 
 /// Tells `start`, once.
 pub(crate) fn tell(mut ready: fs::File, word: &str) -> Result<()> {
-    ready.write_all(word.as_bytes()).context("telling the caller")
+    ready.write_all(word.as_bytes()).context("reporting to `start`")
 }
 
 /// A start that follows a broken one finds a clean host; a sandbox that lives elsewhere is left alone.
@@ -138,12 +138,12 @@ fn make_room(run_dir: &Path, bundle: &Path) -> Result<()> {
         Some(owner) if owner.bundle == bundle => cleanup::evict(run_dir),
         _ => cleanup::clean(run_dir),
     }
-    .with_context(|| format!("a sandbox of this name is still there: {}", run_dir.display()))
+    .with_context(|| format!("removing what an earlier sandbox of this name left in {}", run_dir.display()))
 }
 
 fn listen(path: &Path) -> Result<UnixListener> {
     if UnixStream::connect(path).is_ok() {
-        bail!("another shim serves {}: delete its task first", path.display());
+        bail!("another shim listens at {}: delete its task first", path.display());
     }
     // nobody answers, so it is a dead shim's
     match fs::remove_file(path) {
@@ -153,7 +153,8 @@ fn listen(path: &Path) -> Result<UnixListener> {
         _ => {}
     }
     if let Some(place) = path.parent() {
-        fs::create_dir_all(place).with_context(|| format!("{} (the folder for shims' sockets)", place.display()))?;
+        fs::create_dir_all(place)
+            .with_context(|| format!("creating {}, the folder of the shims' sockets", place.display()))?;
     }
     let listener = UnixListener::bind(path).with_context(|| path.display().to_string())?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).with_context(|| path.display().to_string())?;
@@ -161,7 +162,7 @@ fn listen(path: &Path) -> Result<UnixListener> {
 }
 
 fn spawn_server(args: &Args, listener: &UnixListener, ttrpc_address: &str) -> Result<u32> {
-    let mut command = Command::new(std::env::current_exe().context("this program")?);
+    let mut command = Command::new(std::env::current_exe().context("reading the path of this program")?);
     command
         .args(["-namespace", &args.namespace, "-id", &args.id, "-address", &args.address])
         .env("TTRPC_ADDRESS", ttrpc_address)
@@ -172,7 +173,8 @@ fn spawn_server(args: &Args, listener: &UnixListener, ttrpc_address: &str) -> Re
     if args.debug {
         command.arg("-debug");
     }
-    let (told, ready) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("a pipe to the server")?;
+    let (told, ready) =
+        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).context("creating a pipe to the shim's server")?;
     // out of the way of the numbers that they get
     let high = |fd: BorrowedFd<'_>| nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(READY_FD + 1));
     let (socket, pipe) = (high(listener.as_fd())?, high(ready.as_fd())?);
@@ -193,11 +195,14 @@ fn spawn_server(args: &Args, listener: &UnixListener, ttrpc_address: &str) -> Re
     let pid = command.spawn().context("starting the shim's server")?.id();
     drop((socket, pipe, ready));
     let mut word = String::new();
-    fs::File::from(told).take(WORD_LIMIT).read_to_string(&mut word).context("the server's start")?;
+    fs::File::from(told)
+        .take(WORD_LIMIT)
+        .read_to_string(&mut word)
+        .context("reading the result of the server's start")?;
     match word.as_str() {
         READY => Ok(pid),
-        "" => bail!("the shim's server ended while it started: see containerd's log"),
-        why => bail!("the shim's server: {why}"),
+        "" => bail!("the shim's server exited during its start: see containerd's log"),
+        why => bail!("starting the shim's server: {why}"),
     }
 }
 

@@ -74,18 +74,23 @@ pub(crate) fn config_path(options: Option<&Any>) -> Option<String> {
 }
 
 pub(crate) fn exec_spec(request: &ExecProcessRequest) -> Rpc<oci_spec::runtime::Process> {
-    let any =
-        request.spec.as_ref().ok_or_else(|| rpc_error(Code::INVALID_ARGUMENT, "the exec has no specification"))?;
-    runtime::process_from_json(&any.value)
-        .map_err(|error| rpc_error(Code::INVALID_ARGUMENT, format!("the exec's specification: {error}")))
+    let any = request
+        .spec
+        .as_ref()
+        .ok_or_else(|| rpc_error(Code::INVALID_ARGUMENT, "the exec request has no process specification"))?;
+    runtime::process_from_json(&any.value).map_err(|error| {
+        rpc_error(Code::INVALID_ARGUMENT, format!("invalid process specification of the exec request: {error}"))
+    })
 }
 
 /// New limits: the OCI type as JSON in the request's `Any`.
 pub(crate) fn limits(request: &UpdateTaskRequest) -> Rpc<oci_spec::runtime::LinuxResources> {
-    let any =
-        request.resources.as_ref().ok_or_else(|| rpc_error(Code::INVALID_ARGUMENT, "the update has no limits"))?;
+    let any = request
+        .resources
+        .as_ref()
+        .ok_or_else(|| rpc_error(Code::INVALID_ARGUMENT, "the update request has no resources"))?;
     serde_json::from_slice(&any.value)
-        .map_err(|error| rpc_error(Code::INVALID_ARGUMENT, format!("the update's limits: {error}")))
+        .map_err(|error| rpc_error(Code::INVALID_ARGUMENT, format!("invalid resources of the update request: {error}")))
 }
 
 pub(crate) fn any(message: &impl MessageFull) -> Rpc<Any> {

@@ -140,7 +140,7 @@ async fn deliver(address: String, mut items: mpsc::UnboundedReceiver<Item>, want
                 None => match connect(&path).await {
                     Ok(connected) => connected,
                     Err(error) => {
-                        log::error!("containerd's events at {}: {error}", path.display());
+                        log::error!("cannot publish events to containerd at {}: {error}", path.display());
                         return;
                     }
                 },
@@ -150,7 +150,7 @@ async fn deliver(address: String, mut items: mpsc::UnboundedReceiver<Item>, want
                     client = Some(connected);
                     break;
                 }
-                Err(error) => log::warn!("event not delivered: {error}"),
+                Err(error) => log::warn!("cannot deliver an event to containerd: {error}"),
             }
         }
     }
@@ -159,7 +159,7 @@ async fn deliver(address: String, mut items: mpsc::UnboundedReceiver<Item>, want
 /// Connects to containerd, now or when it is back: its socket then appears, and gets its owner once it is served.
 async fn connect(path: &Path) -> io::Result<EventsClient> {
     let address = format!("unix://{}", path.display());
-    let folder = path.parent().ok_or_else(|| io::Error::other("has no folder"))?;
+    let folder = path.parent().ok_or_else(|| io::Error::other("has no parent folder"))?;
     let changes = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
     let seen = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_ATTRIB;
     changes.add_watch(folder, seen)?;
@@ -169,7 +169,7 @@ async fn connect(path: &Path) -> io::Result<EventsClient> {
     loop {
         match Client::connect(&address).await {
             Ok(client) => return Ok(EventsClient::new(client)),
-            Err(error) => log::debug!("containerd is away: {error}"),
+            Err(error) => log::debug!("waiting for containerd's return: {error}"),
         }
         let mut ready = watched.readable().await?;
         match changes.read_events() {

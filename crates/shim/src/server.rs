@@ -29,7 +29,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .enable_all()
         .thread_keep_alive(Duration::from_secs(1))
         .build()
-        .context("the async runtime")?;
+        .context("creating the async runtime")?;
     runtime.block_on(serve(args, listener, ready))
 }
 
@@ -38,7 +38,7 @@ async fn serve(args: &Args, listener: UnixListener, ready: std::fs::File) -> Res
     // from here on `delete` finds this process
     let run = std::env::current_dir()
         .and_then(|bundle| RunDir::create(&run_dir, &bundle))
-        .with_context(|| format!("run folder {}", run_dir.display()));
+        .with_context(|| format!("reading the run folder {}", run_dir.display()));
     let run = match run {
         Ok(run) => run,
         Err(error) => {
@@ -54,9 +54,9 @@ async fn serve(args: &Args, listener: UnixListener, ready: std::fs::File) -> Res
     let mut services = create_task(Arc::clone(&service) as Arc<dyn Task + Send + Sync>);
     let mut again = create_task(Arc::clone(&service) as Arc<dyn Task + Send + Sync>);
     services.extend(again.remove(TASK_V3).map(|v3| (TASK_V2.to_owned(), v3)));
-    let listener = Listener::try_from(listener).context("the socket")?;
+    let listener = Listener::try_from(listener).context("taking over the socket")?;
     let mut server = Server::new().add_listener(listener).register_service(services);
-    server.start().await.context("serving")?;
+    server.start().await.context("starting the ttRPC server")?;
     // a `start` that was killed leaves nobody who could be asked for anything
     if let Err(gone) = bootstrap::tell(ready, bootstrap::READY) {
         service.give_up();
@@ -70,7 +70,7 @@ async fn serve(args: &Args, listener: UnixListener, ready: std::fs::File) -> Res
     loop {
         tokio::select! {
             () = done.notified() => break,
-            _ = terminate.recv() => log::info!("TERM is ignored: end the pod through containerd"),
+            _ = terminate.recv() => log::info!("SIGTERM is ignored: delete the pod's tasks through containerd"),
             _ = interrupt.recv() => {}
         }
     }

@@ -65,7 +65,7 @@ impl Folder {
     fn take(&self, bundle: &Path) -> Result<RunDir, Error> {
         self.unused().map_or_else(
             || {
-                let what = format!("run folder {}", self.path.display());
+                let what = format!("creating the run folder {}", self.path.display());
                 RunDir::create(&self.path, bundle).map_err(|source| Error::Host { what, source })
             },
             Ok,
@@ -127,7 +127,7 @@ impl TaskService {
         });
         match before {
             Pod::None => {}
-            Pod::Starting(_) => return Err(Error::Exists(format!("sandbox {} (its start is under way)", self.id))),
+            Pod::Starting(_) => return Err(Error::Exists(format!("sandbox {}, which is starting", self.id))),
             Pod::Ready(sandbox) => {
                 let id = spec.id.clone();
                 sandbox.create_container(spec).await?;
@@ -144,7 +144,9 @@ impl TaskService {
             pod.send_replace(started.as_ref().map_or(Pod::None, |sandbox| Pod::Ready(sandbox.clone())));
             started
         });
-        let sandbox = start.await.map_err(|error| Error::WrongState(format!("the start was lost: {error}")))??;
+        let sandbox = start
+            .await
+            .map_err(|error| Error::WrongState(format!("the start of the sandbox failed unexpectedly: {error}")))??;
         sandbox.pid(&first)
     }
 }

@@ -303,7 +303,10 @@ fn a_direct_volume_is_mounted_by_the_guest() -> Result<()> {
         events.wait("/tasks/delete", "c4", Duration::from_secs(10))?;
         node.ctr(["container", "rm", "c4"]).output()?.ok()?;
         let asked = direct_volume(node, &["stats", "--volume-path", &path]);
-        ensure!(asked.is_err_and(|error| format!("{error:#}").contains("no pod has")), "a pod that has gone answers");
+        ensure!(
+            asked.is_err_and(|error| format!("{error:#}").contains("no running pod has mounted")),
+            "a pod that has gone answers"
+        );
         // as after a power failure: what was not written back is not missed
         let checked = Command::new("e2fsck").arg("-fp").arg(&disk).output()?;
         ensure!(checked.status.code().is_some_and(|code| code < 4), "{checked:?}");

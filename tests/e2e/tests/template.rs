@@ -131,9 +131,9 @@ fn clones_have_nothing_in_common() -> Result<()> {
     with_factory(false, |factory| {
         ensure!(!factory.is_clone("cold")?, "a clone of nothing");
         factory.init()?;
-        ensure!(factory.command(&["init"]).output()?.ok()?.text().contains("it is there"), "made twice");
+        ensure!(factory.command(&["init"]).output()?.ok()?.text().contains("the template exists"), "made twice");
         let status = factory.command(&["status"]).output()?.ok()?.text();
-        ensure!(status.contains("on in") && status.contains("512 MiB") && status.contains("vmlinux"), "{status}");
+        ensure!(status.contains("enabled in") && status.contains("512 MiB") && status.contains("vmlinux"), "{status}");
         ensure!(factory.is_clone("one")?, "not a clone");
         let mut seen = BTreeSet::new();
         for id in ["a", "b", "c"] {
