@@ -144,8 +144,7 @@ impl Cgroup {
                     *self.weight() = Some(value);
                     continue;
                 }
-                hand_down(Some(controller))
-                    .map_err(Error::failed(format!("enabling cgroup controller {controller}")))?;
+                hand_down(Some(controller)).map_err(Error::failed(format!("enabling controller {controller}")))?;
             }
             if file == WEIGHT {
                 // the older one

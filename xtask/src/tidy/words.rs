@@ -98,7 +98,7 @@ mod tests {
         {
             assert_eq!(found("crates/runtime/src/sandbox/mod.rs", text), 1, "{text}");
             assert_eq!(found("crates/hypervisor/src/qemu/pci.rs", text), 0, "{text}");
-            assert_eq!(found("crates/config/src/keys.rs", text), 0, "{text}");
+            assert_eq!(found("crates/config/src/key.rs", text), 0, "{text}");
         }
         for text in ["a VMM", "tcgetattr(fd)", "0x1e4", "51e"] {
             assert_eq!(found("crates/agent/src/io.rs", text), 0, "{text}");
