@@ -41,6 +41,23 @@ pub(crate) struct TaskService {
 
 /// How far the pod is. No call but the one that makes it waits for its start: a containerd that was restarted in the
 /// middle of one must learn at once that there is no task.
+///
+/// ```text
+///       first Create             VM runs, container made
+/// None --------------> Starting ------------------------> Ready: another Create adds a container
+///  |  ^                   |                                 |
+///  |  +-------------------+                                 | the last container is deleted:
+///  |    failed, or cancelled by Shutdown:                   | the VM ends, the undo journal is run
+///  |    the undo journal is run                             v
+///  |                                                      Ready, without a container
+///  |                                                        |
+///  +--------------------------+-----------------------------+
+///                             | Shutdown
+///                             v
+///                   the run folder goes, the server ends
+/// ```
+///
+/// When the VM ends by itself, the pod stays `Ready` and its processes are stopped; each container is deleted as usual.
 #[derive(Clone)]
 enum Pod {
     None,

@@ -1,4 +1,23 @@
 //! A container and its processes as the host sees them: state, exit, streams.
+//!
+//! The states of a container are those of its first process ([`Status`]). The sandbox reserves the id before the guest makes
+//! the container (`making`), so that a second Create with this id is refused at once.
+//!
+//! ```text
+//!  Create           the guest has made it            Start             Pause
+//! --------> making -----------------------> created -------> running <--------> paused
+//!             |                                |                |      Resume      |
+//!             | failed                         | killed         | it ended, or     | the same
+//!             v                                v                v the VM did       v
+//!           (none)                             +-----------> stopped <-------------+
+//!                                              |                |
+//!                                              | Delete         | Delete
+//!                                              v                v
+//!                                            (none)           (none)
+//! ```
+//!
+//! An exec begins as `created` too; the guest knows it from its Start on. It stays `running` while its container is paused. A
+//! process that ends with its VM has exit status 255, or 137 if the host's kernel killed the VM because memory ran out.
 
 pub(crate) mod create;
 mod destination;
