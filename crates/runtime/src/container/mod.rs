@@ -4,16 +4,16 @@
 //! the container (`making`), so that a second Create with this id is refused at once.
 //!
 //! ```text
-//!  Create           the guest has made it            Start             Pause
-//! --------> making -----------------------> created -------> running <--------> paused
-//!             |                                |                |      Resume      |
-//!             | failed                         | killed         | it ended, or     | the same
-//!             v                                v                v the VM did       v
-//!           (none)                             +-----------> stopped <-------------+
-//!                                              |                |
-//!                                              | Delete         | Delete
-//!                                              v                v
-//!                                            (none)           (none)
+//!  Create           the guest has made it           Start             Pause
+//! --------> making ----------------------> created -------> running <--------> paused
+//!             |                             |   |              |      Resume      |
+//!             | failed               Delete |   | killed       | ended            | ended
+//!             v                             |   |              v                  |
+//!           (none)                          |   +---------> stopped <-------------+
+//!                                           v                  |
+//!                                         (none)               | Delete
+//!                                                              v
+//!                                                            (none)
 //! ```
 //!
 //! An exec begins as `created` too; the guest knows it from its Start on. It stays `running` while its container is paused. A
