@@ -37,7 +37,7 @@ impl VmWatch {
         let mut exit = self.exit.clone();
         let (reason, fault) = match exit.wait_for(Option::is_some).await {
             Ok(exit) => exit.as_ref().map(|exit| (exit.to_string(), exit.fault.clone())).unwrap_or_default(),
-            Err(_) => ("its watcher is gone".into(), None),
+            Err(_) => ("its exit status is unknown".into(), None),
         };
         Error::VmGone { what: what.into(), reason, console: self.console_tail(), fault }
     }
@@ -139,8 +139,9 @@ impl AgentClient {
     /// whether there is any.
     pub(crate) async fn round_trip(&self) {
         let request = GuestDetailsRequest::new();
-        let asked = self
-            .call("asking the guest", |client, context| async { client.get_guest_details(context, &request).await });
+        let asked = self.call("requesting the guest's details", |client, context| async {
+            client.get_guest_details(context, &request).await
+        });
         let _ = asked.await;
     }
 
@@ -180,12 +181,14 @@ impl AgentClient {
         };
         let request = DownRequest { age_ms, rescan: Some(rescan).into(), ..Default::default() };
         let limit = self.deadline.saturating_add(age);
-        self.within("lulling the guest", Some(limit), self.wake.down(Context::default(), &request)).await.map(drop)
+        self.within("preparing the guest for its snapshot", Some(limit), self.wake.down(Context::default(), &request))
+            .await
+            .map(drop)
     }
 
     /// The first call to a clone, which runs within `limit`.
     pub(crate) async fn wake(&self, limit: Duration, request: UpRequest) -> Result<(), Error> {
-        self.within("waking the clone", Some(limit), self.wake.up(Context::default(), &request)).await.map(drop)
+        self.within("resuming the clone", Some(limit), self.wake.up(Context::default(), &request)).await.map(drop)
     }
 
     /// The limit is kept here, by the host's clock: the guest's may run differently, and its agent would drop a call half
@@ -209,7 +212,7 @@ impl AgentClient {
                 Err(ttrpc::Error::RpcStatus(status)) => {
                     Err(Error::Agent { code: status.code(), message: status.message().to_owned() })
                 }
-                Err(error) => self.vm.broken(what, &format!("the agent's connection broke ({error})")).await,
+                Err(error) => self.vm.broken(what, &format!("the connection to the agent was lost ({error})")).await,
             },
             gone = self.vm.gone(what) => Err(gone),
             () = expired => Err(self.vm.silent(what, limit.unwrap_or_default())),

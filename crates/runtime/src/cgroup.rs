@@ -68,17 +68,17 @@ fn folder(path: &str) -> Result<PathBuf, Error> {
         let scope = if prefix.is_empty() { format!("{name}.scope") } else { format!("{prefix}-{name}.scope") };
         return slice_folder(slice)
             .map(|at| at.join(scope))
-            .ok_or_else(|| refuse("names no slice: it ends with .slice"));
+            .ok_or_else(|| refuse("has no valid slice: it must end with .slice"));
     }
     let mut out = PathBuf::new();
     for part in Path::new(path).components() {
         match part {
             Component::Normal(part) => out.push(part),
             Component::RootDir | Component::CurDir => {}
-            _ => return Err(refuse("must not have \"..\" in it")),
+            _ => return Err(refuse("must not contain \"..\"")),
         }
     }
-    if out.as_os_str().is_empty() { Err(refuse("names no folder")) } else { Ok(out) }
+    if out.as_os_str().is_empty() { Err(refuse("is empty")) } else { Ok(out) }
 }
 
 /// `a-b.slice` is in `a.slice` (systemd.slice(5)).
@@ -133,7 +133,7 @@ impl HostCgroup {
         match cgroup.make(run) {
             Ok(()) => Ok(Some(cgroup)),
             Err(error) if matches!(error.raw_os_error(), Some(libc::EROFS | libc::EACCES | libc::EPERM)) => {
-                tracing::warn!(path, %error, "the pod has no cgroup on the host");
+                tracing::warn!(path, %error, "cannot create the pod's cgroup on the host: the pod runs without its limits there");
                 Ok(None)
             }
             Err(error) => Err(Error::host(format!("cgroup {path}"))(error)),

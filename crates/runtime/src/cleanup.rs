@@ -312,7 +312,7 @@ fn undo_all(steps: &[Step]) -> io::Result<()> {
     let (loggers, others): (Vec<_>, Vec<_>) = steps.iter().rev().partition(|step| matches!(step, Step::Logger { .. }));
     for step in others.into_iter().chain(loggers) {
         if let Err(error) = step.undo() {
-            tracing::warn!(?step, %error, "undoing");
+            tracing::warn!(?step, %error, "a cleanup step failed");
             first = first.and(Err(error));
         }
     }
@@ -377,7 +377,7 @@ fn end(pid: u32, started: u64, grace: Duration) -> io::Result<()> {
     }
     // SIGKILL takes as long as the process is in the kernel; 10 s is beyond any healthy device
     if nix::poll::poll(&mut poll, 10_000u16)? == 0 {
-        return Err(io::Error::new(io::ErrorKind::TimedOut, format!("process {pid} does not end")));
+        return Err(io::Error::new(io::ErrorKind::TimedOut, format!("process {pid} does not exit after SIGKILL")));
     }
     Ok(())
 }

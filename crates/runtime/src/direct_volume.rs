@@ -46,12 +46,13 @@ impl MountInfo {
     /// # Errors
     /// It is none, or asks for what we do not do.
     pub fn parse(text: &str) -> Result<Self, Error> {
-        let info: Self = serde_json::from_str(text).map_err(|error| {
-            Error::Invalid(format!("the mount info is not what it should be: {error}: {EXAMPLE} is one"))
-        })?;
+        let info: Self = serde_json::from_str(text)
+            .map_err(|error| Error::Invalid(format!("invalid mount info: {error}: must be like {EXAMPLE}")))?;
         if !["block", "directvol"].contains(&info.volume_type.as_str()) {
             let kind = &info.volume_type;
-            return Err(Error::Unsupported(format!("volume type {kind:?} of a direct volume: it must be \"block\"")));
+            return Err(Error::Unsupported(format!(
+                "volume-type {kind:?} of a direct volume is not supported: must be \"block\""
+            )));
         }
         if !info.device.is_absolute() {
             let device = info.device.display();
@@ -66,11 +67,14 @@ impl MountInfo {
                 "fsGroupChangePolicy" if ["", "Always", "OnRootMismatch"].contains(&value.as_str()) => {}
                 "fsGroup" | "fsGroupChangePolicy" => {
                     return Err(Error::Invalid(format!(
-                        "{key} {value:?} of a direct volume: fsGroup is a number, \
-                         fsGroupChangePolicy is Always or OnRootMismatch"
+                        "invalid {key} {value:?} of a direct volume: fsGroup must be a number, fsGroupChangePolicy must be Always or OnRootMismatch"
                     )));
                 }
-                _ => return Err(Error::Unsupported(format!("metadata {key:?} of a direct volume: remove it"))),
+                _ => {
+                    return Err(Error::Unsupported(format!(
+                        "metadata {key:?} of a direct volume is not supported: remove it"
+                    )));
+                }
             }
         }
         Ok(info)
@@ -95,7 +99,7 @@ impl Store {
     pub fn add(&self, volume: &Path, text: &str) -> Result<(), Error> {
         MountInfo::parse(text)?;
         if text.len() as u64 > LIMIT {
-            return Err(Error::Invalid(format!("the mount info is larger than {LIMIT} bytes")));
+            return Err(Error::Invalid(format!("the mount info is too large: the limit is {LIMIT} bytes")));
         }
         let folder = self.folder(volume)?;
         let write = || {
@@ -174,7 +178,7 @@ impl Store {
         let name = base64_url(volume.as_os_str().as_bytes());
         // a name's longest in Linux
         if name.is_empty() || name.len() > 255 {
-            return Err(Error::Invalid(format!("volume path {} must have 1 to 189 bytes", volume.display())));
+            return Err(Error::Invalid(format!("invalid volume path {}: must have 1 to 189 bytes", volume.display())));
         }
         Ok(self.0.join(name))
     }
@@ -191,11 +195,11 @@ pub(crate) fn grow(device: &Path, size: u64) -> Result<u64, Error> {
         Ordering::Equal => return Ok(now),
         // whoever enlarged it may have had to round
         Ordering::Greater if !is_file => return Ok(now),
-        Ordering::Greater => return Err(Error::Invalid(format!("{shown} has {now} bytes: a volume can only grow"))),
+        Ordering::Greater => return Err(Error::Invalid(format!("{shown} has {now} bytes: a volume cannot shrink"))),
         Ordering::Less if is_file => {}
         Ordering::Less => {
             return Err(Error::Invalid(format!(
-                "{shown} has {now} bytes, which is less than {size}: enlarge the device first"
+                "{shown} has {now} bytes, which is less than {size}: grow the device first"
             )));
         }
     }
@@ -265,7 +269,7 @@ mod tests {
         assert_eq!(fs::metadata(file.path()).expect("there").len(), 4096);
         assert_eq!(grow(file.path(), 4096).expect("as it is"), 4096);
         let error = grow(file.path(), 512).expect_err("smaller").to_string();
-        assert!(error.contains("4096") && error.contains("grow"), "{error}");
+        assert!(error.contains("4096") && error.contains("cannot shrink"), "{error}");
     }
 
     #[test]

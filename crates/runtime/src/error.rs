@@ -28,7 +28,7 @@ pub enum Error {
     #[error(transparent)]
     Vm(#[from] hypervisor::Error),
     /// The VM ended while it was needed; with the last lines of its console.
-    #[error("{what}: the virtual machine is gone: {reason}{console}")]
+    #[error("{what}: the VM has exited: {reason}{console}")]
     VmGone {
         /// What was being done.
         what: String,
@@ -40,7 +40,7 @@ pub enum Error {
         fault: Option<hypervisor::Fault>,
     },
     /// The guest did not answer.
-    #[error("{what}: no answer from the guest within {limit:?}{console}")]
+    #[error("{what}: the agent did not answer within {limit:?}{console}")]
     AgentSilent {
         /// What was being done.
         what: String,

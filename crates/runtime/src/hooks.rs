@@ -65,7 +65,7 @@ impl Hooks {
         if none || root == self.bundle || !root.starts_with(&self.bundle) {
             return Ok(());
         }
-        run.push(Step::Mounts(root.to_owned())).map_err(Error::host("the undo journal"))?;
+        run.push(Step::Mounts(root.to_owned())).map_err(Error::host("writing the undo journal"))?;
         self.shown = Some(root.to_owned());
         std::fs::create_dir_all(root).map_err(Error::host(root.display().to_string()))?;
         tree::copy(rootfs, root, How { recursive: true, ..How::default() })
@@ -76,7 +76,7 @@ impl Hooks {
         if let Some(root) = &self.shown
             && let Err(error) = cleanup::unmount_tree(root)
         {
-            tracing::warn!(path = %root.display(), %error, "the root file system stays in the bundle");
+            tracing::warn!(path = %root.display(), %error, "cannot unmount the root file system from the bundle");
         }
     }
 
@@ -92,7 +92,7 @@ impl Hooks {
     pub(crate) async fn started(&self, pid: u32) {
         for hook in &self.started {
             if let Err(error) = self.run("poststart", hook, "running", pid).await {
-                tracing::warn!(%error, "the container goes on");
+                tracing::warn!(%error, "a poststart hook failed: the container keeps running");
             }
         }
     }
@@ -101,7 +101,7 @@ impl Hooks {
     pub(crate) async fn stopped(&self) {
         for hook in &self.stopped {
             if let Err(error) = self.run("poststop", hook, "stopped", 0).await {
-                tracing::warn!(%error, "the container is deleted all the same");
+                tracing::warn!(%error, "a poststop hook failed: the container is deleted nevertheless");
             }
         }
         self.hide();
@@ -115,7 +115,7 @@ impl Hooks {
                 u64::try_from(seconds)
                     .ok()
                     .filter(|limit| *limit > 0)
-                    .ok_or_else(|| failed(format!("timeout {seconds} is not a number of seconds above 0")))?,
+                    .ok_or_else(|| failed(format!("timeout {seconds} must be at least 1 second")))?,
             ),
             None => LIMIT,
         };

@@ -62,7 +62,7 @@ where
 {
     let request = tokio::time::timeout(PATIENCE, read(&mut stream)).await;
     let (status, body) = match request.ok().and_then(Result::ok).as_deref().and_then(parse) {
-        None => ("400 Bad Request", "this is not served here\n".to_owned()),
+        None => ("400 Bad Request", "unknown request\n".to_owned()),
         Some(request) => match work(request).await {
             Ok(body) => ("200 OK", body),
             Err(error @ Error::NotFound(_)) => ("404 Not Found", format!("{error}\n")),
@@ -175,8 +175,8 @@ fn ask(sandbox: &str, request: &str) -> Result<String, Error> {
         stream.take(LIMIT as u64).read_to_end(&mut bytes)?;
         Ok::<_, io::Error>(bytes)
     })()
-    .map_err(Error::host(format!("the shim of pod {sandbox}")))?;
-    let wrong = || Error::Invalid(format!("the shim of pod {sandbox} does not answer as it should"));
+    .map_err(Error::host(format!("connecting to the shim of pod {sandbox}")))?;
+    let wrong = || Error::Invalid(format!("invalid answer of the shim of pod {sandbox}"));
     let (head, body) = split(&answer).ok_or_else(wrong)?;
     let body = String::from_utf8_lossy(body).into_owned();
     match head.split(' ').nth(1) {

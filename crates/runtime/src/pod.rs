@@ -62,15 +62,12 @@ impl Role {
             }
             if kind != dialect.container {
                 return Err(Error::Invalid(format!(
-                    "annotation {} is {kind:.80?}: it must be {:?} or {:?}",
+                    "invalid annotation {} = {kind:.80?}: must be {:?} or {:?}",
                     dialect.kind, dialect.sandbox, dialect.container
                 )));
             }
             let id = annotations.get(dialect.id).ok_or_else(|| {
-                Error::Invalid(format!(
-                    "annotation {} is missing: a container of a pod must name its sandbox",
-                    dialect.id
-                ))
+                Error::Invalid(format!("missing annotation {}: a container of a pod must name its sandbox", dialect.id))
             })?;
             return ContainerId::try_from(id.as_str()).map(Self::Member);
         }

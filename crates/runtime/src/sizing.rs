@@ -65,7 +65,7 @@ pub(crate) fn fit(size: Size, room: &Room) -> Result<Size, Error> {
     let least = LEAST_MIB.min(size.memory_mib);
     if fits < least {
         return Err(Error::Invalid(format!(
-            "no room for a virtual machine, which needs {} MiB at least: {}",
+            "no room for a VM, which needs at least {} MiB: {}",
             least + room.vmm_mib,
             room.remedy()
         )));
@@ -82,15 +82,13 @@ pub(crate) fn check_update(size: Size, had: Limits, wanted: Limits) -> Result<()
     let has = size.memory_mib.saturating_mul(MIB);
     if wanted.memory > has.max(had.memory) && wanted.memory / MIB < NO_LIMIT_MIB {
         return Err(Error::Invalid(format!(
-            "a memory limit of {} bytes: the virtual machine has {has} and does not grow while it runs; start the \
-             container with this limit instead",
+            "memory limit {} is larger than the VM's memory, {has} bytes, which does not grow while the VM runs: start the container with this limit instead",
             wanted.memory
         )));
     }
     if wanted.vcpus > u64::from(size.vcpus).max(had.vcpus) {
         return Err(Error::Invalid(format!(
-            "a limit of {} processors: the virtual machine has {} and gets no more while it runs; start the container \
-             with this limit instead",
+            "a limit of {} vCPUs is larger than the VM's number, {}, which does not grow while the VM runs: start the container with this limit instead",
             wanted.vcpus, size.vcpus
         )));
     }
@@ -157,6 +155,6 @@ mod tests {
         let error = check((1 << 30) + 1, 0).expect_err("more").to_string();
         assert!(error.contains("1073741825") && error.contains("536870912"), "{error}");
         let error = check(0, 4).expect_err("more").to_string();
-        assert!(error.contains("4 processors") && error.contains("has 2"), "{error}");
+        assert!(error.contains("4 vCPUs") && error.contains("number, 2,"), "{error}");
     }
 }

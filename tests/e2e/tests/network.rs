@@ -178,7 +178,7 @@ fn what_cannot_be_is_refused_and_untouched(model: Model) -> Result<()> {
             let _ = user.kill();
             let _ = user.wait();
             let refused = refused?;
-            ensure!(refused.code != 0 && refused.stderr.contains("used by process"), "{}", refused.stderr);
+            ensure!(refused.code != 0 && refused.stderr.contains("uses network namespace"), "{}", refused.stderr);
             // another sandbox has it
             pod.start(node, "first")?;
             let second = node.run(Runtime::Kata, "second", &options, &["true"]).output()?;

@@ -90,7 +90,7 @@ fn too_small_is_refused(cri: &Cri<'_>) -> Result<(u64, u64)> {
     let refused = cri.crictl(["runp", "--runtime", "kata", &config]).output()?;
     ensure!(refused.code != 0, "a pod of 64 MiB started");
     let limit = cgroup.file("memory.limit_in_bytes", "memory.max").display().to_string();
-    for word in ["64 MiB", &limit, "RuntimeClass", "no room for a virtual machine"] {
+    for word in ["64 MiB", &limit, "RuntimeClass", "no room for a VM"] {
         ensure!(refused.stderr.contains(word), "{word} is not in {}", refused.stderr);
     }
     let number = |after: &str| -> Result<u64> {
@@ -143,7 +143,7 @@ fn the_guest_is_short_first(cri: &Cri<'_>, overhead: u64) -> Result<()> {
     println!("full: {} MiB, at most {most}", used()?);
     // an update gets what there is, and an error where there is not
     for (args, has) in
-        [(["--memory", "17179869184"], "the virtual machine has"), (["--cpu-quota", "800000"], "processors")]
+        [(["--memory", "17179869184"], "larger than the VM's memory"), (["--cpu-quota", "800000"], "vCPUs")]
     {
         let refused = cri.crictl([&["update"], &args[..], &[&one]].concat()).output()?;
         ensure!(refused.code != 0 && refused.stderr.contains(has), "{args:?}: {} {}", refused.code, refused.stderr);

@@ -44,7 +44,7 @@ impl Hybrid {
     pub(super) async fn connect(self, vm: &VmWatch) -> Result<Socket, Error> {
         let told = || async {
             if let Err(error) = self.ready.accept().await {
-                tracing::warn!(%error, "the agent's report cannot be heard");
+                tracing::warn!(%error, "cannot receive the agent's ready message: polling its port instead");
                 std::future::pending::<()>().await;
             }
         };

@@ -60,7 +60,7 @@ impl AgentChannel {
                 Err(error) => {
                     // a host without the device is an ordinary one
                     if wanted == config::AgentChannel::Auto && !is_missing(&error) {
-                        tracing::warn!(%error, ?kind, "this way to the agent does not work here");
+                        tracing::warn!(%error, ?kind, "this kind of channel to the agent does not work on this host: trying the next");
                     }
                     last = Some(error);
                 }
@@ -108,7 +108,8 @@ impl AgentChannel {
         let socket = async {
             match self {
                 Self::Serial => {
-                    let port = serial.ok_or_else(|| Error::Unsupported("the VM has no serial channel".into()))?;
+                    let port = serial
+                        .ok_or_else(|| Error::Unsupported("the VMM gave no serial channel to the agent".into()))?;
                     serial::connect(port, &vm).await
                 }
                 Self::Vsock(vsock) => vsock.connect(&vm).await,
@@ -126,7 +127,7 @@ impl AgentChannel {
     /// # Errors
     /// The VM has no serial channel.
     pub(crate) fn resume(serial: Option<OwnedFd>, vm: VmWatch, config: &config::Agent) -> Result<AgentClient, Error> {
-        let port = serial.ok_or_else(|| Error::Unsupported("the VM has no serial channel".into()))?;
+        let port = serial.ok_or_else(|| Error::Unsupported("the VMM gave no serial channel to the agent".into()))?;
         Ok(AgentClient::over(serial::resume(port)?, vm, config.request_timeout))
     }
 }

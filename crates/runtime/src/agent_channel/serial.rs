@@ -12,7 +12,7 @@ use crate::Error;
 use crate::agent_client::VmWatch;
 
 fn stream(port: OwnedFd) -> Result<UnixStream, Error> {
-    let failed = || Error::host("the agent's channel");
+    let failed = || Error::host("opening the serial channel to the agent");
     let stream = std::os::unix::net::UnixStream::from(port);
     stream.set_nonblocking(true).map_err(failed())?;
     UnixStream::from_std(stream).map_err(failed())
@@ -30,7 +30,7 @@ pub(super) async fn connect(port: OwnedFd, vm: &VmWatch) -> Result<Socket, Error
     match stream.read_exact(&mut hello).await {
         Ok(_) if hello == ports::SERIAL_HELLO => Ok(Socket::new(stream)),
         Ok(_) => Err(Error::Unsupported(
-            "the guest's agent speaks another protocol on its serial port: use the initrd of `make guest`".into(),
+            "the agent in the guest has another protocol version on its serial port: use the initrd that was installed with this shim".into(),
         )),
         // the socket ends a moment before the process does; the process knows why
         Err(_) => Err(vm.gone(STARTING).await),

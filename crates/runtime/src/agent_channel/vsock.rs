@@ -68,9 +68,9 @@ impl Vsock {
         loop {
             match self.ready.accept().await {
                 Ok((_, from)) if from.cid() == self.cid => return,
-                Ok((_, from)) => tracing::debug!(cid = from.cid(), "a strange guest reports"),
+                Ok((_, from)) => tracing::debug!(cid = from.cid(), "ignoring the ready message of another guest"),
                 Err(error) => {
-                    tracing::warn!(%error, "the agent's report cannot be heard");
+                    tracing::warn!(%error, "cannot receive the agent's ready message: polling its port instead");
                     return std::future::pending().await;
                 }
             }

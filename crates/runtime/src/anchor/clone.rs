@@ -42,8 +42,7 @@ pub(super) fn spawn(
         let error = io::Error::last_os_error();
         return Err(match error.raw_os_error() {
             Some(libc::EINVAL | libc::ENOSPC) => io::Error::other(format!(
-                "its namespaces (pid, mount, ipc, uts, cgroup) cannot be made: {error}; see the kernel's CONFIG_*_NS \
-                 options and /proc/sys/user/max_*_namespaces"
+                "cannot create its namespaces (pid, mount, ipc, uts, cgroup): {error}: check the kernel's CONFIG_*_NS options and /proc/sys/user/max_*_namespaces"
             )),
             _ => error,
         });

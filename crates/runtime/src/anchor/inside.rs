@@ -50,9 +50,11 @@ pub fn run() {
 fn stand(socket: &UnixStream) -> io::Result<()> {
     // `ps -o comm`; the command line is the caller's
     nix::sys::prctl::set_name(c"kata-anchor")?;
-    leave_the_host().map_err(named("leaving the host's root"))?;
+    leave_the_host().map_err(named("leaving the host's root file system"))?;
     if let Some(root) = receive(socket)? {
-        tree::attach(&root, PLACE).and_then(|()| enter(PLACE)).map_err(named("the container's root file system"))?;
+        tree::attach(&root, PLACE)
+            .and_then(|()| enter(PLACE))
+            .map_err(named("mounting the container's root file system"))?;
     }
     give_up_privilege().map_err(named("dropping capabilities"))
 }
@@ -92,7 +94,7 @@ fn receive(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
     let mut control = nix::cmsg_space!(RawFd);
     let got = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
     if got.bytes == 0 {
-        return Err(io::Error::other("the shim is gone"));
+        return Err(io::Error::other("the shim has exited"));
     }
     let mut root = None;
     for message in got.cmsgs()? {

@@ -65,7 +65,7 @@ impl Anchor {
     /// # Errors
     /// The host refuses the process or one of its namespaces.
     pub(crate) fn start(spec: &Spec, network: BorrowedFd<'_>, journal: &Journal) -> Result<Self, Error> {
-        let failed = |error| Error::host("the process that stands for the container on the host")(error);
+        let failed = |error| Error::host("starting the anchor process of the container")(error);
         let (ours, its) = Socket::pair().map_err(failed)?;
         ours.set_nonblocking(true).map_err(failed)?;
         let (pid, process) = clone::spawn(PROGRAM, &command_line(spec), network, its.as_fd()).map_err(failed)?;
@@ -87,11 +87,11 @@ impl Anchor {
         tokio::spawn(async move {
             let _ = watched.readable().await;
             if let Err(error) = waitid(Id::PIDFd(watched.get_ref().as_fd()), WaitPidFlag::WEXITED) {
-                tracing::warn!(%error, "the end of a container's process on the host");
+                tracing::warn!(%error, "cannot reap the anchor process of a container");
             }
             let _ = tell.send(true);
         });
-        journal.push(anchor.step.clone()).map_err(Error::host("the undo journal"))?;
+        journal.push(anchor.step.clone()).map_err(Error::host("writing the undo journal"))?;
         Ok(anchor)
     }
 
@@ -113,7 +113,7 @@ impl Anchor {
             // it closes its side when it is done
             (&mut self.socket).take(WORDS).read_to_end(&mut words).await?;
             match words.as_slice() {
-                [] => Err(io::Error::other("it has ended")),
+                [] => Err(io::Error::other("it has exited")),
                 inside::DONE => Ok(()),
                 words => Err(io::Error::other(String::from_utf8_lossy(words).into_owned())),
             }
@@ -121,7 +121,7 @@ impl Anchor {
         tokio::time::timeout(LIMIT, answer)
             .await
             .unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut)))
-            .map_err(Error::host(format!("process {} that stands for the container on the host", self.pid)))
+            .map_err(Error::host(format!("setting the root of the container's anchor process {}", self.pid)))
     }
 
     /// Waits until it has ended; whether somebody else ended it. Does not keep it alive.
@@ -140,14 +140,14 @@ impl Anchor {
         let (journal, step) = (self.journal.clone(), self.step.clone());
         let struck = tokio::task::spawn_blocking(move || journal.take_back(&step)).await;
         if let Ok(Err(error)) = struck {
-            tracing::warn!(%error, "the undo journal");
+            tracing::warn!(%error, "cannot write the undo journal");
         }
     }
 
     fn kill(&self) {
         self.is_ours.store(true, Ordering::Relaxed);
         if let Err(error) = pidfd::kill(self.process.as_fd()) {
-            tracing::warn!(pid = self.pid, %error, "ending a container's process on the host");
+            tracing::warn!(pid = self.pid, %error, "cannot kill the anchor process of a container");
         }
     }
 }

@@ -36,7 +36,7 @@ impl Journal {
             // undone once as well as twice; a container that dies and is made again must not fill the file
             return Ok(());
         }
-        let file = written.file.as_mut().ok_or_else(|| io::Error::other("the sandbox is being ended"))?;
+        let file = written.file.as_mut().ok_or_else(|| io::Error::other("the sandbox is being stopped"))?;
         file.write_all(&line(&step)?)?;
         written.steps.push(step);
         Ok(())

@@ -64,7 +64,10 @@ fn remove_empty(path: &Path, meta: &fs::Metadata, device: u64) -> io::Result<()>
     if meta.is_file() && meta.len() == 0 {
         return fs::remove_file(path);
     }
-    Err(io::Error::other(format!("{} is not a mount point of ours", path.display())))
+    Err(io::Error::other(format!(
+        "{} is neither an empty folder nor an empty file, so it is not removed",
+        path.display()
+    )))
 }
 
 #[cfg(test)]

@@ -106,11 +106,11 @@ impl Attached {
         let found = self.namespace.within(|handle| async move { scan::scan(&handle).await }).await;
         let Found { links, refused, mut routes, mut neighbours } = match found {
             Ok(found) => found,
-            Err(error) => return fatal("looking into the pod's network namespace", error),
+            Err(error) => return fatal("listing the interfaces of the pod's network namespace", error),
         };
         for one in &refused {
             if !self.refused.contains(one) {
-                tracing::warn!(why = one.why, "not brought into the virtual machine");
+                tracing::warn!(why = one.why, "a network interface is not added to the VM");
             }
         }
         self.refused = refused;
@@ -141,14 +141,14 @@ impl Attached {
         if renewed || routes != self.told.routes {
             let told = guest::routes(agent, &routes).await;
             self.told.routes = routes;
-            told.or_else(|error| fatal("the guest's routes", error))?;
+            told.or_else(|error| fatal("updating the guest's routes", error))?;
         }
         if renewed || neighbours != self.told.neighbours {
             let mut gone = diff::gone(&self.told.neighbours, &neighbours);
             gone.retain(|one| has(&self.members, &one.device));
             let told = guest::neighbours(agent, &gone, &neighbours).await;
             self.told.neighbours = neighbours;
-            told.or_else(|error| fatal("the guest's neighbours", error))?;
+            told.or_else(|error| fatal("updating the guest's neighbours", error))?;
         }
         self.remember_away();
         Ok(())
@@ -158,11 +158,11 @@ impl Attached {
         let Some(member) = self.members.get_mut(place) else { return Ok(()) };
         if link.mtu != member.link.mtu {
             let set = join::set_mtu(&self.namespace, member, link.mtu).await;
-            set.or_else(|error| fatal("the MTU of an interface", error))?;
+            set.or_else(|error| fatal("changing the MTU of an interface", error))?;
         }
         let address = vm.address(&member.id);
         let told = guest::interface(agent, &link, address).await;
-        tracing::info!(interface = link.name, "changed in the virtual machine");
+        tracing::info!(interface = link.name, "network interface changed in the VM");
         member.link = link;
         told.or_else(|error| fatal("changing an interface of the guest", error))
     }
@@ -172,7 +172,7 @@ impl Attached {
         let name = member.link.name.clone();
         let unplugged = async { vm.must_hotplug()?.unplug(&member.id).await }.await;
         join::part(member, &self.journal).await;
-        tracing::info!(interface = name, "taken from the virtual machine");
+        tracing::info!(interface = name, "network interface removed from the VM");
         unplugged.map_err(Error::from).or_else(|error| fatal("unplugging an interface", error))
     }
 
@@ -181,12 +181,12 @@ impl Attached {
         let (name, tried) = (link.name.clone(), link.clone());
         match self.plug(link, agent, vm).await {
             Ok(()) => {
-                tracing::info!(interface = name, "brought into the virtual machine");
+                tracing::info!(interface = name, "network interface added to the VM");
                 Ok(true)
             }
             Err(error) => {
                 self.failed.push(tried);
-                fatal(&format!("bringing the interface {name} into the virtual machine"), error).map(|()| false)
+                fatal(&format!("adding network interface {name} to the VM"), error).map(|()| false)
             }
         }
     }
@@ -203,7 +203,7 @@ impl Attached {
             let unplugged = async { vm.must_hotplug()?.unplug(&member.id).await }.await;
             join::part(member, &self.journal).await;
             if let Err(error) = unplugged {
-                tracing::warn!(%error, "unplugging an interface that the guest did not take");
+                tracing::warn!(%error, "cannot unplug an interface that the guest did not configure");
             }
             return Err(error);
         }

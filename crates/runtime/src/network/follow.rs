@@ -48,7 +48,7 @@ impl Following {
     pub(crate) async fn end(self) {
         let _ = self.end.send(());
         if let Err(error) = self.task.await {
-            tracing::error!(%error, "following the pod's network");
+            tracing::error!(%error, "cannot follow changes of the pod's network");
         }
     }
 }
@@ -67,7 +67,7 @@ async fn follow(
             _ = &mut ended => return,
             Some(wisher) = wishes.recv() => wish = Some(wisher),
             change = attached.changes.next() => if let Err(error) = change {
-                tracing::error!(%error, "changes of the pod's network are not seen any more");
+                tracing::error!(%error, "changes of the pod's network are not followed any more");
                 return;
             },
         }
@@ -75,7 +75,7 @@ async fn follow(
         if (wish.is_none() || attached.changes.are_there())
             && let Err(error) = attached.follow(&agent, &vm).await
         {
-            tracing::debug!(%error, "following the pod's network");
+            tracing::debug!(%error, "following changes of the pod's network ends");
             return;
         }
     }

@@ -44,7 +44,7 @@ impl Forwarding {
 pub(crate) fn start(path: PathBuf, agent: AgentClient) -> Forwarding {
     Forwarding(tokio::spawn(async move {
         if let Err(error) = serve(path, agent).await {
-            tracing::warn!(%error, "ports of the pod cannot be forwarded");
+            tracing::warn!(%error, "cannot forward connections to the pod's ports");
         }
     }))
 }
@@ -63,7 +63,7 @@ async fn serve(path: PathBuf, agent: AgentClient) -> Result<(), Error> {
         connections.spawn(async move {
             let _permit = permit;
             if let Err(error) = forward(stream, &agent).await {
-                tracing::debug!(%error, "a forwarded connection");
+                tracing::debug!(%error, "a forwarded connection failed");
             }
         });
         while connections.try_join_next().is_some() {}

@@ -60,7 +60,7 @@ pub(super) async fn check(plan: Plan, namespace: &NetworkNamespace, links: &[Lin
             for link in links {
                 if tcfilter::is_taken(&handle, &link).await? {
                     return Err(Error::WrongState(format!(
-                        "interface {} in {place} is redirected already: another sandbox uses this network namespace",
+                        "network interface {} in {place} is connected to another VM already: another sandbox uses this network namespace",
                         link.name
                     )));
                 }
@@ -79,7 +79,7 @@ pub(super) async fn join(
     journal: &Journal,
 ) -> Result<(Member, Device), Error> {
     let step = undo(plan, namespace, &link, number)?;
-    journal.push(step.clone()).map_err(Error::host("the undo journal"))?;
+    journal.push(step.clone()).map_err(Error::host("writing the undo journal"))?;
     match make(plan, namespace, &link, &id, number).await {
         Ok(device) => Ok((Member { link, id, number, step }, device)),
         Err(error) => {
@@ -99,7 +99,7 @@ async fn undone(journal: &Journal, step: Step) {
     let outcome = tokio::task::spawn_blocking(move || journal.take_back(&step)).await;
     if let Ok(Err(error)) = outcome {
         // the end of the sandbox tries again
-        tracing::warn!(%error, "parting an interface from the virtual machine");
+        tracing::warn!(%error, "cannot disconnect an interface from the VM");
     }
 }
 
@@ -109,7 +109,7 @@ fn tap_name(number: usize) -> String {
 }
 
 fn undo(plan: Plan, namespace: &NetworkNamespace, link: &Link, number: usize) -> Result<Step, Error> {
-    let identity = namespace.identity().map_err(Error::host("the network namespace"))?;
+    let identity = namespace.identity().map_err(Error::host("entering the network namespace"))?;
     let (place, index) = (namespace.path().to_owned(), link.index);
     Ok(match (link.kind.way(plan.model), &link.kind) {
         (Way::Vfio, Kind::Physical(address)) => {
@@ -132,7 +132,7 @@ async fn make(plan: Plan, namespace: &NetworkNamespace, link: &Link, id: &str, n
     }
     let queues = queues(plan, namespace, link, number).await?;
     let vhost = if plan.vhost {
-        tap::vhost(Path::new(tap::VHOST), queues.len()).map_err(Error::host("the kernel's network helper"))?
+        tap::vhost(Path::new(tap::VHOST), queues.len()).map_err(Error::host("detecting the kernel's vhost-net"))?
     } else {
         Vec::new()
     };

@@ -56,23 +56,20 @@ impl Kind {
         match (kind, bus, device) {
             (Some(InfoKind::Veth), ..) => Ok(Self::Veth),
             (Some(InfoKind::MacVlan), ..) => Ok(Self::MacVlan),
-            (Some(InfoKind::IpVlan), ..) if is_l3s => Err(
-                "is an ipvlan in the mode l3s, whose packets cannot be led into a virtual machine: use its mode l2 or l3"
-                    .into(),
-            ),
+            (Some(InfoKind::IpVlan), ..) if is_l3s => {
+                Err("is an ipvlan in mode l3s, whose packets cannot be redirected to a VM: use mode l2 or l3".into())
+            }
             (Some(InfoKind::IpVlan), ..) => Ok(Self::IpVlan),
             (Some(InfoKind::Vlan), ..) => Ok(Self::Vlan),
             (Some(InfoKind::Dummy), ..) => Ok(Self::Dummy),
             (Some(InfoKind::Tun), ..) => Ok(Self::Tap),
             (Some(other), ..) => Err(format!(
-                "is of the kind {other}, which cannot be brought into a virtual machine: use veth, macvlan, ipvlan, vlan, \
-                 a tap or a PCI device"
+                "is of kind {other}, which cannot be connected to a VM: use veth, macvlan, ipvlan, vlan, a tap or a PCI device"
             )),
             (None, Some("pci"), Some(device)) => Ok(Self::Physical(device.clone())),
             (None, bus, _) => Err(format!(
-                "is a physical one that is not on the PCI bus (but {}), so it cannot be passed to a virtual machine: use a \
-                 macvlan or ipvlan on top of it",
-                bus.unwrap_or("no bus that the kernel names")
+                "is a physical interface on {}, not on the PCI bus, so it cannot be passed to a VM: use a macvlan or ipvlan on top of it",
+                bus.unwrap_or("an unknown bus")
             )),
         }
     }

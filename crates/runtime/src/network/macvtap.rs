@@ -27,7 +27,7 @@ use crate::Error;
 pub(super) async fn connect(handle: &Handle, link: &Link, name: &str, queues: u32) -> Result<Vec<OwnedFd>, Error> {
     let what = |step: &str| format!("{step} of interface {}", link.name);
     // listening first: the device is told of before the kernel answers
-    let events = uevents().map_err(Error::host(what("the device events")))?;
+    let events = uevents().map_err(Error::host(what("opening the device events")))?;
     let new = LinkMacVtap::new(name, link.index, MacVtapMode::Passthrough).build();
     handle.link().add(new).execute().await.map_err(failed(what("the macvtap")))?;
     let number = device_number(&events, name).map_err(Error::host(what("the macvtap's device")))?;
@@ -90,7 +90,7 @@ fn device_number(events: &OwnedFd, name: &str) -> io::Result<(u64, u64)> {
                 }
             }
             Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => return Err(io::Error::new(io::ErrorKind::NotFound, "the kernel named none")),
+            Err(Errno::EAGAIN) => return Err(io::Error::new(io::ErrorKind::NotFound, "the kernel reported no device")),
             Err(errno) => return Err(errno.into()),
         }
     }

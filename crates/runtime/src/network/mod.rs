@@ -73,13 +73,12 @@ impl Namespace {
             }
             if !config.runtime.disable_new_netns {
                 return Err(Error::Unsupported(format!(
-                    "{} is the host's network, which is not possible in a virtual machine: give the container a network \
-                     namespace of its own",
+                    "{} is the host's network namespace, which a VM cannot use: give the container its own network namespace",
                     path.display()
                 )));
             }
         }
-        let inner = NetworkNamespace::make().await.map_err(Error::host("a new network namespace"))?;
+        let inner = NetworkNamespace::make().await.map_err(Error::host("creating a network namespace"))?;
         Ok(Self { inner, is_made: true })
     }
 
@@ -89,15 +88,16 @@ impl Namespace {
         if config.runtime.disable_new_netns || config.runtime.internetworking == Internetworking::None {
             return Ok(PodNetwork::default());
         }
-        let namespace = self.inner.try_clone().map_err(Error::host("the pod's network namespace"))?;
+        let namespace = self.inner.try_clone().map_err(Error::host("entering the pod's network namespace"))?;
         // what changes from now on is seen: the look comes after
         let (found, changes) = namespace
             .within(|handle| async move {
-                let changes = changes::subscribe().map_err(Error::host("changes of the pod's network"))?;
+                let changes =
+                    changes::subscribe().map_err(Error::host("subscribing to changes of the pod's network"))?;
                 Ok((scan::scan(&handle).await?, changes))
             })
             .await?;
-        let changes = Changes::new(changes).map_err(Error::host("changes of the pod's network"))?;
+        let changes = Changes::new(changes).map_err(Error::host("subscribing to changes of the pod's network"))?;
         if let Some(refused) = found.refused.into_iter().next() {
             return Err(Error::Unsupported(refused.why));
         }
@@ -118,7 +118,7 @@ impl Namespace {
 impl Namespace {
     /// Answers the guest's questions about names from inside, for as long as what this returns lives.
     pub(crate) async fn names(&self, agent: &AgentClient) -> Result<Names, Error> {
-        let namespace = self.inner.try_clone().map_err(Error::host("the pod's network namespace"))?;
+        let namespace = self.inner.try_clone().map_err(Error::host("entering the pod's network namespace"))?;
         names::start(namespace, agent.clone()).await
     }
 }

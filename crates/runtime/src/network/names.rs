@@ -75,15 +75,13 @@ pub(crate) fn are_wanted(file: &Path) -> bool {
 pub(super) async fn start(namespace: NetworkNamespace, agent: AgentClient) -> Result<Names, Error> {
     let request = ListenRequest { address: DOCKERS.to_string(), ..Default::default() };
     agent
-        .resolver_call(
-            "listening for questions of the guest's processes about names",
-            Some(PATIENCE),
-            |client, context| async { client.listen(context, &request).await },
-        )
+        .resolver_call("starting the name server in the guest", Some(PATIENCE), |client, context| async {
+            client.listen(context, &request).await
+        })
         .await?;
     Ok(Names(tokio::spawn(async move {
         if let Err(error) = serve(Arc::new(namespace), &agent).await {
-            tracing::debug!(%error, "names are not answered any more");
+            tracing::debug!(%error, "answering DNS queries of the guest ends");
         }
     })))
 }
@@ -94,7 +92,7 @@ async fn serve(namespace: Arc<NetworkNamespace>, agent: &AgentClient) -> Result<
     loop {
         let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return Ok(()) };
         let question = agent
-            .resolver_call("waiting for a question about a name", None, |client, context| async {
+            .resolver_call("waiting for a DNS query of the guest", None, |client, context| async {
                 client.next(context, &Empty::new()).await
             })
             .await?;
@@ -102,7 +100,7 @@ async fn serve(namespace: Arc<NetworkNamespace>, agent: &AgentClient) -> Result<
         answers.spawn(async move {
             let _permit = permit;
             if let Err(error) = answer(&namespace, &agent, question).await {
-                tracing::debug!(%error, "a question about a name");
+                tracing::debug!(%error, "a DNS query of the guest failed");
             }
         });
         while answers.try_join_next().is_some() {}
@@ -113,12 +111,12 @@ async fn answer(namespace: &NetworkNamespace, agent: &AgentClient, question: Que
     let id = question.id;
     let asked = namespace.within_plainly(move |_| ask((DOCKERS, PORT).into(), &question.message, question.tcp)).await?;
     let message = asked.unwrap_or_else(|error| {
-        tracing::debug!(%error, "the name server at {DOCKERS}");
+        tracing::debug!(%error, "the name server at {DOCKERS} did not answer");
         Vec::new()
     });
     let request = AnswerRequest { id, message, ..Default::default() };
     agent
-        .resolver_call("answering a question about a name", Some(PATIENCE), |client, context| async {
+        .resolver_call("answering a DNS query of the guest", Some(PATIENCE), |client, context| async {
             client.answer(context, &request).await
         })
         .await

@@ -43,7 +43,7 @@ impl NetworkNamespace {
                 unshare(CloneFlags::CLONE_NEWNET)?;
                 File::open("/proc/thread-self/ns/net")
             })?;
-            thread.join().unwrap_or_else(|_| Err(io::Error::other("its thread ended")))
+            thread.join().unwrap_or_else(|_| Err(io::Error::other("its thread panicked")))
         });
         let file = made.await.unwrap_or_else(|lost| Err(io::Error::other(lost)))?;
         Ok(Self { path: format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into(), file })
@@ -75,13 +75,11 @@ impl NetworkNamespace {
         }
         let why = if is_anchor {
             format!(
-                "another sandbox uses network namespace {place} (process {pid} stands for its container): two virtual \
-                 machines cannot share one network, put the containers into one pod"
+                "another sandbox uses network namespace {place} (anchor process {pid}): two VMs cannot share a network namespace, so put the containers into one pod"
             )
         } else {
             format!(
-                "network namespace {place} is used by process {pid}: its traffic would go to the virtual machine, give \
-                 the pod a namespace of its own (no --network container:)"
+                "process {pid} uses network namespace {place}, and its traffic would go to the VM: give the pod its own network namespace (no --network container:)"
             )
         };
         Err(Error::WrongState(why))
@@ -176,7 +174,7 @@ impl AsFd for NetworkNamespace {
 }
 
 fn lost() -> Error {
-    Error::host("work in the network namespace")(io::Error::other("its thread ended"))
+    Error::host("working in the network namespace")(io::Error::other("its thread panicked"))
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ impl Function {
         if is_plain {
             Ok(Self { sysfs: sysfs.to_owned(), address: address.to_owned() })
         } else {
-            Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{address:.40?} is not a PCI address")))
+            Err(io::Error::new(io::ErrorKind::InvalidInput, format!("invalid PCI address {address:.40?}")))
         }
     }
 
@@ -44,9 +44,7 @@ impl Function {
             Ok(group) => group,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Some(format!(
-                    "PCI device {} cannot be passed to a virtual machine, because this host has no IOMMU or does not use it: \
-                     switch it on in the firmware and boot with intel_iommu=on or amd_iommu=on, or give the pod a macvlan \
-                     instead",
+                    "PCI device {} cannot be passed to a VM, because no IOMMU is enabled on this host: enable it in the firmware and boot with intel_iommu=on or amd_iommu=on, or give the pod a macvlan instead",
                     self.address
                 ));
             }
@@ -57,15 +55,14 @@ impl Function {
             // bridges stay with the host
             let driver = driver_of(&other.path()).filter(|driver| !matches!(driver.as_str(), VFIO | "pcieport"))?;
             Some(format!(
-                "PCI device {} shares its IOMMU group with {}, which the driver {driver} has: a group goes to the virtual \
-                 machine as a whole",
+                "PCI device {} is in one IOMMU group with {}, which is bound to driver {driver}: all devices of a group must be passed to the VM",
                 self.address,
                 other.file_name().display()
             ))
         });
         busy.or_else(|| {
             let missing = !self.sysfs.join("bus/pci/drivers").join(VFIO).is_dir();
-            missing.then(|| format!("the driver {VFIO} is not loaded: modprobe {VFIO}"))
+            missing.then(|| format!("the driver {VFIO} is not loaded: run `modprobe {VFIO}`"))
         })
     }
 
@@ -97,14 +94,14 @@ impl Function {
         write(&self.sysfs.join("bus/pci/drivers_probe"), &self.address)?;
         match (driver, self.driver()) {
             (Some(wanted), Some(now)) if wanted != now => Err(io::Error::other(format!(
-                "PCI device {} went to the driver {now} instead of {wanted}",
+                "PCI device {} was bound to driver {now} instead of {wanted}",
                 self.address
             ))),
             (None, Some(now)) if now == VFIO => {
-                Err(io::Error::other(format!("PCI device {} stays with the driver {VFIO}", self.address)))
+                Err(io::Error::other(format!("PCI device {} is still bound to driver {VFIO}", self.address)))
             }
             (Some(wanted), None) => {
-                Err(io::Error::other(format!("PCI device {}: the driver {wanted} did not take it", self.address)))
+                Err(io::Error::other(format!("PCI device {}: driver {wanted} did not bind to it", self.address)))
             }
             _ => Ok(()),
         }
@@ -226,7 +223,7 @@ mod tests {
         // taken, and then nobody's: the kernel was told, and iavf came
         fake.bind(CARD, None);
         let error = card.give_back(Some("iavf")).expect_err("no kernel").to_string();
-        assert!(error.contains("iavf did not take it"), "{error}");
+        assert!(error.contains("driver iavf did not bind to it"), "{error}");
         assert_eq!(fake.written(&format!("bus/pci/devices/{CARD}/driver_override")), "\n");
         assert_eq!(fake.written("bus/pci/drivers_probe"), CARD);
         fake.bind(CARD, Some(VFIO));

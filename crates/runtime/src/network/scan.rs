@@ -106,8 +106,7 @@ fn refuse_stacked(found: &mut Found) {
     for (index, name, below) in refused {
         found.links.retain(|link| link.index != index);
         let why = format!(
-            "network interface {name} is on top of {below}, whose frames all go to the virtual machine: make it on an \
-             interface outside the pod's network namespace, or inside a container"
+            "network interface {name} is on top of {below}, whose frames all go to the VM: create it on an interface outside the pod's network namespace, or inside a container"
         );
         found.refused.push(Refused { index, why });
     }
@@ -189,7 +188,7 @@ fn link(message: &LinkMessage, addresses: &[(u32, IpAddr, u8)]) -> Result<Option
         if idle { Ok(None) } else { Err(Refused { index, why }) }
     };
     let (LinkLayerType::Ether, Some(mac)) = (message.header.link_layer_type, mac) else {
-        return refused("is not an Ethernet one: a virtual machine can only have those");
+        return refused("is not an Ethernet interface, the only kind that a VM can have");
     };
     let kind = match kind {
         Ok(kind) => kind,

@@ -15,9 +15,11 @@ pub(super) const VHOST: &str = "/dev/vhost-net";
 /// was made goes with its last descriptor, so a crash leaves nothing.
 pub(super) fn open(name: &str, queues: u32) -> io::Result<Vec<OwnedFd>> {
     let queue = || {
-        let file = File::options().read(true).write(true).open(DEVICE).map_err(|error| {
-            io::Error::new(error.kind(), format!("{DEVICE}: {error} (load the kernel module: modprobe tun)"))
-        })?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(DEVICE)
+            .map_err(|error| io::Error::new(error.kind(), format!("{DEVICE}: {error}: run `modprobe tun`")))?;
         attach(file, name, queues > 1)
     };
     (0..queues.max(1)).map(|_| queue()).collect()
@@ -57,8 +59,8 @@ pub(super) fn vhost(device: &Path, queues: usize) -> io::Result<Vec<OwnedFd>> {
     match (0..queues).map(|_| open()).collect() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         other => other.map_err(|error| {
-            let fix = "set disable_vhost_net = true, or modprobe vhost_net";
-            io::Error::new(error.kind(), format!("{}: {error} ({fix})", device.display()))
+            let fix = "run `modprobe vhost_net`, or set disable_vhost_net = true";
+            io::Error::new(error.kind(), format!("{}: {error}: {fix}", device.display()))
         }),
     }
 }
