@@ -4,6 +4,7 @@ use anyhow::{Result, bail};
 
 /// The flags, by their names.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag")]
 pub(crate) struct Args {
     pub(crate) namespace: String,
     pub(crate) id: String,
