@@ -29,8 +29,25 @@ use anyhow::{Result, bail};
 
 use crate::workspace::Workspace;
 
-const USAGE: &str = "usage: cargo run -p xtask -- build | guest | install | run [COMMAND…] | test | clients | client-tests | \
-                     nested [TEST…] | bench | fstest | conformance [FOCUS] | soak [SECONDS] | check | docs | tidy | image FILE   (see make help)";
+const USAGE: &str = "usage: cargo run -p xtask -- TASK
+
+Tasks, most of them those of `make help`:
+  build                  compile the shim, kata-runtime and the agent
+  guest                  build the guest's kernel, initrd and image into dist/
+  install                install into DESTDIR and PREFIX, which are environment variables
+  run [COMMAND…]         run a container in a VM with a containerd of its own
+  check                  check formatting, docs/configuration.md, the shape of the source, and lints
+  test                   check, unit tests, end-to-end tests
+  clients                build the test clients that Debian does not have
+  client-tests           run all tests with nerdctl, Docker and kubelet
+  nested [TEST…]         run end-to-end tests in a VM that has KVM and vhost-vsock
+  bench                  measure
+  fstest                 run the file system test suite
+  conformance [FOCUS]    run critest; FOCUS is a regular expression of test names
+  soak [SECONDS]         create and delete pods and report what is left behind
+  docs                   write docs/configuration.md from the table of keys
+  tidy                   check the shape of the source
+  image FILE             write a small container image";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -47,6 +64,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
     let workspace = Workspace::locate()?;
     let Some((task, rest)) = arguments.split_first() else { bail!("{USAGE}") };
     match (task.as_str(), rest) {
+        ("help" | "-h" | "--help", _) => println!("{USAGE}"),
         ("build", []) => compile::all(&workspace)?,
         ("guest", []) => guest(&workspace)?,
         ("install", []) => return install::from_environment(&workspace),
@@ -105,7 +123,7 @@ fn dispatch(arguments: &[String]) -> Result<ExitCode> {
         ("tidy", []) => tidy::check(&workspace)?,
         ("image", [file]) => step::timed("building the busybox image", || image::write(Path::new(file)))?,
         ("image", _) => bail!("image needs the name of the file to write: cargo run -p xtask image busybox.tar"),
-        _ => bail!("unknown task {:?}; {USAGE}", arguments.join(" ")),
+        _ => bail!("unknown task {:?}\n{USAGE}", arguments.join(" ")),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -59,7 +59,7 @@ pub(super) fn check(sources: &[Source]) -> Vec<String> {
 fn is_checked(path: &str) -> bool {
     let is_of_crate =
         |name: &&str| path.strip_prefix("crates/").is_some_and(|rest| rest.starts_with(&format!("{name}/")));
-    CRATES.iter().any(|name| is_of_crate(&name)) && !PLACES.iter().any(|place| path.starts_with(place))
+    CRATES.iter().any(is_of_crate) && !PLACES.iter().any(|place| path.starts_with(place))
 }
 
 fn in_file(source: &Source) -> Vec<String> {
