@@ -132,7 +132,7 @@ fn blocks_fit(block: BlockDevices, set: &Set<'_>) -> Result<(), Error> {
             ("physical_sector_size", has_sectors),
         ] {
             if let Some(entry) = set.vm(&format!("block_device_{name}")).filter(|_| is_set) {
-                let why = "cannot be with block_device_driver = \"virtio-pmem\", which maps the host's page cache: remove it, or \
+                let why = "cannot be combined with block_device_driver = \"virtio-pmem\", which maps the host's page cache: remove it, or \
                            set \"virtio-blk\"";
                 return Err(refuse(entry, why));
             }

@@ -61,10 +61,9 @@ fn shorten(text: &str) -> String {
 pub(crate) fn read(path: &Path) -> Result<Vec<Entry>, Error> {
     let unreadable = |why: String| Error::Unreadable { file: path.to_owned(), why };
     let failed = |error: std::io::Error| match error.kind() {
-        ErrorKind::NotFound => unreadable(
-            "no such file: correct what names it: --config, KATA_CONF_FILE, or ConfigPath in the runtime's options"
-                .into(),
-        ),
+        ErrorKind::NotFound => {
+            unreadable("no such file: correct --config, KATA_CONF_FILE, or ConfigPath in the runtime's options".into())
+        }
         _ => unreadable(error.to_string()),
     };
     // asked before it is opened: a FIFO would wait for its writer

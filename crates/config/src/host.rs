@@ -34,11 +34,11 @@ pub(crate) fn check(config: &mut Config, set: &Set<'_>) -> Result<(), Error> {
         program(&of_path("virtio_fs_daemon", daemon), daemon, "install virtiofsd or qemu-system-common")?;
     }
     if let Some(firmware) = &hypervisor.firmware {
-        file(&of_path("firmware", firmware), firmware, "remove the key for QEMU's own")?;
+        file(&of_path("firmware", firmware), firmware, "remove the key to use QEMU's own")?;
     }
     let source = of_path("entropy_source", &hypervisor.entropy_source);
-    if exists(&source, &hypervisor.entropy_source, "remove the key for /dev/urandom")?.is_dir() {
-        return Err(refuse(&source, "is a directory: remove the key for /dev/urandom"));
+    if exists(&source, &hypervisor.entropy_source, "remove the key to use /dev/urandom")?.is_dir() {
+        return Err(refuse(&source, "is a directory: remove the key to use /dev/urandom"));
     }
 
     let memory = hypervisor.default_memory_mib;
@@ -52,7 +52,7 @@ pub(crate) fn check(config: &mut Config, set: &Set<'_>) -> Result<(), Error> {
     let initrd_setting = of_path("initrd", &initrd);
     let size = file(&initrd_setting, &initrd, "run `make install`")?.len();
     if size >= memory << 20 {
-        let why = format!("its {} MiB must be fewer than default_memory, {memory} MiB", size.div_ceil(1 << 20));
+        let why = format!("has {} MiB, which must be less than default_memory, {memory} MiB", size.div_ceil(1 << 20));
         return Err(refuse(&initrd_setting, why));
     }
     Ok(())
@@ -78,14 +78,15 @@ fn check_image(hypervisor: &Hypervisor, setting: &Entry, image: &Path) -> Result
     if let Some(verity) = &hypervisor.kernel_verity_params {
         let data = verity.data_blocks.saturating_mul(verity.data_block_size);
         if data > size {
-            let why = format!("has {size} bytes, fewer than the {data} of kernel_verity_params: it is another image's");
+            let why = format!(
+                "has {size} bytes, fewer than the {data} of kernel_verity_params: set the parameters of this image"
+            );
             return Err(refuse(setting, why));
         }
     }
     if hypervisor.image_is_memory && !size.is_multiple_of(MEMORY_BLOCK) {
         let why = format!(
-            "has {size} bytes, no multiple of 2 MiB, which persistent memory must be: enlarge it with `truncate -s %2M`, or \
-             set disable_image_nvdimm to true"
+            "has {size} bytes, but persistent memory must be a multiple of 2 MiB: enlarge it with `truncate -s %2M`, or set disable_image_nvdimm to true"
         );
         return Err(refuse(setting, why));
     }

@@ -35,7 +35,7 @@ pub use types::{
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// No file was found.
-    #[error("no configuration.toml found in {paths}: run `make install`, or name one: --config, or ConfigPath in the runtime's options", paths = OneLine(.0))]
+    #[error("no configuration.toml found in {paths}: run `make install`, or set --config, or ConfigPath in the runtime's options", paths = OneLine(.0))]
     Missing(String),
     /// A file cannot be read.
     #[error("{file}: {why}", file = OneLine(.file.display()), why = OneLine(.why))]

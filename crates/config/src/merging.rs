@@ -18,13 +18,11 @@ pub(crate) const KSM: &str = "/sys/kernel/mm/ksm";
 pub(crate) fn fits(config: &Config, set: &Set<'_>) -> Result<(), Error> {
     let Some(entry) = set.vm(KEY).filter(|_| config.hypervisor.merge_guest_memory) else { return Ok(()) };
     if !matches!(config.hypervisor.shared_fs, SharedFs::VirtioNineP | SharedFs::None) {
-        let why = "works with shared_fs = \"virtio-9p\" or \"none\" only, since memory that virtiofsd shares is not \
-                   merged: set that too, or this to false";
+        let why = "works with shared_fs = \"virtio-9p\" or \"none\" only, because memory that is shared with virtiofsd is not merged: set that too, or this to false";
         return Err(refuse(entry, why));
     }
     if config.factory.enable_template && config.hypervisor.reclaim_guest_freed_memory {
-        let why = "does not work with enable_template and reclaim_guest_freed_memory together, whose clones have shared \
-                   memory: set one of the three to false";
+        let why = "does not work with enable_template and reclaim_guest_freed_memory together, because such clones have shared memory: set one of the three to false";
         return Err(refuse(entry, why));
     }
     Ok(())

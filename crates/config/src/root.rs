@@ -32,7 +32,7 @@ pub(crate) fn choose(hypervisor: &mut Hypervisor, set: &Set<'_>) -> Result<(), E
     }
     match set.vm("kernel_verity_params") {
         Some(params) if hypervisor.image.is_none() && hypervisor.kernel_verity_params.is_some() => {
-            Err(refuse(params, "works with `image` only, and none is set: set it too, or remove this key"))
+            Err(refuse(params, "works with `image` only, which is not set: set it too, or remove this key"))
         }
         _ => Ok(()),
     }

@@ -85,7 +85,7 @@ fn a_guest_boots_one_thing() {
     }
     let verity = format!("root_hash={},data_blocks=1,data_block_size=4096,hash_block_size=4096", "0".repeat(64));
     let error = refused(&format!("[hypervisor.qemu]\nkernel_verity_params = \"{verity}\"\n"));
-    assert!(error.ends_with("works with `image` only, and none is set: set it too, or remove this key"), "{error}");
+    assert!(error.ends_with("works with `image` only, which is not set: set it too, or remove this key"), "{error}");
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn disks_as_memory_have_no_cache_of_their_own() {
                  guest has as /dev/pmem0 too";
     value(qemu, "block_device_driver = \"nvdimm\"", other);
     let pmem = "[hypervisor.qemu]\nblock_device_driver = \"virtio-pmem\"\nblock_device_cache_set = true\n";
-    let why = "cannot be with block_device_driver = \"virtio-pmem\"";
+    let why = "cannot be combined with block_device_driver = \"virtio-pmem\"";
     for setting in
         ["cache_direct = true", "cache_noflush = true", "logical_sector_size = 512", "physical_sector_size = 4096"]
     {

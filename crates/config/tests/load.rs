@@ -112,7 +112,7 @@ fn a_file_that_is_missing_or_of_the_wrong_kind() {
         "no such file: install virtiofsd or qemu-system-common, or set another path"
     );
     assert_eq!(with("firmware", "folder"), "is a directory: set the path of a file");
-    assert_eq!(with("entropy_source", "gone"), "no such file: remove the key for /dev/urandom, or set another path");
+    assert_eq!(with("entropy_source", "gone"), "no such file: remove the key to use /dev/urandom, or set another path");
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn memory_beyond_the_host_and_an_initrd_beyond_the_memory() {
     initrd.set_len(128 << 20).expect("its length");
     assert_eq!(
         host.refused("default_memory = 128\n"),
-        "DIR/configuration.toml:4: hypervisor.qemu.initrd = \"DIR/initrd\": its 128 MiB must be fewer than \
+        "DIR/configuration.toml:4: hypervisor.qemu.initrd = \"DIR/initrd\": has 128 MiB, which must be less than \
          default_memory, 128 MiB"
     );
     assert!(host.load("default_memory = 129\n").is_ok());
@@ -213,7 +213,7 @@ fn files_that_are_no_configuration() {
     };
     assert_eq!(
         error(&file),
-        "DIR/c.toml: no such file: correct what names it: --config, KATA_CONF_FILE, or ConfigPath in the runtime's options"
+        "DIR/c.toml: no such file: correct --config, KATA_CONF_FILE, or ConfigPath in the runtime's options"
     );
     assert_eq!(error(host.dir.path()), "DIR: is not a regular file: name a configuration.toml");
     fs::write(&file, b"a = 1\nb = \"\xff\"\n").expect("written");
