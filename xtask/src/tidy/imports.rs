@@ -12,7 +12,6 @@ const ROOT: &str = "crates/runtime/src/";
 const KNOWN: &[&[&str]] = &[
     // the journal knows what it undoes; storage and hooks know containers
     &["anchor", "cleanup", "container", "hooks", "network", "storage"],
-    &["pool", "sandbox", "template"],
 ];
 
 /// Folders, and files that have none, with what each imports.

@@ -3,9 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::{Env, up};
 use crate::Error;
 use crate::cgroup::HostCgroup;
+use crate::machine::{Env, plain_spec};
 use crate::sizing::Room;
 
 /// What the helpers of a VM take beside it, MiB: virtiofsd, with the pages of files that it is about to write.
@@ -24,7 +24,7 @@ impl HostMemory {
     pub(super) async fn of(env: &Env, cgroup: Option<Arc<HostCgroup>>) -> Result<Self, Error> {
         let room = match cgroup.as_ref().and_then(|cgroup| cgroup.memory_limit()) {
             Some(limit) => {
-                let boot = up::template_spec(env, None, Vec::new()).boot;
+                let boot = plain_spec(env, None, Vec::new()).boot;
                 Some(Room { limit, vmm_mib: env.hypervisor.overhead_mib(&boot).await? + HELPERS_MIB })
             }
             None => None,

@@ -6,12 +6,10 @@ mod memory;
 mod resolver;
 mod start;
 mod stop;
-mod up;
 mod volumes;
 mod watch;
 
 pub use start::FailedStart;
-pub(crate) use up::{news, template_spec, while_served};
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -19,26 +17,19 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use agent_api::{agent as api, oci};
-use hypervisor::{Hypervisor, Size, Vm};
+use hypervisor::{Size, Vm};
 use tokio::sync::mpsc;
 
 use crate::agent_client::AgentClient;
 use crate::cleanup::RunDir;
 use crate::container::{Container, Logging, Process, inherit, io, spec};
+use crate::machine::Env;
 use crate::network::Following;
 use crate::pod::Limits;
 use crate::storage::disks::Disks;
 use crate::storage::share::Share;
 use crate::storage::shm::Shm;
 use crate::{ContainerId, Error, ExecSpec, Exit, ProcessRef, ProcessView, Status, sizing};
-
-/// What a sandbox needs from outside.
-pub struct Env {
-    /// The parsed configuration.
-    pub config: config::Config,
-    /// The VMM driver.
-    pub hypervisor: Box<dyn Hypervisor>,
-}
 
 /// What is known before the first container.
 #[derive(Debug)]

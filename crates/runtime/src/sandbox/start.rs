@@ -6,19 +6,23 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use agent_api::agent as api;
+use async_trait::async_trait;
 use hypervisor::{Size, Vm};
 use oci_spec::runtime::Spec;
 use tokio::sync::{Notify, mpsc};
 
 use super::memory::HostMemory;
-use super::{Env, Event, Host, Inner, Sandbox, SandboxSpec, Slot, disks, resolver, up, watch};
+use super::{Event, Host, Inner, Sandbox, SandboxSpec, Slot, disks, resolver, watch};
 use crate::agent_client::{AgentClient, VmWatch};
 use crate::anchor::Anchor;
 use crate::cgroup::HostCgroup;
 use crate::cleanup::RunDir;
+use crate::container::create::Prepared;
 use crate::container::io::Outputs;
 use crate::container::{ContainerSpec, Logging, create, spec};
+use crate::machine::{Env, HostPart, Machine, Request, bring_up, while_served};
 use crate::pod::{Limits, Role};
+use crate::storage::block::Placed;
 use crate::storage::disks::Disks;
 use crate::storage::share::Share;
 use crate::storage::shm::Shm;
@@ -156,29 +160,26 @@ async fn boot(
     // disks have their places where things can come; and a pod's other containers may bring some
     let is_changing = network.may_change() || !plugged.is_empty() || role == Role::Sandbox;
     let devices = network.take_devices().into_iter().chain(plugged).collect();
-    let policy = spec::Policy::of(&env.config.runtime);
-    let prepare = |share: &Share, vm: &dyn Vm, run: &mut RunDir| {
-        let guest_empty_dir = !env.config.runtime.disable_guest_empty_dir;
-        let given = create::Given { share, shm: shm.as_ref(), policy, guest_empty_dir };
-        let plan = blocks.plan(vm, first.id.as_str())?;
-        let prepared = create::prepare(given, first, oci, plan, run);
-        trace.step("rootfs-ready");
-        prepared
+    let request = Request {
+        env,
+        id: id.as_str().to_owned(),
+        size,
+        devices,
+        is_changing,
+        channel: env.config.agent.channel,
+        cgroup,
+        from_pool: true,
+        keeps_channel: false,
     };
-    let wanted = up::Wanted { env, id, size, devices, is_changing, cgroup };
-    let (up, share) = if let Some(taken) = up::from_pool(&wanted, run, trace, &prepare).await? {
-        taken
-    } else {
-        let (mut share, shared) = Share::start(env.hypervisor.as_ref(), config, run).await?;
-        trace.step("virtiofsd-started");
-        let up = up::bring_up(wanted, &mut share, shared, run, trace, prepare).await;
-        (up.map_err(|error| memory.explain(blocks.explain(error)))?, share)
-    };
-    let up::Up { vm, agent, prepared, is_clone, has_share } = up;
+    let host = FirstContainer { env, spec: first, oci, shm: shm.as_ref(), blocks: &blocks, trace };
+    let machine = bring_up(&request, run, trace, &host).await;
+    let machine = machine.map_err(|error| memory.explain(blocks.explain(error)))?;
+    let Machine { vm, share, agent, made: prepared, origin, .. } = machine;
+    let vm: Arc<dyn Vm> = vm.into();
 
     let guest = async {
-        let clock = async { if is_clone { Ok(()) } else { set_clock(&agent).await } };
-        let storage = share.storage().filter(|_| !has_share);
+        let clock = async { if origin.knows_the_time() { Ok(()) } else { set_clock(&agent).await } };
+        let storage = share.storage().filter(|_| !origin.has_share());
         tokio::try_join!(create_sandbox(&agent, id, oci, storage, shm.as_ref()), clock)?;
         trace.step("sandbox-created");
         if !network.is_empty() {
@@ -191,11 +192,40 @@ async fn boot(
         Ok::<_, Error>(made)
     };
     let (container, outputs) =
-        up::while_served(&share, VmWatch::new(vm.as_ref()), guest).await.map_err(|error| memory.explain(error))?;
+        while_served(&share, VmWatch::new(vm.as_ref()), guest).await.map_err(|error| memory.explain(error))?;
     share.watcher().follow(&agent);
     let is_reachable = role == Role::Sandbox && !env.config.runtime.disable_new_netns;
     let forwarding = if is_reachable { network::forward(oci, &agent) } else { None };
     Ok(Booted { vm, size, memory, share, agent, container, outputs, namespace, network, forwarding, shm, disks })
+}
+
+/// The host's part of the pod's first container, made while the guest is not there yet.
+struct FirstContainer<'a> {
+    env: &'a Env,
+    spec: &'a ContainerSpec,
+    oci: &'a Spec,
+    shm: Option<&'a Shm>,
+    blocks: &'a Placed,
+    trace: &'a Trace,
+}
+
+#[async_trait]
+impl HostPart for FirstContainer<'_> {
+    type Made = Prepared;
+
+    async fn make(&self, share: &Share, vm: &dyn Vm, run: &mut RunDir) -> Result<Prepared, Error> {
+        let runtime = &self.env.config.runtime;
+        let (policy, guest_empty_dir) = (spec::Policy::of(runtime), !runtime.disable_guest_empty_dir);
+        let given = create::Given { share, shm: self.shm, policy, guest_empty_dir };
+        let plan = self.blocks.plan(vm, self.spec.id.as_str())?;
+        let prepared = create::prepare(given, self.spec, self.oci, plan, run);
+        self.trace.step("rootfs-ready");
+        prepared
+    }
+
+    async fn take_back(&self, made: Prepared, share: &Share) {
+        made.take_back(share);
+    }
 }
 
 /// Where the pod counts on the host; `None` for one that names no place.

@@ -15,7 +15,7 @@ use super::wire::Wire;
 use super::{Answer, Handed, Order, Part, Report, folder, key, no_hand_over};
 use crate::Error;
 use crate::cleanup::RunDir;
-use crate::sandbox::Env;
+use crate::machine::Env;
 
 /// Makes a VM of the kind `wanted` and keeps it to its end; `server` is the connection to the pool's server.
 ///

@@ -8,7 +8,8 @@ use super::store::Store;
 use crate::Error;
 use crate::agent_channel::AgentChannel;
 use crate::agent_client::VmWatch;
-use crate::sandbox::{Env, template_spec};
+use crate::machine::guest::{Coming, answer};
+use crate::machine::{Env, plain_spec};
 use crate::storage::share::Share;
 
 /// How long a template has run when it is saved: what the kernel does every second or two has begun by then, and the threads that
@@ -29,10 +30,10 @@ fn no_snapshots(env: &Env) -> Error {
 /// # Errors
 /// The VM did not come up or could not be saved. Nothing is left.
 pub async fn make(env: &Env, size: Option<Size>) -> Result<bool, Error> {
-    if env.hypervisor.capabilities().snapshots.is_none() {
+    if !super::can_save(env) {
         return Err(no_snapshots(env));
     }
-    let spec = template_spec(env, size, Share::of_template(env.hypervisor.as_ref(), &env.config.hypervisor));
+    let spec = plain_spec(env, size, Share::of_template(env.hypervisor.as_ref(), &env.config.hypervisor));
     let store = Store::new(&env.config.factory.template_path);
     let key = env.hypervisor.fingerprint(&spec).await?;
     let Some(draft) = store.draft(&key, spec.size.memory_mib)? else { return Ok(false) };
@@ -42,7 +43,7 @@ pub async fn make(env: &Env, size: Option<Size>) -> Result<bool, Error> {
     let mut vm = env.hypervisor.launch(VmSpec { begin: Begin::Template { memory }, ..spec }).await?;
     let watch = VmWatch::new(vm.as_ref());
     let serial = vm.take_channel();
-    let agent = AgentChannel::Serial.connect(serial, watch, &env.config.agent).await?;
+    let agent = answer(Coming::Boots(AgentChannel::Serial), serial, watch, &env.config.agent).await?;
     let snapshots = vm.snapshots().ok_or_else(|| no_snapshots(env))?;
     // it says that it is there before it has done all that it does at a start
     agent.lull(SETTLED, vm.hotplug().map(HotPlug::rescan).unwrap_or_default()).await?;

@@ -22,10 +22,10 @@ use sha2::{Digest, Sha256};
 
 pub use self::keeper::keep;
 pub use self::server::serve;
-pub(crate) use self::take::{Taken, take};
+pub(crate) use self::take::{Remains, Taken, take};
 use self::wire::Wire;
 use crate::Error;
-use crate::sandbox::{Env, template_spec};
+use crate::machine::{Env, plain_spec};
 
 /// Keepers' run folders are beside those of sandboxes: what a guest may write is all below one folder.
 const ROOT: &str = "/run/kata-containers/sandboxes";
@@ -129,7 +129,7 @@ fn folder(keeper: u32) -> PathBuf {
 
 /// What kind of VM a pod of this size (or the configured one) needs: what shapes the VM, and how its folder is served.
 async fn key(env: &Env, size: Option<Size>) -> Result<String, Error> {
-    let vm = env.hypervisor.fingerprint(&template_spec(env, size, Vec::new())).await?;
+    let vm = env.hypervisor.fingerprint(&plain_spec(env, size, Vec::new())).await?;
     let config = &env.config.hypervisor;
     let served = format!(
         "{} {:?} {:?} {:?} {} {:?}",

@@ -12,7 +12,7 @@ use super::wire::Wire;
 use super::{ANSWER, Answer, Ask, Handed, Part, key, mount_namespace, no_hand_over};
 use crate::Error;
 use crate::cleanup::{Journal, RunDir, Step};
-use crate::sandbox::Env;
+use crate::machine::Env;
 use crate::storage::share::Share;
 
 /// A VM that was the pool's. Its guest has the folder mounted, and is to be woken before anything of the pod gets there.
@@ -21,17 +21,21 @@ pub(crate) struct Taken {
     pub(crate) share: Share,
     /// Processes that count with its two.
     pub(crate) others: Vec<u32>,
-    /// How everything of it goes.
+    /// What is left of it when it is not wanted.
+    pub(crate) remains: Remains,
+}
+
+/// Everything of a VM that was the pool's, in the journal.
+pub(crate) struct Remains {
     step: Step,
     journal: Journal,
 }
 
-impl Taken {
-    /// It is not wanted, for what it has shown; nothing of it is left then.
+impl Remains {
+    /// It is not wanted, for what it has shown; nothing of it is left then. Its VM and folder are dropped.
     pub(crate) async fn give_up(self, why: &Error) {
         tracing::warn!(error = %why, "a machine of the pool is not used; the pod starts as without a pool");
-        let Self { vm, share, step, journal, .. } = self;
-        drop((vm, share));
+        let Self { step, journal } = self;
         let gone = tokio::task::spawn_blocking(move || journal.take_back(&step)).await;
         if let Err(error) = gone.unwrap_or_else(|error| Err(io::Error::other(error))) {
             tracing::warn!(%error, "the machine of the pool does not go");
@@ -93,7 +97,10 @@ async fn adopt(env: &Env, handed: Handed, fds: Vec<OwnedFd>, wire: Wire, run: &m
         Ok::<_, Error>((vm, daemon))
     };
     match adopted.await {
-        Ok((vm, daemon)) => Ok(Taken { vm, share: Share::adopt(&folder, daemon), others, step, journal }),
+        Ok((vm, daemon)) => {
+            let share = Share::adopt(&folder, daemon);
+            Ok(Taken { vm, share, others, remains: Remains { step, journal } })
+        }
         Err(error) => {
             // the keeper ends with its connection; what it may leave goes now, not with the pod
             listening.abort();

@@ -10,12 +10,12 @@ mod zeros;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
-use hypervisor::{Begin, MemoryWay, Size, VmSpec};
+use hypervisor::{Begin, ChannelKind, MemoryWay, Size, VmSpec};
 
 pub use self::make::make;
 pub use self::store::{Info, Store, Taken};
 use crate::Error;
-use crate::sandbox::Env;
+use crate::machine::Env;
 
 /// What makes one beside a pod.
 const MAKER: &str = "kata-runtime";
@@ -23,7 +23,7 @@ const MAKER: &str = "kata-runtime";
 /// A clone's beginning, and how to be rid of what it came from if that proves bad.
 pub(crate) struct Found {
     pub(crate) begin: Begin,
-    pub(crate) way: MemoryWay,
+    pub(crate) memory: MemoryWay,
     store: Store,
     key: String,
 }
@@ -36,9 +36,14 @@ impl Found {
     }
 }
 
+/// The driver saves VMs that have a serial channel: clones are spoken to over one.
+fn can_save(env: &Env) -> bool {
+    env.hypervisor.capabilities().snapshots == Some(ChannelKind::Serial)
+}
+
 /// The template for a VM like `spec`, if there is one that can be used; if there is none, one is made for the next.
 pub(crate) async fn find(env: &Env, spec: &VmSpec, way: MemoryWay) -> Result<Option<Found>, Error> {
-    if env.hypervisor.capabilities().snapshots.is_none() {
+    if !can_save(env) {
         let driver = env.hypervisor.name();
         tracing::warn!(
             "enable_template = true is set, and hypervisor {driver} cannot save virtual machines: this one boots"
@@ -50,7 +55,7 @@ pub(crate) async fn find(env: &Env, spec: &VmSpec, way: MemoryWay) -> Result<Opt
     match store.open(&key, spec.size.memory_mib) {
         Ok(Some((memory, state))) => {
             let begin = Begin::Clone(hypervisor::Snapshot { memory, state, way });
-            return Ok(Some(Found { begin, way, store, key }));
+            return Ok(Some(Found { begin, memory: way, store, key }));
         }
         Ok(None) => {}
         Err(error) => {

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::wire::{Listener, Wire};
 use super::{ANSWER, Answer, Ask, Info, NAME, Order, ROOT, Report, folder, key, mount_namespace, no_hand_over, reach};
-use crate::sandbox::Env;
+use crate::machine::Env;
 use crate::{Error, cleanup};
 
 /// A new VM is not begun while pods start, which have better use for the processor: after the last one was handed out it is
