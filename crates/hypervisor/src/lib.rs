@@ -27,7 +27,7 @@ pub use self::driver::{Adoption, ChannelNames, Hypervisor, Lent, LentProcess};
 pub use self::error::Error;
 pub use self::holes::next_data;
 pub use self::spec::{
-    Address, Begin, Boot, Channel, DaemonEnd, Device, Disk, FileServer, Hello, HostDevice, Image, MemoryWay, NetDevice,
-    Root, SharedDir, Size, Snapshot, Verity, VmSpec,
+    Address, Begin, Boot, Channel, CloneMemory, DaemonEnd, Device, Disk, FileServer, Hello, HostDevice, Image,
+    NetDevice, Root, SharedDir, Size, Snapshot, Verity, VmSpec,
 };
 pub use self::vm::{Fault, HandOver, HotPlug, Rescan, Resize, Snapshots, Vm, VmExit};

@@ -266,19 +266,19 @@ pub struct Snapshot {
     /// What [`crate::Snapshots::save`] wrote.
     pub state: OwnedFd,
     /// How the clone gets the memory.
-    pub way: MemoryWay,
+    pub mode: CloneMemory,
 }
 
 /// How a clone gets its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MemoryWay {
+pub enum CloneMemory {
     /// Its own copy of what was used: helpers such as virtiofsd can share it.
     Copied,
     /// The saved file itself, of which it copies only the pages that it writes: helpers cannot share it.
     Private,
 }
 
-impl MemoryWay {
+impl CloneMemory {
     /// In messages.
     pub fn name(self) -> &'static str {
         match self {
@@ -338,10 +338,10 @@ pub struct VmSpec {
     /// Devices can be plugged and unplugged while it runs, which costs the guest a little of its start.
     pub pluggable: bool,
     /// The guest gives back what it has freed, which costs its start a little. Not for a clone of
-    /// [`MemoryWay::Private`]: parts of the saved file would be given back.
+    /// [`CloneMemory::Private`]: parts of the saved file would be given back.
     pub reclaim: bool,
     /// The host's kernel may keep pages once that are equal in several guests. Not with folders of a daemon's, nor for a
-    /// clone of [`MemoryWay::Copied`]: shared memory is never merged.
+    /// clone of [`CloneMemory::Copied`]: shared memory is never merged.
     pub merge: bool,
     /// Where the guest's random numbers come from, for example `/dev/urandom`.
     pub entropy_source: PathBuf,

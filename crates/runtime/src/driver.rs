@@ -2,7 +2,7 @@
 
 use config::Word as _;
 use hypervisor::Hypervisor;
-use hypervisor::qemu::{DiskDriver, DiskSettings, Qemu, QemuSettings, Wanted, quick_firmware};
+use hypervisor::qemu::{AcceleratorChoice, DiskDriver, DiskSettings, Qemu, QemuSettings, quick_firmware};
 
 /// With the configuration's settings.
 pub fn driver(config: &config::Config) -> Box<dyn Hypervisor> {
@@ -15,10 +15,10 @@ fn qemu(from: &config::Hypervisor, own: &config::Qemu) -> QemuSettings {
     QemuSettings {
         path: from.path.clone(),
         machine: own.machine_type.clone(),
-        wanted: match own.accelerator {
-            config::Accelerator::Auto => Wanted::Auto,
-            config::Accelerator::Kvm => Wanted::Kvm,
-            config::Accelerator::Tcg => Wanted::Tcg,
+        accelerator: match own.accelerator {
+            config::Accelerator::Auto => AcceleratorChoice::Auto,
+            config::Accelerator::Kvm => AcceleratorChoice::Kvm,
+            config::Accelerator::Tcg => AcceleratorChoice::Tcg,
         },
         cpu_features: own.cpu_features.clone(),
         tcg_buffer_mib: own.tcg_tb_size_mib,

@@ -43,7 +43,7 @@ impl Accelerator {
 
 /// What the user wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Wanted {
+pub enum AcceleratorChoice {
     /// KVM where it works.
     #[default]
     Auto,
@@ -55,12 +55,12 @@ pub enum Wanted {
 
 /// The kept answer of a probe.
 #[derive(Debug, Clone)]
-pub(super) struct Memory {
+pub(super) struct KeptAnswer {
     /// Named by everything that the answer depends on, so that two guests of one host do not take turns.
     file: PathBuf,
 }
 
-impl Memory {
+impl KeptAnswer {
     /// Below `dir`, for this host boot, this QEMU and this guest.
     pub(super) fn new(dir: &Path, qemu: &Path, boot: &Boot) -> Self {
         let mut hash = Sha256::new();
@@ -134,7 +134,7 @@ mod tests {
                 kernel_params: String::new(),
                 hello: None,
             };
-            Memory::new(dir.path(), Path::new("/q"), &boot)
+            KeptAnswer::new(dir.path(), Path::new("/q"), &boot)
         };
         for number in 0..KEPT + 5 {
             memory(number).store(Accelerator::Tcg, "no KVM");
@@ -153,11 +153,11 @@ mod tests {
             kernel_params: String::new(),
             hello: None,
         };
-        let memory = Memory::new(dir.path(), Path::new("/q"), &boot("/k"));
-        assert_eq!(memory.recall(), None);
-        memory.store(Accelerator::Tcg, "QEMU ended\nmore");
-        assert_eq!(memory.recall(), Some((Accelerator::Tcg, "QEMU ended".into())));
-        assert_eq!(Memory::new(dir.path(), Path::new("/q"), &boot("/other")).recall(), None);
+        let kept = KeptAnswer::new(dir.path(), Path::new("/q"), &boot("/k"));
+        assert_eq!(kept.recall(), None);
+        kept.store(Accelerator::Tcg, "QEMU ended\nmore");
+        assert_eq!(kept.recall(), Some((Accelerator::Tcg, "QEMU ended".into())));
+        assert_eq!(KeptAnswer::new(dir.path(), Path::new("/q"), &boot("/other")).recall(), None);
         let kept = fs::read_dir(dir.path().join("kvm-probe")).expect("listed");
         assert_eq!(kept.count(), 1, "no draft is left");
     }

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use super::QemuSettings;
 use super::accelerator::Accelerator;
 use super::device::{self, escape};
-use super::disk::{self, DiskDriver, Disks, Way};
+use super::disk::{self, DiskDriver, Disks, Frontend};
 use super::pci::{self, Bridge};
 use super::pmem;
 use super::root::RootArguments;
@@ -188,14 +188,14 @@ fn devices(
             }
             Device::Host(host) => args.pair("-device", device::host(&host.id, &host.address, place).line()),
             Device::Disk(one) => {
-                let Some((set, way)) = disks.find(&one.id) else { continue };
-                if matches!(way, Way::Memory(_)) {
+                let Some((set, frontend)) = disks.find(&one.id) else { continue };
+                if matches!(frontend, Frontend::Memory(_)) {
                     args.pair("-object", pmem::backend(one, one.file.as_raw_fd().into()).line());
                 } else {
                     args.pair("-add-fd", disk::set_line(one.file.as_raw_fd(), set));
                     args.pair("-blockdev", disk::node(one, set, &settings.disks).to_string());
                 }
-                args.pair("-device", disk::device(one, way, place, &settings.disks, accelerator).line());
+                args.pair("-device", disk::device(one, frontend, place, &settings.disks, accelerator).line());
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::pci::{BUS, Place};
+use super::pci::{BUS, Slot};
 
 /// A list of options: `driver=value,…` or a JSON object.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,7 +56,7 @@ pub(super) fn tap_name(id: &str) -> String {
 }
 
 /// The guest's side of it.
-pub(super) fn card(id: &str, mac: &str, queues: usize, place: Option<Place>) -> Options {
+pub(super) fn card(id: &str, mac: &str, queues: usize, place: Option<Slot>) -> Options {
     let mut options = vec![
         ("driver", json!("virtio-net-pci")),
         ("id", json!(id)),
@@ -75,7 +75,7 @@ pub(super) fn card(id: &str, mac: &str, queues: usize, place: Option<Place>) -> 
 }
 
 /// A folder that a helper serves; `index` is its number in the VM.
-pub(super) fn folder(index: usize, tag: &str, queue_size: u32, place: Option<Place>) -> Options {
+pub(super) fn folder(index: usize, tag: &str, queue_size: u32, place: Option<Slot>) -> Options {
     let mut options = vec![
         ("driver", json!("vhost-user-fs-pci")),
         ("id", json!(folder_name(index))),
@@ -103,7 +103,7 @@ pub(super) fn folder_name(index: usize) -> String {
 }
 
 /// Where on the bridge.
-pub(super) fn at(options: &mut Vec<(&'static str, Value)>, place: Option<Place>) {
+pub(super) fn at(options: &mut Vec<(&'static str, Value)>, place: Option<Slot>) {
     if let Some(place) = place {
         options.push(("bus", json!(BUS)));
         options.push(("addr", json!(place.address())));
@@ -111,7 +111,7 @@ pub(super) fn at(options: &mut Vec<(&'static str, Value)>, place: Option<Place>)
 }
 
 /// A PCI device of the host.
-pub(super) fn host(id: &str, address: &str, place: Option<Place>) -> Options {
+pub(super) fn host(id: &str, address: &str, place: Option<Slot>) -> Options {
     let mut options = vec![("driver", json!("vfio-pci")), ("id", json!(id)), ("host", json!(address))];
     at(&mut options, place);
     Options(options)

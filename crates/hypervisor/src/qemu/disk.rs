@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::accelerator::Accelerator;
 use super::device::{Options, at};
-use super::pci::Place;
+use super::pci::Slot;
 use super::pmem;
 use crate::{Address, Disk, Error};
 
@@ -78,12 +78,12 @@ pub(super) struct Disks {
 struct Known {
     id: String,
     set: u32,
-    way: Way,
+    frontend: Frontend,
 }
 
 /// How the guest has one disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum Frontend {
     /// A PCI device.
     Pci,
     /// A unit of the controller.
@@ -99,40 +99,40 @@ impl Disks {
     }
 
     /// A set's number, never given twice, and how the guest is to have the disk.
-    pub(super) fn add(&mut self, disk: &Disk, driver: DiskDriver) -> Result<(u32, Way), Error> {
-        let way = match driver {
-            DiskDriver::Block => Way::Pci,
+    pub(super) fn add(&mut self, disk: &Disk, driver: DiskDriver) -> Result<(u32, Frontend), Error> {
+        let frontend = match driver {
+            DiskDriver::Block => Frontend::Pci,
             DiskDriver::Scsi => {
-                let is_free = |unit: &u16| self.all.iter().all(|disk| disk.way != Way::Unit(*unit));
+                let is_free = |unit: &u16| self.all.iter().all(|disk| disk.frontend != Frontend::Unit(*unit));
                 let unit = (0..MOST_UNITS)
                     .find(is_free)
                     .ok_or_else(|| Error::NoSlot { device: disk.id.clone(), remedy: "" })?;
-                Way::Unit(unit)
+                Frontend::Unit(unit)
             }
             DiskDriver::Pmem => self.memory(disk),
         };
         self.sets += 1;
-        self.all.push(Known { id: disk.id.clone(), set: self.sets, way });
-        Ok((self.sets, way))
+        self.all.push(Known { id: disk.id.clone(), set: self.sets, frontend });
+        Ok((self.sets, frontend))
     }
 
-    fn memory(&self, disk: &Disk) -> Way {
-        let used = self.all.iter().filter_map(|known| match known.way {
-            Way::Memory(bytes) => Some(bytes),
+    fn memory(&self, disk: &Disk) -> Frontend {
+        let used = self.all.iter().filter_map(|known| match known.frontend {
+            Frontend::Memory(bytes) => Some(bytes),
             _ => None,
         });
         match pmem::obstacle(disk.bytes, self.room, used) {
-            None => Way::Memory(disk.bytes),
+            None => Frontend::Memory(disk.bytes),
             Some(why) => {
                 tracing::warn!(disk = disk.id, why, "a disk cannot be persistent memory and is a virtio-blk one");
-                Way::Pci
+                Frontend::Pci
             }
         }
     }
 
-    /// A disk's set and way.
-    pub(super) fn find(&self, id: &str) -> Option<(u32, Way)> {
-        self.all.iter().find(|disk| disk.id == id).map(|disk| (disk.set, disk.way))
+    /// A disk's set and frontend.
+    pub(super) fn find(&self, id: &str) -> Option<(u32, Frontend)> {
+        self.all.iter().find(|disk| disk.id == id).map(|disk| (disk.set, disk.frontend))
     }
 
     pub(super) fn remove(&mut self, id: &str) {
@@ -140,10 +140,10 @@ impl Disks {
     }
 
     /// Where it is, on the controller or at `place`.
-    pub(super) fn address(&self, id: &str, place: Option<Place>) -> Option<Address> {
+    pub(super) fn address(&self, id: &str, place: Option<Slot>) -> Option<Address> {
         match self.find(id)?.1 {
-            Way::Unit(lun) => Some(Address::Scsi { id: 0, lun }),
-            Way::Pci | Way::Memory(_) => place.map(|place| Address::Pci(place.guest_path())),
+            Frontend::Unit(lun) => Some(Address::Scsi { id: 0, lun }),
+            Frontend::Pci | Frontend::Memory(_) => place.map(|place| Address::Pci(place.guest_path())),
         }
     }
 }
@@ -174,7 +174,7 @@ pub(super) fn set_line(fd: i32, set: u32) -> String {
 }
 
 /// The controller of all SCSI units.
-pub(super) fn controller(place: Option<Place>) -> Options {
+pub(super) fn controller(place: Option<Slot>) -> Options {
     let mut options = vec![("driver", json!("virtio-scsi-pci")), ("id", json!(CONTROLLER)), ("romfile", json!(""))];
     at(&mut options, place);
     Options(options)
@@ -187,15 +187,15 @@ pub(super) fn controller(place: Option<Place>) -> Options {
 /// the loop by itself, and the processor is in the guest meanwhile.
 pub(super) fn device(
     disk: &Disk,
-    way: Way,
-    place: Option<Place>,
+    frontend: Frontend,
+    place: Option<Slot>,
     settings: &DiskSettings,
     accelerator: Accelerator,
 ) -> Options {
-    let driver = match way {
-        Way::Memory(_) => return pmem::device(&disk.id, &node_name(&disk.id), place),
-        Way::Unit(_) => "scsi-hd",
-        Way::Pci => "virtio-blk-pci",
+    let driver = match frontend {
+        Frontend::Memory(_) => return pmem::device(&disk.id, &node_name(&disk.id), place),
+        Frontend::Unit(_) => "scsi-hd",
+        Frontend::Pci => "virtio-blk-pci",
     };
     let mut options = vec![("driver", json!(driver)), ("id", json!(disk.id)), ("drive", json!(node_name(&disk.id)))];
     for (name, size) in
@@ -210,7 +210,7 @@ pub(super) fn device(
     }
     // QEMU's own way is to stop the guest when the host's disk is full, until somebody sees it
     options.extend([("werror", json!("report")), ("rerror", json!("report"))]);
-    if let Way::Unit(unit) = way {
+    if let Frontend::Unit(unit) = frontend {
         options.extend([("bus", json!(format!("{CONTROLLER}.0"))), ("scsi-id", json!(0)), ("lun", json!(unit))]);
     } else {
         if accelerator == Accelerator::Tcg {
@@ -238,18 +238,18 @@ mod tests {
     fn a_disk_of_its_own() {
         let mut disks = Disks::default();
         let place = Bridge::new().take("disk1");
-        let (set, way) = disks.add(&disk(true, false), DiskDriver::Block).expect("room");
+        let (set, frontend) = disks.add(&disk(true, false), DiskDriver::Block).expect("room");
         let settings = DiskSettings { aio: "io_uring", logical_sector: 4096, ..DiskSettings::default() };
         let one = disk(true, false);
         let node = node(&one, set, &settings);
         assert_eq!((node["filename"].as_str(), node["driver"].as_str()), (Some("/dev/fdset/1"), Some("file")));
         assert_eq!((node["read-only"].as_bool(), node["aio"].as_str()), (Some(true), Some("io_uring")));
         assert_eq!(
-            device(&one, way, place, &settings, Accelerator::Kvm).line(),
+            device(&one, frontend, place, &settings, Accelerator::Kvm).line(),
             "virtio-blk-pci,id=disk1,drive=disk1-host,logical_block_size=4096,werror=report,rerror=report,bus=plug,addr=0x1"
         );
         assert_eq!(
-            device(&one, way, place, &settings, Accelerator::Tcg).line(),
+            device(&one, frontend, place, &settings, Accelerator::Tcg).line(),
             "virtio-blk-pci,id=disk1,drive=disk1-host,logical_block_size=4096,werror=report,rerror=report,ioeventfd=off,bus=plug,addr=0x1"
         );
         assert_eq!(disks.address("disk1", place), Some(Address::Pci("1e/01".into())));
@@ -265,10 +265,10 @@ mod tests {
         disks.remove("disk1");
         // a set that QEMU may still hold is not used again, a unit is
         let third = disks.add(&sized("disk3", 1, false, false), DiskDriver::Scsi).expect("room");
-        assert_eq!(third, (3, Way::Unit(0)));
+        assert_eq!(third, (3, Frontend::Unit(0)));
         assert_eq!(disks.address("disk2", None), Some(Address::Scsi { id: 0, lun: 1 }));
         assert_eq!(
-            device(&disk(false, true), Way::Unit(7), None, &DiskSettings::default(), Accelerator::Tcg).line(),
+            device(&disk(false, true), Frontend::Unit(7), None, &DiskSettings::default(), Accelerator::Tcg).line(),
             "scsi-hd,id=disk1,drive=disk1-host,share-rw=on,werror=report,rerror=report,bus=scsi.0,scsi-id=0,lun=7"
         );
         for number in 0..MOST_UNITS - 2 {
@@ -281,19 +281,20 @@ mod tests {
     fn what_cannot_be_memory_is_a_disk() {
         let mut disks = Disks::with_room(4 << 20);
         let mut bridge = Bridge::new();
-        for (id, bytes, way) in [
-            ("disk1", 2 << 20, Way::Memory(2 << 20)),
-            ("disk2", (2 << 20) + 512, Way::Pci),
-            ("disk3", 4 << 20, Way::Pci),
-            ("disk4", 2 << 20, Way::Memory(2 << 20)),
+        for (id, bytes, frontend) in [
+            ("disk1", 2 << 20, Frontend::Memory(2 << 20)),
+            ("disk2", (2 << 20) + 512, Frontend::Pci),
+            ("disk3", 4 << 20, Frontend::Pci),
+            ("disk4", 2 << 20, Frontend::Memory(2 << 20)),
         ] {
             let place = bridge.take(id);
-            assert_eq!(disks.add(&sized(id, bytes, false, false), DiskDriver::Pmem).expect("room").1, way, "{id}");
+            assert_eq!(disks.add(&sized(id, bytes, false, false), DiskDriver::Pmem).expect("room").1, frontend, "{id}");
             assert_eq!(disks.address(id, place), place.map(|place| Address::Pci(place.guest_path())));
         }
         let one = sized("disk1", 2 << 20, true, false);
         assert_eq!(
-            device(&one, Way::Memory(2 << 20), bridge.find("disk1"), &DiskSettings::default(), Accelerator::Tcg).line(),
+            device(&one, Frontend::Memory(2 << 20), bridge.find("disk1"), &DiskSettings::default(), Accelerator::Tcg)
+                .line(),
             "virtio-pmem-pci,id=disk1,memdev=disk1-host,bus=plug,addr=0x1"
         );
         assert_eq!(

@@ -8,7 +8,7 @@ use tokio::task::AbortHandle;
 
 use super::boot_file::BootFile;
 use super::cmdline::{self, Inherited};
-use super::disk::{self, DiskDriver, Disks, Way};
+use super::disk::{self, DiskDriver, Disks, Frontend};
 use super::pci::{self, Bridge};
 use super::qmp::Qmp;
 use super::root::{RootArguments, RootFile};
@@ -26,7 +26,7 @@ impl Qemu {
         let (mut bridge, disks) = places(&self.settings, &spec)?;
         for device in &spec.devices {
             if let Device::Disk(disk) = device
-                && matches!(disks.find(&disk.id), Some((_, Way::Memory(_))))
+                && matches!(disks.find(&disk.id), Some((_, Frontend::Memory(_))))
             {
                 pmem::lock(disk)?;
             }

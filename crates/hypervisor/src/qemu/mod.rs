@@ -28,10 +28,10 @@ use serde_json::json;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-pub use accelerator::{Accelerator, Wanted};
+pub use accelerator::{Accelerator, AcceleratorChoice};
 pub use disk::{DiskDriver, DiskSettings};
 
-use self::accelerator::Memory;
+use self::accelerator::KeptAnswer;
 use self::boot_file::BootFile;
 use self::disk::Disks;
 use self::launch::Terminal;
@@ -57,7 +57,7 @@ pub struct QemuSettings {
     /// `-machine`, for example `q35`.
     pub machine: String,
     /// KVM, TCG, or what works.
-    pub wanted: Wanted,
+    pub accelerator: AcceleratorChoice,
     /// Added to the processor model, comma separated.
     pub cpu_features: String,
     /// Size of TCG's translation buffer, MiB; 0 leaves it to QEMU, which takes up to 1 GiB.
@@ -79,7 +79,7 @@ impl Default for QemuSettings {
         Self {
             path: "/usr/bin/qemu-system-x86_64".into(),
             machine: "q35".into(),
-            wanted: Wanted::Auto,
+            accelerator: AcceleratorChoice::Auto,
             cpu_features: String::new(),
             tcg_buffer_mib: 0,
             firmware: None,
@@ -118,22 +118,22 @@ impl Qemu {
 
     /// Decides what runs the guest, by a probe once per boot of the host.
     async fn accelerator(&self, boot: &Boot) -> Result<Accelerator, Error> {
-        if self.settings.wanted == Wanted::Tcg {
+        if self.settings.accelerator == AcceleratorChoice::Tcg {
             return Ok(Accelerator::Tcg);
         }
-        let memory = Memory::new(&self.settings.state_dir, &self.settings.path, boot);
-        let (accelerator, reason) = if let Some(answer) = memory.recall() {
+        let kept = KeptAnswer::new(&self.settings.state_dir, &self.settings.path, boot);
+        let (accelerator, reason) = if let Some(answer) = kept.recall() {
             answer
         } else {
             let (accelerator, reason) = match probe::try_kvm(self, boot).await {
                 Ok(()) => (Accelerator::Kvm, "a guest ran under KVM".to_owned()),
                 Err(reason) => (Accelerator::Tcg, reason),
             };
-            memory.store(accelerator, &reason);
+            kept.store(accelerator, &reason);
             tracing::warn!(accelerator = accelerator.name(), reason, "probed the accelerator");
             (accelerator, reason)
         };
-        if self.settings.wanted == Wanted::Kvm && accelerator != Accelerator::Kvm {
+        if self.settings.accelerator == AcceleratorChoice::Kvm && accelerator != Accelerator::Kvm {
             return Err(Error::Setting {
                 key: "accelerator",
                 value: "kvm".into(),

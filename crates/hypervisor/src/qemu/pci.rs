@@ -29,7 +29,7 @@ pub(super) struct Bridge(Vec<Option<String>>);
 
 /// A place behind it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Place(usize);
+pub(super) struct Slot(usize);
 
 impl Bridge {
     /// One with all its places.
@@ -43,24 +43,24 @@ impl Bridge {
     }
 
     /// A free place, for `device`.
-    pub(super) fn take(&mut self, device: &str) -> Option<Place> {
+    pub(super) fn take(&mut self, device: &str) -> Option<Slot> {
         let free = self.0.iter().position(Option::is_none)?;
         self.0[free] = Some(device.to_owned());
-        Some(Place(free))
+        Some(Slot(free))
     }
 
-    pub(super) fn find(&self, device: &str) -> Option<Place> {
-        self.0.iter().position(|one| one.as_deref() == Some(device)).map(Place)
+    pub(super) fn find(&self, device: &str) -> Option<Slot> {
+        self.0.iter().position(|one| one.as_deref() == Some(device)).map(Slot)
     }
 
     pub(super) fn free(&mut self, device: &str) {
-        if let Some(Place(number)) = self.find(device) {
+        if let Some(Slot(number)) = self.find(device) {
             self.0[number] = None;
         }
     }
 }
 
-impl Place {
+impl Slot {
     /// QEMU's `addr`.
     pub(super) fn address(self) -> String {
         format!("{:#x}", self.0 + 1)

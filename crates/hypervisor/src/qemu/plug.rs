@@ -7,8 +7,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde_json::json;
 
-use super::disk::{self, Disks, Way};
-use super::pci::{self, Bridge, Place};
+use super::disk::{self, Disks, Frontend};
+use super::pci::{self, Bridge, Slot};
 use super::pmem;
 use super::qmp::{Departure, Qmp};
 use super::{DiskDriver, QemuVm, device, fault};
@@ -28,7 +28,7 @@ impl HotPlug for QemuVm {
     }
 
     fn is_fixed(&self, id: &str) -> bool {
-        matches!(self.lock_disks().find(id), Some((_, Way::Memory(_))))
+        matches!(self.lock_disks().find(id), Some((_, Frontend::Memory(_))))
     }
 
     fn rescan(&self) -> Rescan {
@@ -77,7 +77,7 @@ impl QemuVm {
         plugged
     }
 
-    async fn plug_card(&self, card: NetDevice, place: Place) -> Result<(), Error> {
+    async fn plug_card(&self, card: NetDevice, place: Slot) -> Result<(), Error> {
         let (id, count) = (card.id, card.queues.len());
         let mut given = Vec::new();
         let plugged = async {
@@ -134,15 +134,15 @@ impl QemuVm {
         self.plug_disk(disk, None).await
     }
 
-    async fn plug_disk(&self, disk: Disk, place: Option<Place>) -> Result<(), Error> {
+    async fn plug_disk(&self, disk: Disk, place: Option<Slot>) -> Result<(), Error> {
         let settings = &self.disk_settings;
-        let (set, way) = self.lock_disks().add(&disk, settings.driver)?;
+        let (set, frontend) = self.lock_disks().add(&disk, settings.driver)?;
         let plugged = async {
-            if matches!(way, Way::Memory(_)) {
+            if matches!(frontend, Frontend::Memory(_)) {
                 pmem::lock(&disk)?;
             }
             let given = self.qmp.execute_with("add-fd", json!({"fdset-id": set}), Some(disk.file.as_fd())).await?;
-            if matches!(way, Way::Memory(_)) {
+            if matches!(frontend, Frontend::Memory(_)) {
                 let fd = given["fd"].as_i64().ok_or_else(|| Error::Refused {
                     call: "add-fd".to_owned(),
                     answer: "no number of the descriptor".to_owned(),
@@ -151,7 +151,7 @@ impl QemuVm {
             } else {
                 self.qmp.execute("blockdev-add", disk::node(&disk, set, settings)).await?;
             }
-            let device = disk::device(&disk, way, place, settings, self.accelerator);
+            let device = disk::device(&disk, frontend, place, settings, self.accelerator);
             self.qmp.execute("device_add", device.object()).await
         };
         let plugged = plugged.await.map(drop).map_err(|error| fault::of_disk(&disk.id, error));
@@ -215,11 +215,11 @@ impl QemuVm {
 /// After the guest has let go of it; what is no disk has no such file.
 async fn close_disk(qmp: &Qmp, disks: &Mutex<Disks>, id: &str) {
     let lock = || disks.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some((set, way)) = lock().find(id) else { return };
+    let Some((set, frontend)) = lock().find(id) else { return };
     lock().remove(id);
-    let of_qemu = match way {
-        Way::Memory(_) => ("object-del", json!({"id": disk::node_name(id)})),
-        Way::Pci | Way::Unit(_) => ("blockdev-del", json!({"node-name": disk::node_name(id)})),
+    let of_qemu = match frontend {
+        Frontend::Memory(_) => ("object-del", json!({"id": disk::node_name(id)})),
+        Frontend::Pci | Frontend::Unit(_) => ("blockdev-del", json!({"node-name": disk::node_name(id)})),
     };
     for (command, arguments) in [of_qemu, ("remove-fd", json!({"fdset-id": set}))] {
         // of one that was not plugged to its end

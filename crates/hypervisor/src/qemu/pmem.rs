@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::device::{Options, at};
 use super::disk::node_name;
-use super::pci::Place;
+use super::pci::Slot;
 use crate::{Disk, Error};
 
 /// The guest's kernel takes a multiple of this.
@@ -69,7 +69,7 @@ pub(super) fn file(id: &str, path: &str, bytes: u64, read_only: bool) -> Options
 }
 
 /// The guest's side.
-pub(super) fn device(id: &str, backend: &str, place: Option<Place>) -> Options {
+pub(super) fn device(id: &str, backend: &str, place: Option<Slot>) -> Options {
     let mut options = vec![("driver", json!("virtio-pmem-pci")), ("id", json!(id)), ("memdev", json!(backend))];
     at(&mut options, place);
     Options(options)

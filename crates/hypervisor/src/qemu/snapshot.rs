@@ -25,7 +25,7 @@ use super::disk::Disks;
 use super::qmp::Qmp;
 use super::root::RootArguments;
 use super::{Accelerator, Bridge, QemuSettings, QemuVm};
-use crate::{Begin, Channel, Error, MemoryWay, SharedDir, Snapshot, Snapshots, VmSpec, next_data};
+use crate::{Begin, Channel, CloneMemory, Error, SharedDir, Snapshot, Snapshots, VmSpec, next_data};
 
 /// What must be done before a clone can go on.
 pub(super) struct Restore {
@@ -37,8 +37,8 @@ impl Restore {
     /// Returns the memory for QEMU to inherit, and whether it can be shared, too. Begins to copy it where that is the way:
     /// QEMU needs it only after it has got ready itself.
     pub(super) fn begin(from: Snapshot) -> io::Result<(OwnedFd, bool, Self)> {
-        let Snapshot { memory, state, way } = from;
-        if way == MemoryWay::Private {
+        let Snapshot { memory, state, mode } = from;
+        if mode == CloneMemory::Private {
             return Ok((memory, false, Self { state, copying: None }));
         }
         let copy = File::from(memfd_create(c"clone", MFdFlags::MFD_CLOEXEC)?);

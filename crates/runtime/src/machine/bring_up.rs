@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use hypervisor::{Device, DeviceKind, MemoryWay, SharedDir, Size, Vm, VmSpec};
+use hypervisor::{CloneMemory, Device, DeviceKind, SharedDir, Size, Vm, VmSpec};
 
 use super::Env;
 use super::guest::{Coming, answer, while_served};
@@ -286,7 +286,7 @@ impl Request<'_> {
         }
         // what is given back must be the clone's own
         let is_own = share.shares_memory() || self.env.config.hypervisor.reclaim_guest_freed_memory;
-        let memory = if is_own { MemoryWay::Copied } else { MemoryWay::Private };
+        let memory = if is_own { CloneMemory::Copied } else { CloneMemory::Private };
         template::find(self.env, &plain_spec(self.env, Some(self.size), share.in_template()), memory).await
     }
 

@@ -7,7 +7,7 @@ use hypervisor::{Device, Vm};
 use super::changes::Changes;
 use super::diff;
 use super::guest;
-use super::join::{self, Member, Plan};
+use super::join::{self, JoinOptions, Member};
 use super::netns::NetworkNamespace;
 use super::scan::{self, Found, Link, Neighbour, Refused, Route};
 use crate::Error;
@@ -18,7 +18,7 @@ use crate::cleanup::Journal;
 #[derive(Debug)]
 pub(super) struct Attached {
     namespace: NetworkNamespace,
-    plan: Plan,
+    options: JoinOptions,
     journal: Journal,
     pub(super) changes: Changes,
     pub(super) members: Vec<Member>,
@@ -42,7 +42,7 @@ struct Told {
 impl Attached {
     /// Joins everything that was found, for a VM that is not yet there.
     pub(super) async fn new(
-        plan: Plan,
+        options: JoinOptions,
         namespace: NetworkNamespace,
         changes: Changes,
         found: Found,
@@ -50,7 +50,7 @@ impl Attached {
     ) -> Result<(Self, Vec<Device>), Error> {
         let mut own = Self {
             namespace,
-            plan,
+            options,
             journal,
             changes,
             members: Vec::new(),
@@ -61,11 +61,11 @@ impl Attached {
             refused: Vec::new(),
         };
         let links: Vec<_> = found.links.into_iter().filter(|link| !link.idle).collect();
-        join::check(plan, &own.namespace, &links).await?;
+        join::check(options, &own.namespace, &links).await?;
         let mut devices = Vec::new();
         for link in links {
             let name = own.name();
-            let (member, device) = join::join(plan, &own.namespace, link, name, &own.journal).await?;
+            let (member, device) = join::join(options, &own.namespace, link, name, &own.journal).await?;
             own.members.push(member);
             devices.push(device);
         }
@@ -192,9 +192,9 @@ impl Attached {
     }
 
     async fn plug(&mut self, link: Link, agent: &AgentClient, vm: &Arc<dyn Vm>) -> Result<(), Error> {
-        join::check(self.plan, &self.namespace, std::slice::from_ref(&link)).await?;
+        join::check(self.options, &self.namespace, std::slice::from_ref(&link)).await?;
         let name = self.name();
-        let (member, device) = join::join(self.plan, &self.namespace, link, name, &self.journal).await?;
+        let (member, device) = join::join(self.options, &self.namespace, link, name, &self.journal).await?;
         if let Err(error) = async { vm.must_hotplug()?.plug(device).await }.await {
             join::part(member, &self.journal).await;
             return Err(error.into());

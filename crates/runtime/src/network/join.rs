@@ -6,7 +6,7 @@ use std::path::Path;
 use config::Internetworking;
 use hypervisor::{Device, HostDevice, NetDevice};
 
-use super::kind::{Kind, Way};
+use super::kind::{Attachment, Kind};
 use super::netns::NetworkNamespace;
 use super::physical::Function;
 use super::scan::Link;
@@ -16,7 +16,7 @@ use crate::cleanup::{Journal, Step};
 
 /// What the configuration says about it.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Plan {
+pub(super) struct JoinOptions {
     pub(super) model: Internetworking,
     pub(super) queues: u32,
     pub(super) vhost: bool,
@@ -43,7 +43,7 @@ impl Member {
 }
 
 /// Refuses what cannot be joined, before anything is made.
-pub(super) async fn check(plan: Plan, namespace: &NetworkNamespace, links: &[Link]) -> Result<(), Error> {
+pub(super) async fn check(options: JoinOptions, namespace: &NetworkNamespace, links: &[Link]) -> Result<(), Error> {
     for link in links {
         if let Kind::Physical(address) = &link.kind {
             let function = Function::new(Path::new(SYSFS), address)
@@ -54,7 +54,8 @@ pub(super) async fn check(plan: Plan, namespace: &NetworkNamespace, links: &[Lin
         }
     }
     let place = namespace.path().display().to_string();
-    let links: Vec<_> = links.iter().filter(|link| link.kind.way(plan.model) != Way::Vfio).cloned().collect();
+    let links: Vec<_> =
+        links.iter().filter(|link| link.kind.attachment(options.model) != Attachment::Vfio).cloned().collect();
     namespace
         .within(|handle| async move {
             for link in links {
@@ -72,15 +73,15 @@ pub(super) async fn check(plan: Plan, namespace: &NetworkNamespace, links: &[Lin
 
 /// Joins one. On error nothing is left.
 pub(super) async fn join(
-    plan: Plan,
+    options: JoinOptions,
     namespace: &NetworkNamespace,
     link: Link,
     (id, number): (String, usize),
     journal: &Journal,
 ) -> Result<(Member, Device), Error> {
-    let step = undo(plan, namespace, &link, number)?;
+    let step = undo(options, namespace, &link, number)?;
     journal.push(step.clone()).map_err(Error::host("writing the undo journal"))?;
-    match make(plan, namespace, &link, &id, number).await {
+    match make(options, namespace, &link, &id, number).await {
         Ok(device) => Ok((Member { link, id, number, step }, device)),
         Err(error) => {
             undone(journal, step).await;
@@ -108,20 +109,26 @@ fn tap_name(number: usize) -> String {
     format!("tap{number}_kata")
 }
 
-fn undo(plan: Plan, namespace: &NetworkNamespace, link: &Link, number: usize) -> Result<Step, Error> {
+fn undo(options: JoinOptions, namespace: &NetworkNamespace, link: &Link, number: usize) -> Result<Step, Error> {
     let identity = namespace.identity().map_err(Error::host("entering the network namespace"))?;
     let (place, index) = (namespace.path().to_owned(), link.index);
-    Ok(match (link.kind.way(plan.model), &link.kind) {
-        (Way::Vfio, Kind::Physical(address)) => {
+    Ok(match (link.kind.attachment(options.model), &link.kind) {
+        (Attachment::Vfio, Kind::Physical(address)) => {
             let function = Function::new(Path::new(SYSFS), address).map_err(Error::host(address.as_str()))?;
             Step::HostDevice { address: address.clone(), driver: function.driver() }
         }
-        (Way::MacVtap, _) => Step::MacVtap { namespace: place, identity, name: tap_name(number), below: index },
+        (Attachment::MacVtap, _) => Step::MacVtap { namespace: place, identity, name: tap_name(number), below: index },
         _ => Step::Redirection { namespace: place, identity, interface: link.name.clone(), index },
     })
 }
 
-async fn make(plan: Plan, namespace: &NetworkNamespace, link: &Link, id: &str, number: usize) -> Result<Device, Error> {
+async fn make(
+    options: JoinOptions,
+    namespace: &NetworkNamespace,
+    link: &Link,
+    id: &str,
+    number: usize,
+) -> Result<Device, Error> {
     if let Kind::Physical(address) = &link.kind {
         let function = Function::new(Path::new(SYSFS), address).map_err(Error::host(address.as_str()))?;
         tokio::task::spawn_blocking(move || function.take())
@@ -130,8 +137,8 @@ async fn make(plan: Plan, namespace: &NetworkNamespace, link: &Link, id: &str, n
             .map_err(Error::host(format!("network interface {}", link.name)))?;
         return Ok(Device::Host(HostDevice { id: id.to_owned(), address: address.clone() }));
     }
-    let queues = queues(plan, namespace, link, number).await?;
-    let vhost = if plan.vhost {
+    let queues = queues(options, namespace, link, number).await?;
+    let vhost = if options.vhost {
         tap::vhost(Path::new(tap::VHOST), queues.len()).map_err(Error::host("detecting the kernel's vhost-net"))?
     } else {
         Vec::new()
@@ -139,14 +146,19 @@ async fn make(plan: Plan, namespace: &NetworkNamespace, link: &Link, id: &str, n
     Ok(Device::Net(NetDevice { id: id.to_owned(), mac: link.mac_text(), queues, vhost }))
 }
 
-async fn queues(plan: Plan, namespace: &NetworkNamespace, link: &Link, number: usize) -> Result<Vec<OwnedFd>, Error> {
+async fn queues(
+    options: JoinOptions,
+    namespace: &NetworkNamespace,
+    link: &Link,
+    number: usize,
+) -> Result<Vec<OwnedFd>, Error> {
     let link = link.clone();
     namespace
         .within(move |handle| async move {
             let name = tap_name(number);
-            match link.kind.way(plan.model) {
-                Way::MacVtap => macvtap::connect(&handle, &link, &name, plan.queues).await,
-                _ => tcfilter::connect(&handle, &link, &name, plan.queues).await,
+            match link.kind.attachment(options.model) {
+                Attachment::MacVtap => macvtap::connect(&handle, &link, &name, options.queues).await,
+                _ => tcfilter::connect(&handle, &link, &name, options.queues).await,
             }
         })
         .await

@@ -26,7 +26,7 @@ pub(crate) enum Kind {
 
 /// How an interface is joined with the VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum Attachment {
     /// A tap, by traffic control.
     TcFilter,
     /// A macvtap on top.
@@ -81,11 +81,13 @@ impl Kind {
 
     /// The configured model is for those that can be below a macvtap: beside a macvlan the kernel would put it, not on
     /// top, and an ipvlan has no MAC address of its own.
-    pub(super) fn way(&self, model: Internetworking) -> Way {
+    pub(super) fn attachment(&self, model: Internetworking) -> Attachment {
         match self {
-            Self::Physical(_) => Way::Vfio,
-            Self::Veth | Self::Vlan | Self::Dummy | Self::Tap if model == Internetworking::MacVtap => Way::MacVtap,
-            _ => Way::TcFilter,
+            Self::Physical(_) => Attachment::Vfio,
+            Self::Veth | Self::Vlan | Self::Dummy | Self::Tap if model == Internetworking::MacVtap => {
+                Attachment::MacVtap
+            }
+            _ => Attachment::TcFilter,
         }
     }
 }
@@ -111,19 +113,19 @@ mod tests {
     #[test]
     fn each_kind_has_its_way() {
         let model = Internetworking::MacVtap;
-        for (kind, way) in [
-            (virtual_one(InfoKind::Veth), Way::MacVtap),
-            (virtual_one(InfoKind::Vlan), Way::MacVtap),
-            (virtual_one(InfoKind::Dummy), Way::MacVtap),
-            (virtual_one(InfoKind::Tun), Way::MacVtap),
-            (virtual_one(InfoKind::MacVlan), Way::TcFilter),
-            (virtual_one(InfoKind::IpVlan), Way::TcFilter),
-            (real("pci", "0000:3b:02.1"), Way::Vfio),
+        for (kind, attachment) in [
+            (virtual_one(InfoKind::Veth), Attachment::MacVtap),
+            (virtual_one(InfoKind::Vlan), Attachment::MacVtap),
+            (virtual_one(InfoKind::Dummy), Attachment::MacVtap),
+            (virtual_one(InfoKind::Tun), Attachment::MacVtap),
+            (virtual_one(InfoKind::MacVlan), Attachment::TcFilter),
+            (virtual_one(InfoKind::IpVlan), Attachment::TcFilter),
+            (real("pci", "0000:3b:02.1"), Attachment::Vfio),
         ] {
             let kind = kind.expect("a kind");
-            assert_eq!(kind.way(model), way, "{kind:?}");
-            let other = if way == Way::Vfio { Way::Vfio } else { Way::TcFilter };
-            assert_eq!(kind.way(Internetworking::TcFilter), other, "{kind:?}");
+            assert_eq!(kind.attachment(model), attachment, "{kind:?}");
+            let other = if attachment == Attachment::Vfio { Attachment::Vfio } else { Attachment::TcFilter };
+            assert_eq!(kind.attachment(Internetworking::TcFilter), other, "{kind:?}");
         }
     }
 

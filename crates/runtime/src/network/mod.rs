@@ -33,7 +33,7 @@ use config::Internetworking;
 pub(crate) use follow::Following;
 pub(crate) use forward::Forwarding;
 use hypervisor::{Device, Vm};
-use join::Plan;
+use join::JoinOptions;
 pub(crate) use names::{Names, are_wanted as names_are_wanted, file_of as resolver_file};
 use netns::NetworkNamespace;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
@@ -105,12 +105,12 @@ impl Namespace {
         if !self.is_made {
             namespace.must_be_unused(found.links.iter().all(|link| link.idle))?;
         }
-        let plan = Plan {
+        let options = JoinOptions {
             model: config.runtime.internetworking,
             queues: config.hypervisor.network_queues,
             vhost: !config.hypervisor.disable_vhost_net,
         };
-        let (attached, devices) = Attached::new(plan, namespace, changes, found, run.journal()).await?;
+        let (attached, devices) = Attached::new(options, namespace, changes, found, run.journal()).await?;
         Ok(PodNetwork { devices, attached: Some(attached) })
     }
 }

@@ -10,7 +10,7 @@ mod zeros;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
-use hypervisor::{Begin, ChannelKind, MemoryWay, Size, VmSpec};
+use hypervisor::{Begin, ChannelKind, CloneMemory, Size, VmSpec};
 
 pub use self::make::make;
 pub use self::store::{Info, Store, Taken};
@@ -23,7 +23,7 @@ const MAKER: &str = "kata-runtime";
 /// A clone's beginning, and how to be rid of what it came from if that proves bad.
 pub(crate) struct Found {
     pub(crate) begin: Begin,
-    pub(crate) memory: MemoryWay,
+    pub(crate) memory: CloneMemory,
     store: Store,
     key: String,
 }
@@ -42,7 +42,7 @@ fn can_save(env: &Env) -> bool {
 }
 
 /// The template for a VM like `spec`, if there is one that can be used; if there is none, one is made for the next.
-pub(crate) async fn find(env: &Env, spec: &VmSpec, way: MemoryWay) -> Result<Option<Found>, Error> {
+pub(crate) async fn find(env: &Env, spec: &VmSpec, mode: CloneMemory) -> Result<Option<Found>, Error> {
     if !can_save(env) {
         let driver = env.hypervisor.name();
         tracing::warn!(
@@ -54,8 +54,8 @@ pub(crate) async fn find(env: &Env, spec: &VmSpec, way: MemoryWay) -> Result<Opt
     let key = env.hypervisor.fingerprint(spec).await?;
     match store.open(&key, spec.size.memory_mib) {
         Ok(Some((memory, state))) => {
-            let begin = Begin::Clone(hypervisor::Snapshot { memory, state, way });
-            return Ok(Some(Found { begin, memory: way, store, key }));
+            let begin = Begin::Clone(hypervisor::Snapshot { memory, state, mode });
+            return Ok(Some(Found { begin, memory: mode, store, key }));
         }
         Ok(None) => {}
         Err(error) => {
