@@ -1,4 +1,6 @@
 //! The pod: one VM, its containers, and every question that the shim asks about them.
+//!
+//! The states of a container are drawn in [`crate::container`], those of a pod beside the shim's `Pod` (`shim/src/task.rs`).
 
 mod disks;
 mod make;
