@@ -4,11 +4,15 @@
 //! machine needs on the host (its folder, its place in the pod's cgroup), and nothing of the containers that come into it.
 
 mod bring_up;
+#[cfg(test)]
+pub(crate) mod fake;
 mod guest;
 pub mod pool;
 mod relay;
 mod spec;
 pub mod template;
+#[cfg(test)]
+mod tests;
 
 use hypervisor::Hypervisor;
 

@@ -106,3 +106,11 @@ fn make_beside(env: &Env, size: Size) {
         ),
     }
 }
+
+/// A template for tests, with nothing in it.
+#[cfg(test)]
+pub(super) fn put(folder: &std::path::Path, key: &str, size: Size) {
+    let draft = Store::new(folder).draft(key, size.memory_mib).expect("a place").expect("nobody else");
+    std::io::Write::write_all(&mut draft.file("state").expect("a file"), b"state").expect("written");
+    draft.publish(size.vcpus, size.memory_mib, "nothing".into()).expect("published");
+}
