@@ -1,8 +1,10 @@
 //! What the compiler does not check about the shape of the source: names of VMMs stay behind their border (`words`), folders of
-//! the runtime do not import each other in a loop (`imports`), and no file grows for ever (`length`).
+//! the runtime do not import each other in a loop (`imports`), no file grows for ever (`length`), and neither does
+//! the border (`traits`).
 
 mod imports;
 mod length;
+mod traits;
 mod words;
 
 use std::fs;
@@ -29,6 +31,7 @@ pub(crate) fn check(workspace: &Workspace) -> Result<()> {
     let mut wrong = words::check(&sources);
     wrong.extend(imports::check(&graph));
     wrong.extend(length::check(&sources));
+    wrong.extend(traits::check(&sources));
     for line in &wrong {
         eprintln!("tidy: {line}");
     }
