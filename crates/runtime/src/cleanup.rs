@@ -22,7 +22,7 @@ mod mountinfo;
 mod mounts;
 
 pub use journal::Journal;
-pub(crate) use mountinfo::{MountInfo, Place};
+pub(crate) use mountinfo::{MountTable, MountedPath};
 pub(crate) use mounts::{mount_points, remove_mount_points, unmount_tree};
 
 /// Largest journal that is read, bytes.

@@ -23,7 +23,7 @@ const LIMIT: u64 = 64 << 10;
 
 /// What stands behind a volume path. The names are the Go runtime's; the Rust runtime's are read too.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MountInfo {
+pub struct VolumeInfo {
     /// `block`, or `directvol`, which is the same.
     #[serde(rename = "volume-type", alias = "volume_type")]
     pub volume_type: String,
@@ -40,7 +40,7 @@ pub struct MountInfo {
     pub options: Vec<String>,
 }
 
-impl MountInfo {
+impl VolumeInfo {
     /// Reads and checks the JSON.
     ///
     /// # Errors
@@ -95,9 +95,9 @@ impl Store {
     /// Takes a volume up; one that is there already is replaced.
     ///
     /// # Errors
-    /// As [`MountInfo::parse`]; or it cannot be written.
+    /// As [`VolumeInfo::parse`]; or it cannot be written.
     pub fn add(&self, volume: &Path, text: &str) -> Result<(), Error> {
-        MountInfo::parse(text)?;
+        VolumeInfo::parse(text)?;
         if text.len() as u64 > LIMIT {
             return Err(Error::Invalid(format!("the mount info is too large: the limit is {LIMIT} bytes")));
         }
@@ -131,12 +131,12 @@ impl Store {
     ///
     /// # Errors
     /// It is one, and its description cannot be read.
-    pub fn find(&self, volume: &Path) -> Result<Option<MountInfo>, Error> {
+    pub fn find(&self, volume: &Path) -> Result<Option<VolumeInfo>, Error> {
         let Ok(folder) = self.folder(volume) else { return Ok(None) };
         let path = folder.join(INFO);
         let mut text = String::new();
         match File::open(&path).and_then(|file| file.take(LIMIT + 1).read_to_string(&mut text)) {
-            Ok(_) => MountInfo::parse(&text)
+            Ok(_) => VolumeInfo::parse(&text)
                 .map(Some)
                 .map_err(|error| Error::Invalid(format!("{}: {error}", path.display()))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -258,7 +258,7 @@ mod tests {
     #[test]
     fn the_rust_runtimes_names_are_read() {
         let text = r#"{"volume_type":"directvol","device":"/disk","fs_type":"xfs","metadata":{},"options":[]}"#;
-        assert_eq!(MountInfo::parse(text).expect("read").fs_type, "xfs");
+        assert_eq!(VolumeInfo::parse(text).expect("read").fs_type, "xfs");
     }
 
     #[test]
@@ -285,7 +285,7 @@ mod tests {
             ),
             (r#"{"volume-type":"block","device":"/d","fstype":"ext4","metadata":{"fsGroup":"-1"}}"#, "fsGroup"),
         ] {
-            let error = MountInfo::parse(text).expect_err(part).to_string();
+            let error = VolumeInfo::parse(text).expect_err(part).to_string();
             assert!(error.contains(part), "{error}");
         }
     }

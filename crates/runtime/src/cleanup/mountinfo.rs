@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// All mounts, in the order in which they were mounted.
 #[derive(Debug, Default)]
-pub(crate) struct MountInfo(Vec<Row>);
+pub(crate) struct MountTable(Vec<Row>);
 
 /// One of them.
 #[derive(Debug)]
@@ -23,10 +23,10 @@ pub(crate) struct Row {
     is_writable: bool,
 }
 
-/// A place, whatever is mounted where: a file system and a path in it.
-pub(crate) type Place = (OsString, PathBuf);
+/// A path in a file system, whatever is mounted where.
+pub(crate) type MountedPath = (OsString, PathBuf);
 
-impl MountInfo {
+impl MountTable {
     /// As it is now.
     pub(crate) fn read() -> io::Result<Self> {
         let table = fs::read("/proc/self/mountinfo")?;
@@ -39,13 +39,13 @@ impl MountInfo {
     }
 
     /// What is mounted there for writing.
-    pub(crate) fn written_below(&self, path: &Path) -> impl Iterator<Item = Place> {
+    pub(crate) fn written_below(&self, path: &Path) -> impl Iterator<Item = MountedPath> {
         let rows = self.0.iter().filter(move |row| row.is_writable && row.point.starts_with(path));
         rows.map(|row| (row.device.clone(), row.root.clone()))
     }
 
     /// Where something is that the kernel shows as `shown` through the mount of this number; `None` when it is gone.
-    pub(crate) fn place(&self, mount: u64, shown: &Path) -> Option<Place> {
+    pub(crate) fn place(&self, mount: u64, shown: &Path) -> Option<MountedPath> {
         let row = self.0.iter().find(|row| row.id == mount)?;
         let below = shown.strip_prefix(&row.point).ok()?;
         // joining nothing would add a slash
@@ -97,7 +97,7 @@ mod tests {
         assert_eq!((row.id, row.is_writable), (36, true));
         assert_eq!((row.root.as_path(), row.device.as_os_str()), (Path::new("/vol 1"), OsStr::new("98:0")));
         assert_eq!(row.point.as_os_str(), OsStr::from_bytes(b"/run/a\xff"));
-        let table = MountInfo(vec![row]);
+        let table = MountTable(vec![row]);
         let below = Path::new(OsStr::from_bytes(b"/run/a\xff/b"));
         assert_eq!(table.place(36, below), Some(("98:0".into(), "/vol 1/b".into())));
         assert_eq!(table.place(36, Path::new("/run")), None);

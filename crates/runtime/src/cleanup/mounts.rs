@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, umount2};
 
-use super::mountinfo::MountInfo;
+use super::mountinfo::MountTable;
 
 /// Unmounts everything at or below `path`.
 ///
@@ -33,7 +33,7 @@ fn tops(points: &[PathBuf]) -> Vec<&PathBuf> {
 
 /// Mount points at or below `path`, in the order in which they were mounted.
 pub(crate) fn mount_points(path: &Path) -> io::Result<Vec<PathBuf>> {
-    Ok(MountInfo::read()?.points_below(path))
+    Ok(MountTable::read()?.points_below(path))
 }
 
 /// Removes empty folders and empty files on one file system; anything else stays and is an error.

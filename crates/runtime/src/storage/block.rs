@@ -16,7 +16,7 @@ use oci_spec::runtime::Spec;
 
 use super::layers::{self, Part};
 use super::raw;
-use crate::direct_volume::{MountInfo, Store};
+use crate::direct_volume::{Store, VolumeInfo};
 use crate::{ContainerSpec, Error};
 
 /// A file or a block device of the host's, open.
@@ -123,7 +123,7 @@ struct Volume {
     /// Which of the specification's mounts.
     mount: usize,
     path: PathBuf,
-    info: MountInfo,
+    info: VolumeInfo,
     disk: usize,
 }
 
@@ -336,7 +336,7 @@ fn option(name: &str, value: &str) -> String {
     format!("{name}={value}")
 }
 
-fn fs_group(info: &MountInfo) -> Option<api::FSGroup> {
+fn fs_group(info: &VolumeInfo) -> Option<api::FSGroup> {
     let group_id = info.metadata.get("fsGroup")?.parse().ok()?;
     let policy = match info.metadata.get("fsGroupChangePolicy").map(String::as_str) {
         Some("OnRootMismatch") => agent_api::types::FSGroupChangePolicy::OnRootMismatch,

@@ -19,7 +19,7 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat};
 use nix::sys::statfs::{FsType, fstatfs};
 
-use crate::cleanup::{MountInfo, Place};
+use crate::cleanup::{MountTable, MountedPath};
 
 /// As many links as the kernel follows.
 const LINKS: usize = 40;
@@ -45,14 +45,14 @@ pub(crate) struct Identity {
 #[derive(Debug, Default)]
 pub(crate) struct GuestWritable {
     /// By file system and path in it: nothing has to be asked of a file system that another pod has.
-    folders: HashSet<Place>,
-    mounts: MountInfo,
+    folders: HashSet<MountedPath>,
+    mounts: MountTable,
 }
 
 impl GuestWritable {
     /// What is mounted read-write below the run folders of all sandboxes, `sandboxes`, is what their daemons serve.
     pub(crate) fn of(sandboxes: &Path) -> io::Result<Self> {
-        let mounts = MountInfo::read()?;
+        let mounts = MountTable::read()?;
         let folders = mounts.written_below(sandboxes).collect();
         Ok(Self { folders, mounts })
     }
@@ -120,7 +120,7 @@ impl Source {
 
     /// Where it is in its file system, whatever is mounted where.
     pub(crate) fn path_in_file_system(&self) -> io::Result<PathBuf> {
-        let (_, path) = MountInfo::read()?
+        let (_, path) = MountTable::read()?
             .place(self.mount, &self.shown()?)
             .ok_or_else(|| io::Error::other(format!("mount {} is not in mountinfo", self.mount)))?;
         Ok(path)
@@ -262,7 +262,7 @@ mod tests {
         symlink("../secret", volume.join("up")).expect("linked");
         symlink("/etc", volume.join("top")).expect("linked");
         symlink("volume", root.join("way")).expect("linked");
-        let mounts = MountInfo::read().expect("read");
+        let mounts = MountTable::read().expect("read");
         let opened = Source::open(&volume, &GuestWritable::default()).expect("opened");
         let place = mounts.place(opened.mount, &volume).expect("found");
         let guests = GuestWritable { folders: HashSet::from([place]), mounts };
@@ -281,7 +281,7 @@ mod tests {
         // a file that guests write to is one by itself
         let file = volume.join("etc/file");
         fs::write(&file, "").expect("written");
-        let mounts = MountInfo::read().expect("read");
+        let mounts = MountTable::read().expect("read");
         let opened = Source::open(&file, &GuestWritable::default()).expect("opened");
         let folders = HashSet::from([mounts.place(opened.mount, &file).expect("found")]);
         assert_eq!(at(&file, &GuestWritable { folders, mounts }).expect("opened"), file);

@@ -193,7 +193,7 @@ fn shared(
 /// The host has mounted something below a source since `copy` was made of it, or taken it off, and not where that is told
 /// to the copy: a private mount tells nobody.
 fn has_other_mounts(source: &Source, copy: &Path) -> std::io::Result<bool> {
-    let mounts = cleanup::MountInfo::read()?;
+    let mounts = cleanup::MountTable::read()?;
     let below = |folder: &Path| -> BTreeSet<PathBuf> {
         let points = mounts.points_below(folder);
         points.iter().filter_map(|point| Some(point.strip_prefix(folder).ok()?.to_owned())).collect()
