@@ -17,13 +17,18 @@ use crate::error::Error;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// What counts for every container. The others (`cpu` above all, by whose hierarchy the scheduler goes at each wake-up and
-/// sleep) are handed down when somebody asks for what they do.
-const ALWAYS: &str = "memory pids io";
+/// What every container has under QEMU's translator. The others (`cpu` above all, by whose hierarchy the scheduler goes at
+/// each wake-up and sleep) are handed down there when somebody asks for what they do; everywhere else all have all.
+const TRANSLATED: &str = "memory pids io";
 
 /// Hands those controllers down to the containers' cgroups that all have, as far as this kernel has them.
 pub(crate) fn delegate() -> io::Result<()> {
-    hand_down(Some(ALWAYS))
+    hand_down(for_all(crate::translator::is_there()))
+}
+
+/// `None` is all that the kernel has.
+fn for_all(is_translated: bool) -> Option<&'static str> {
+    is_translated.then_some(TRANSLATED)
 }
 
 /// The same for all that the kernel has: for a container that divides its cgroup itself.
@@ -473,9 +478,10 @@ mod tests {
 
     #[test]
     fn only_what_is_there_is_handed_down() {
-        assert_eq!(present(ALWAYS, "cpuset cpu io memory hugetlb pids\n"), "+memory +pids +io");
-        assert_eq!(present(ALWAYS, "cpu pids"), "+pids");
-        assert_eq!(present(ALWAYS, ""), "");
+        assert_eq!(present(TRANSLATED, "cpuset cpu io memory hugetlb pids\n"), "+memory +pids +io");
+        assert_eq!(present(TRANSLATED, "cpu pids"), "+pids");
+        assert_eq!(present(TRANSLATED, ""), "");
+        assert_eq!((for_all(true), for_all(false)), (Some(TRANSLATED), None));
         let folder = std::env::temp_dir().join(format!("kata-cgroup-{}", std::process::id()));
         let missing = write_existing(&folder, "1").expect_err("nothing is made");
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);

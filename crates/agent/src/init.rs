@@ -24,6 +24,8 @@ pub(crate) fn finish() -> io::Result<()> {
     at("tmpfs", "/run", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, "mode=0755")?;
     at("cgroup2", "/sys/fs/cgroup", "cgroup2", SAFE, "")?;
     crate::cgroup::delegate()?;
+    // an idle guest is to be idle: the kernel would wake up twice a second to see whether huge pages are to be made ahead
+    let _ = fs::write("/proc/sys/vm/compaction_proactiveness", "0");
     fs::create_dir_all(agent_api::paths::CONTAINERS)?;
     for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")] {
         match symlink(target, format!("/dev/{link}")) {

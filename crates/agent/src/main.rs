@@ -30,6 +30,7 @@ mod sandbox;
 mod server;
 mod storage;
 mod sysctl;
+mod translator;
 mod transport;
 mod volume;
 mod wake;

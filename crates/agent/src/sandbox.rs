@@ -274,8 +274,9 @@ impl Sandbox {
     }
 }
 
-/// Lets the containers' weights count once there are two that work, or the scheduler minds cgroups anyway: for one alone it
-/// would go through a hierarchy at each wake-up and sleep (8 % of all instructions of a TCP round trip) to no end.
+/// Under QEMU's translator (elsewhere a weight counts at once): lets the containers' weights count when there are two that
+/// work, or when the scheduler minds cgroups anyway. For one alone it would go through a hierarchy at each wake-up and
+/// sleep, 8 % of all instructions of a TCP round trip, to no end.
 fn weigh(containers: &HashMap<String, Option<Arc<Container>>>) {
     let all = || containers.values().flatten();
     let is_wanted = all().filter(|one| !one.is_holder()).count() > 1 || all().any(|one| one.cgroup.is_weighed());

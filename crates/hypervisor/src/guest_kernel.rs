@@ -5,12 +5,12 @@ use crate::{Image, Verity, VmSpec};
 
 /// For every guest.
 ///
-/// `dummy.numdummies=0`: no interface that nobody asked for.
+/// `dummy.numdummies=0`, `ifb.numifbs=0`, `bonding.max_bonds=0`, `fb_tunnels=none`: no interface that nobody asked for.
 /// `panic=-1`: a panic resets at once, which every VMM sees: that is how the host learns of it.
 /// `oops=panic`: a kernel that has lost its way does not go on half alive, with calls that never return.
 /// `cryptomgr.notests`, `rcupdate.rcu_expedited=1`, `net.ifnames`: as Kata's guests boot.
-const ALWAYS: &str = "panic=-1 oops=panic rcupdate.rcu_expedited=1 cryptomgr.notests net.ifnames=0 dummy.numdummies=0 \
-    random.trust_cpu=on";
+const ALWAYS: &str = "panic=-1 oops=panic rcupdate.rcu_expedited=1 cryptomgr.notests net.ifnames=0 \
+    dummy.numdummies=0 ifb.numifbs=0 bonding.max_bonds=0 fb_tunnels=none random.trust_cpu=on";
 
 /// Memory up to which a guest gets [`SMALL`], MiB.
 const SMALL_MIB: u64 = 1024;

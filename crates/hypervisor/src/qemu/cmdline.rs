@@ -51,7 +51,7 @@ impl Memory {
 
 /// Kernel parameters of this machine: its console and the way it resets (QEMU ends on a reset, `-no-reboot`), emulated timers
 /// that are what they say (checking them costs tens of milliseconds), one bus to look at.
-const KERNEL_PARAMS: &str = "console=ttyS0 reboot=t no_timer_check tsc=reliable noreplace-smp pci=lastbus=0";
+const KERNEL_PARAMS: &str = "console=ttyS0 reboot=t no_timer_check tsc=reliable pci=lastbus=0";
 
 /// For devices whose requests are few and small: they are served where they are made, and QEMU's loop need not look at a
 /// descriptor for each of their queues, seven of 23, in every round trip of a network.
@@ -116,7 +116,10 @@ pub(super) fn arguments(
             args.pair(name, value.clone());
         }
         let (own, configured) = if is_translated {
-            (tcg::kernel_params(size, inherited.tsc_khz), tcg::without_broken(&spec.boot.kernel_params))
+            (
+                tcg::kernel_params(size, inherited.tsc_khz, &spec.boot.kernel_params),
+                tcg::without_broken(&spec.boot.kernel_params),
+            )
         } else {
             (String::new(), spec.boot.kernel_params.clone())
         };
@@ -294,7 +297,7 @@ mod tests {
             "-initrd /proc/self/fd/7 ",
             "-smp 2",
             "socket,id=agent,fd=5",
-            " pci=lastbus=0 tsc_early_khz=2000000 panic=-1 ",
+            " pci=lastbus=0 tsc_early_khz=2000000 mitigations=off noreplace-smp ",
             " quiet nr_cpus=2 clearcpuid=cx16 agent.log=debug",
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");

@@ -59,19 +59,12 @@ fn root(config: &config::Hypervisor) -> Root {
     })
 }
 
-/// What this side asks of the guest's kernel, and what the configuration does.
-///
-/// `cgroup.memory=nosocket`: to count the buffers of sockets into a container's memory costs a tenth of what passes through
-/// one, and the VM is the limit for all of it anyway. `cgroup_disable=pressure`: the stall times of a single container
-/// (`cpu.pressure` and its like) are kept at every change of tasks, and the agent's protocol has no word for them;
-/// `/proc/pressure` is there. Whoever sets one of them decides himself (`cgroup_disable=none` is nothing).
+/// What this side asks of the guest's kernel, and what the configuration does. Whoever sets one of them decides himself.
 fn kernel_params(channel: &str, log: &str, config: &config::Hypervisor) -> String {
     let configured = &config.kernel_params;
-    let ours = ["cgroup.memory=nosocket".to_owned(), "cgroup_disable=pressure".to_owned()]
-        .into_iter()
-        .chain(open_files::kernel_parameter(config))
+    let ours = open_files::kernel_parameter(config)
         .filter(|ours| ours.split_inclusive('=').next().is_some_and(|key| !configured.contains(key)))
-        .fold(String::new(), |all, ours| all + " " + &ours);
+        .map_or_else(String::new, |ours| format!(" {ours}"));
     format!("{channel} agent.log={log} cgroup_no_v1=all{ours} {configured}").trim_end().into()
 }
 
@@ -80,18 +73,11 @@ mod tests {
     use super::kernel_params;
 
     #[test]
-    fn the_configuration_decides_what_is_counted() {
-        let params = |configured: &str| {
-            let text = format!("[hypervisor.qemu]\nshared_fs = \"none\"\nkernel_params = {configured:?}");
-            let config = config::Config::parse(&text, std::path::Path::new("/c")).expect("right");
-            kernel_params("c=1", "info", &config.hypervisor)
-        };
-        let plain = params("");
-        assert_eq!(plain, "c=1 agent.log=info cgroup_no_v1=all cgroup.memory=nosocket cgroup_disable=pressure");
-        let counted = params("a cgroup.memory=nobpf");
-        assert_eq!(counted, "c=1 agent.log=info cgroup_no_v1=all cgroup_disable=pressure a cgroup.memory=nobpf");
-        let both = params("cgroup.memory=nobpf cgroup_disable=none");
-        assert_eq!(both, "c=1 agent.log=info cgroup_no_v1=all cgroup.memory=nobpf cgroup_disable=none");
+    fn the_configuration_comes_last() {
+        let text = "[hypervisor.qemu]\nshared_fs = \"none\"\nkernel_params = \"a cgroup.memory=nobpf\"";
+        let config = config::Config::parse(text, std::path::Path::new("/c")).expect("right");
+        let params = kernel_params("c=1", "info", &config.hypervisor);
+        assert_eq!(params, "c=1 agent.log=info cgroup_no_v1=all a cgroup.memory=nobpf");
     }
 
     #[test]
@@ -104,6 +90,6 @@ mod tests {
             kernel_params("c=1", "info", &config.hypervisor)
         };
         assert!(params("").ends_with(" fuse.max_inodes=50"));
-        assert!(params("fuse.max_inodes=7").ends_with(" cgroup_disable=pressure fuse.max_inodes=7"));
+        assert!(params("fuse.max_inodes=7").ends_with(" cgroup_no_v1=all fuse.max_inodes=7"));
     }
 }

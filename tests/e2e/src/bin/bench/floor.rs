@@ -19,7 +19,7 @@ pub(crate) const MACHINE: &str = "q35,hpet=off,sata=off,smbus=off,usb=off,vmport
 
 /// What makes this kernel boot fastest; and, as the product has it, what QEMU 7.2 gets wrong so that a guest may die of it.
 pub(crate) const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 no_timer_check tsc=reliable rcupdate.rcu_expedited=1 \
-    cryptomgr.notests noreplace-smp pci=lastbus=0 random.trust_cpu=on nr_cpus=1 clearcpuid=cx16";
+    cryptomgr.notests noreplace-smp mitigations=off pci=lastbus=0 random.trust_cpu=on nr_cpus=1 clearcpuid=cx16";
 
 /// A program that says so, and waits to be killed with its VM.
 const INIT: &str = r#"
