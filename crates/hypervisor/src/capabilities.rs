@@ -101,7 +101,7 @@ mod tests {
         };
         let device = Device::Host(crate::HostDevice { id: "net1".into(), address: "0000:3b:02.1".into() });
         let error = capabilities.check("plain", &device).expect_err("refused").to_string();
-        assert_eq!(error, "a virtual machine of hypervisor plain has no device of the host net1");
+        assert_eq!(error, "hypervisor plain has no support for device of the host net1");
         capabilities.devices = &[DeviceKind::Host];
         capabilities.check("plain", &device).expect("fine");
     }

@@ -37,7 +37,7 @@ pub enum Error {
         answer: String,
     },
     /// No answer came.
-    #[error("no answer to {call} within {after:?}")]
+    #[error("the VMM did not answer {call} within {after:?}")]
     Timeout {
         /// The command.
         call: String,
@@ -53,7 +53,7 @@ pub enum Error {
         remedy: &'static str,
     },
     /// A VM, maybe this one, has for itself what is wanted.
-    #[error("the file of {device} is in use: a virtual machine has locked it")]
+    #[error("the file of {device} is in use: a VM has locked it")]
     InUse {
         /// The device's id.
         device: String,
@@ -67,7 +67,7 @@ pub enum Error {
         why: String,
     },
     /// The VM would have more devices than places for them.
-    #[error("{count} devices are more than the {most} that a virtual machine can have{}", after(.remedy))]
+    #[error("{count} devices: a VM can have at most {most}{}", after(.remedy))]
     TooManyDevices {
         /// Wanted.
         count: usize,
@@ -77,7 +77,7 @@ pub enum Error {
         remedy: &'static str,
     },
     /// The driver has no such part.
-    #[error("a virtual machine of hypervisor {driver} has no {what}")]
+    #[error("hypervisor {driver} has no support for {what}")]
     Unsupported {
         /// The driver.
         driver: &'static str,
@@ -85,13 +85,13 @@ pub enum Error {
         what: String,
     },
     /// This VM cannot do that.
-    #[error("this virtual machine cannot have {what}: its hypervisor has no support for it")]
+    #[error("the hypervisor of this VM does not support {what}")]
     Lacks {
         /// What is wanted.
         what: &'static str,
     },
     /// A VM could not be saved, or did not go on from what was saved.
-    #[error("{what} a virtual machine: {why}")]
+    #[error("{what} a VM: {why}")]
     Snapshot {
         /// Saving or restoring.
         what: &'static str,
@@ -99,7 +99,7 @@ pub enum Error {
         why: String,
     },
     /// The VMM is gone.
-    #[error("the VMM is gone")]
+    #[error("the VMM has exited")]
     Gone,
     /// A setting asks for what this host does not have.
     #[error("{key} = {value:?} is set, but {why}: {remedy}")]

@@ -108,8 +108,7 @@ fn root_file_systems_are_memory() -> Result<()> {
             node.ctr(["task", "kill", "-s", "KILL", &id]).output()?.ok()?;
             node.remove(&id)?;
         }
-        let told =
-            |line: &str| line.contains("cannot be persistent memory") && line.contains("of the 4 that it can have");
+        let told = |line: &str| line.contains("cannot be persistent memory") && line.contains("of at most 4");
         node.log.wait_from(0, Duration::from_secs(5), told).context("nothing of the fifth in the log")?;
         ensure!(open_files(node, "blockfile")? > 0, "memory of the guest is closed while it has it");
         node.ctr(["task", "kill", "-s", "KILL", "pod"]).output()?.ok()?;
@@ -228,7 +227,7 @@ fn raw_devices_have_their_size() -> Result<()> {
             let on_host = fs::read(&file)?;
             ensure!(on_host[usize::try_from(bytes)? - 512..].starts_with(name.as_bytes()), "{name} is not on the host");
         }
-        let told = |line: &str| line.contains("its 4194816 bytes are no multiple of 2 MiB");
+        let told = |line: &str| line.contains("its size, 4194816 bytes, is not a multiple of 2 MiB");
         node.log.wait_from(0, Duration::from_secs(5), told).context("nothing of the odd one in the log")?;
         Ok(())
     })

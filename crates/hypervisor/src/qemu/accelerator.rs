@@ -100,7 +100,7 @@ impl KeptAnswer {
             self.file.parent().map_or(Ok(()), forget_old)
         });
         if let Err(error) = written {
-            tracing::warn!(file = %self.file.display(), %error, "the accelerator probe's answer cannot be kept");
+            tracing::warn!(file = %self.file.display(), %error, "cannot cache the result of the accelerator probe");
         }
     }
 }

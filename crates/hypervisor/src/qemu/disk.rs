@@ -124,7 +124,7 @@ impl Disks {
         match pmem::obstacle(disk.bytes, self.room, used) {
             None => Frontend::Memory(disk.bytes),
             Some(why) => {
-                tracing::warn!(disk = disk.id, why, "a disk cannot be persistent memory and is a virtio-blk one");
+                tracing::warn!(disk = disk.id, why, "a disk cannot be persistent memory: using virtio-blk");
                 Frontend::Pci
             }
         }

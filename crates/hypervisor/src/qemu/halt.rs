@@ -19,7 +19,7 @@ pub(super) fn watch(qmp: &Arc<Qmp>, process: &Arc<Helper>) {
             let Ok(answer) = qmp.execute("query-status", json!({})).await else { return };
             if answer["status"] == "internal-error" {
                 let why = format!("for \"Bad address\": {SHORTER}");
-                tracing::error!(why, "QEMU has stopped the guest and says why in its last words: ending it");
+                tracing::error!(why, "QEMU stopped the guest, and its last messages say why: killing QEMU");
                 process.stop(Duration::ZERO).await;
                 return;
             }

@@ -50,7 +50,8 @@ impl Qemu {
                 (Some(boot), files)
             }
         };
-        let (memory, restore) = memory(spec.begin, &mut passed).map_err(Error::system("the guest's memory"))?;
+        let (memory, restore) =
+            memory(spec.begin, &mut passed).map_err(Error::system("allocating the guest's memory"))?;
         let [qmp_child, console_child] = [&passed[0], &passed[1]];
         let inherited = Inherited {
             tsc_khz: self.tsc_khz(accelerator).await,
@@ -104,7 +105,7 @@ impl Qemu {
             // whoever waits for the guest learns from QEMU's end that it will not come
             tokio::spawn(async move {
                 if let Err(error) = restore.finish(&qmp, later).await {
-                    tracing::warn!(%error, "the guest does not go on from what was saved");
+                    tracing::warn!(%error, "the guest does not run after the restore");
                     process.stop(Duration::ZERO).await;
                 }
             });
@@ -154,9 +155,9 @@ async fn boot(boot: &Boot, passed: &mut Vec<OwnedFd>) -> Result<((String, RootAr
     let (kernel, root) = opened
         .await
         .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-        .map_err(Error::system("opening what the guest boots"))?;
-    let (kernel_child, path) = kernel.share().map_err(Error::system("the kernel's copy"))?;
-    let (root_child, arguments) = root.share(&boot.root).map_err(Error::system("the guest's root"))?;
+        .map_err(Error::system("opening the guest's kernel, initrd and image"))?;
+    let (kernel_child, path) = kernel.share().map_err(Error::system("copying the guest's kernel"))?;
+    let (root_child, arguments) = root.share(&boot.root).map_err(Error::system("copying the guest's initrd"))?;
     passed.extend([kernel_child, root_child]);
     Ok(((path, arguments), std::iter::once(kernel).chain(root.into_copy()).collect()))
 }

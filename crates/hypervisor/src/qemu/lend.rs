@@ -27,7 +27,7 @@ struct About {
 #[async_trait]
 impl HandOver for QemuVm {
     async fn lend(&self) -> Result<Lent, Error> {
-        let failed = || Error::system("lending a virtual machine");
+        let failed = || Error::system("handing over a VM");
         self.terminal.reader.abort();
         let fds = vec![self.qmp.lend().await.map_err(failed())?, self.terminal.end.try_clone().map_err(failed())?];
         let bridge = std::mem::take(&mut *self.lock_bridge());
@@ -42,11 +42,12 @@ impl HandOver for QemuVm {
 #[async_trait]
 impl Adoption for Qemu {
     async fn adopt(&self, lent: Lent, process: LentProcess, channel: OwnedFd) -> Result<Box<dyn Vm>, Error> {
-        let failed = || Error::system("taking a virtual machine over");
+        let failed = || Error::system("taking over a VM");
         let wrong = |what: &str| failed()(std::io::Error::other(what.to_owned()));
         let About { is_kvm, is_logged, bridge, room } =
-            serde_json::from_str(&lent.about).map_err(|_| wrong("it is described in other words"))?;
-        let [monitor, console] = <[OwnedFd; 2]>::try_from(lent.fds).map_err(|_| wrong("it needs two sockets"))?;
+            serde_json::from_str(&lent.about).map_err(|_| wrong("its description is of another version"))?;
+        let [monitor, console] =
+            <[OwnedFd; 2]>::try_from(lent.fds).map_err(|_| wrong("it must come with two sockets"))?;
         let (console, terminal) = Terminal::follow(console, is_logged)?;
         // it has been greeted before, and refuses that now, which is as good
         let qmp = Qmp::start(stream(monitor).map_err(failed())?, self.settings.command_deadline).await?;

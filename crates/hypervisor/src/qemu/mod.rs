@@ -233,7 +233,7 @@ impl Vm for QemuVm {
     fn booted(&self) {
         for file in &self.boot_files {
             if let Err(error) = file.give_back() {
-                tracing::warn!(%error, "giving back the copies of kernel and initrd");
+                tracing::warn!(%error, "freeing the copies of kernel and initrd");
             }
         }
     }

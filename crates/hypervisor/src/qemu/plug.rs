@@ -145,7 +145,7 @@ impl QemuVm {
             if matches!(frontend, Frontend::Memory(_)) {
                 let fd = given["fd"].as_i64().ok_or_else(|| Error::Refused {
                     call: "add-fd".to_owned(),
-                    answer: "no number of the descriptor".to_owned(),
+                    answer: "the answer has no fd".to_owned(),
                 })?;
                 self.qmp.execute("object-add", pmem::backend(&disk, fd).object()).await?;
             } else {
@@ -205,7 +205,7 @@ impl QemuVm {
         tokio::select! {
             gone = gone => gone.unwrap_or(Err(Error::Gone)),
             Ok(_) = refused => {
-                Err(Error::Refused { call: call(), answer: "the guest refuses to let go of it".into() })
+                Err(Error::Refused { call: call(), answer: "the guest rejected the unplug request".into() })
             }
             () = tokio::time::sleep(LETTING_GO) => Err(Error::Timeout { call: call(), after: LETTING_GO }),
         }
@@ -330,7 +330,7 @@ mod tests {
         let (vm, mut told) = vm(refuses).await;
         vm.plug(disk("disk1")).await.expect("plugged");
         let error = vm.unplug("disk1").await.expect_err("refused").to_string();
-        assert!(error.contains("refuses to let go"), "{error}");
+        assert!(error.contains("rejected the unplug request"), "{error}");
         assert!(!came(&mut told, "blockdev-del") && vm.address("disk1").is_some());
         stop(&vm).await;
         comes(&mut told, "remove-fd").await;

@@ -30,13 +30,13 @@ pub(super) fn room(memory_mib: u64) -> u64 {
 pub(super) fn obstacle(bytes: u64, room: u64, used: impl Iterator<Item = u64>) -> Option<String> {
     let (count, sum) = used.fold((0, 0_u64), |(count, sum), one| (count + 1, sum.saturating_add(one)));
     if !bytes.is_multiple_of(BLOCK) {
-        return Some(format!("its {bytes} bytes are no multiple of 2 MiB"));
+        return Some(format!("its size, {bytes} bytes, is not a multiple of 2 MiB"));
     }
     if count >= MOST {
-        return Some(format!("the virtual machine has {count} of the {MOST} that it can have"));
+        return Some(format!("the VM has {count} already, of at most {MOST}"));
     }
     let all = sum.saturating_add(bytes);
-    (all > room).then(|| format!("all together would have {all} bytes, and the virtual machine has room for {room}"))
+    (all > room).then(|| format!("all together would have {all} bytes, and the VM has address space for {room}"))
 }
 
 /// For `-m`: the addresses must be set aside at the start.
@@ -124,11 +124,11 @@ mod tests {
         assert_eq!(of(mib(1024), &[]), None);
         assert_eq!(of(mib(512), &[mib(512)]), None);
         for (bytes, used, why) in [
-            (mib(3), &[][..], "no multiple of 2 MiB"),
-            (mib(1026), &[], "1075838976 bytes, and the virtual machine has room for 1073741824"),
+            (mib(3), &[][..], "not a multiple of 2 MiB"),
+            (mib(1026), &[], "1075838976 bytes, and the VM has address space for 1073741824"),
             (mib(2), &[mib(1024)], "1075838976 bytes"),
-            (u64::MAX - (mib(2) - 1), &[mib(2)], "has room for"),
-            (mib(2), &[mib(2); MOST], "of the 4 that it can have"),
+            (u64::MAX - (mib(2) - 1), &[mib(2)], "has address space for"),
+            (mib(2), &[mib(2); MOST], "of at most 4"),
         ] {
             let told = of(bytes, used).expect("an obstacle");
             assert!(told.contains(why), "{told}");

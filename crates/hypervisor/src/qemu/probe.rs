@@ -47,16 +47,16 @@ pub(super) async fn try_kvm(qemu: &Qemu, boot: &Boot) -> Result<(), String> {
     let channel = stream(channel).map_err(|error| error.to_string())?;
     let seen = watch(channel, vm.console()).await;
     if let Err(error) = vm.stop(Duration::ZERO).await {
-        tracing::warn!(%error, "the probe's VM");
+        tracing::warn!(%error, "cannot stop the VM of the KVM probe");
     }
     let exit = vm.exit().borrow().clone();
     match (seen, exit) {
         (Seen::Running, _) => Ok(()),
-        (Seen::Silent, _) => Err(format!("a guest said nothing within {SILENCE:?} under KVM")),
+        (Seen::Silent, _) => Err(format!("a guest printed nothing within {SILENCE:?} under KVM")),
         (Seen::Ended, Some(exit)) => {
             Err(format!("a guest does not run under KVM: {}", exit.to_string().replace('\n', "; ")))
         }
-        (Seen::Ended, None) => Err("a guest ended at once under KVM".into()),
+        (Seen::Ended, None) => Err("a guest exited at once under KVM".into()),
     }
 }
 

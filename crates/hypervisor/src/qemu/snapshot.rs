@@ -55,7 +55,7 @@ impl Restore {
         prepare(qmp).await?;
         if let Some(copying) = self.copying {
             let copied = copying.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-            copied.map_err(|error| failed(format!("copying its memory: {error}")))?;
+            copied.map_err(|error| failed(format!("copying the memory of the VM: {error}")))?;
         }
         qmp.give("state", self.state.as_fd()).await?;
         let read = qmp.migration()?;
@@ -99,7 +99,7 @@ fn copy_used(from: &File, to: &File) -> io::Result<()> {
         while at < end {
             let count = usize::try_from(end - at).map_err(io::Error::other)?;
             if sendfile64(to, from, Some(&mut at), count)? == 0 {
-                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the saved memory became shorter"));
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file of the saved memory was truncated"));
             }
         }
     }
