@@ -167,7 +167,7 @@ fn a_killed_machine_is_told(cri: &Cri<'_>) -> Result<()> {
     for container in [&hungry, &idle] {
         ensure_oom(cri, container)?;
     }
-    let said = cri.node.log.lines_from(0).iter().any(|line| line.contains("the host killed the virtual machine"));
+    let said = cri.node.log.lines_from(0).iter().any(|line| line.contains("the host's OOM killer killed the VM"));
     if !said {
         bail!("the log does not say why");
     }

@@ -230,7 +230,7 @@ fn what_virtiofsd_does_not_take_is_told() -> Result<()> {
             ["is the C virtiofsd", "set `virtio_fs_daemon` to the Rust"],
         ),
         ("argument", "virtio_fs_extra_args", strange, ["virtiofsd ended", "no-such-option"]),
-        ("program", "virtio_fs_daemon", "/bin/true".into(), ["/bin/true", "not that of a virtiofsd"]),
+        ("program", "virtio_fs_daemon", "/bin/true".into(), ["/bin/true", "not a virtiofsd"]),
     ] {
         with(&[(key, value)], |node| {
             let done = node.run(Runtime::Kata, name, &[], &["true"]).output()?;

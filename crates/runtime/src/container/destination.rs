@@ -68,14 +68,14 @@ fn parse(stream: &str, text: &str) -> Result<Destination, Error> {
     let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
     // a host before the path means nothing here, as with containerd's shim
     let path = place.strip_prefix("//").map_or(place, |rest| rest.find('/').map_or("", |at| &rest[at..]));
-    let path = decoded(path, false).ok_or_else(|| refused("its path has a wrong % code"))?;
+    let path = decoded(path, false).ok_or_else(|| refused("invalid percent-encoding in its path"))?;
     if !Path::new(&path).is_absolute() {
-        return Err(refused(&format!("a {scheme} URI needs an absolute path, as in {scheme}:///var/log/x")));
+        return Err(refused(&format!("a {scheme} URI must have an absolute path, such as {scheme}:///var/log/x")));
     }
     if scheme == "file" {
         return Ok(Destination::File(path.into()));
     }
-    let args = arguments(query).ok_or_else(|| refused("its query has a wrong % code"))?;
+    let args = arguments(query).ok_or_else(|| refused("invalid percent-encoding in its query"))?;
     Ok(Destination::Program(Program { path: path.into(), args }))
 }
 
@@ -152,9 +152,9 @@ mod tests {
             ("file://relative", "absolute path"),
             ("file:relative", "absolute path"),
             ("binary://", "absolute path"),
-            ("file:///%zz", "% code"),
-            ("binary:///x?a=%0", "% code"),
-            ("file:///%00", "% code"),
+            ("file:///%zz", "percent-encoding"),
+            ("binary:///x?a=%0", "percent-encoding"),
+            ("file:///%00", "percent-encoding"),
         ] {
             let said = parse("stdout", text).expect_err(text).to_string();
             assert!(said.contains(words) && said.contains(text), "{said}");

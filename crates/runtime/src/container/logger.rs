@@ -53,14 +53,14 @@ impl Logger {
         id: &str,
         of: &Logging,
     ) -> Result<(Self, pipe::Sender, pipe::Sender), Error> {
-        let name = format!("log program {}", program.path.display());
+        let name = format!("starting the log program {}", program.path.display());
         let what = || name.clone();
         let new = || pipe2(OFlag::O_CLOEXEC).map_err(Error::host(what()));
         let ((out_theirs, out), (err_theirs, err), (ready, ready_theirs)) = (new()?, new()?, new()?);
         let child = spawn(program, id, of, [&out_theirs, &err_theirs, &ready_theirs]).map_err(Error::host(what()))?;
         drop((out_theirs, err_theirs, ready_theirs));
         let step = Step::logger(child.id().unwrap_or_default());
-        let written = of.journal.push(step.clone()).map_err(Error::host("the undo journal"));
+        let written = of.journal.push(step.clone()).map_err(Error::host("writing the undo journal"));
         let (end, asked) = oneshot::channel();
         let (ended_to, ended) = watch::channel(false);
         let journal = of.journal.clone();
@@ -84,7 +84,7 @@ impl Logger {
             drop((out, err));
             logger.end(false).await;
             return Err(Error::WrongState(format!(
-                "log program {} is not ready after {READY:?}: it must close its descriptor 5 when it is",
+                "log program {} did not report within {READY:?} that it is ready: it must close its descriptor 5",
                 program.path.display()
             )));
         }
@@ -149,14 +149,14 @@ async fn see_off(mut child: Child, name: &str, asked: oneshot::Receiver<Duration
         grace = asked => grace.unwrap_or(DRAIN),
         status = child.wait() => {
             let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-            tracing::warn!("{name} has ended before its container's output ({status}): what comes now is lost");
+            tracing::warn!("{name} exited before its container's output ended ({status}): further output is lost");
             return;
         }
     };
     if timeout(grace, child.wait()).await.is_ok() {
         return;
     }
-    tracing::warn!("{name} does not end by itself: ending it");
+    tracing::warn!("{name} did not exit by itself: killing it");
     if let Some(pid) = child.id().and_then(|pid| i32::try_from(pid).ok()) {
         // it is not reaped yet, so the number is still its own
         let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);

@@ -41,7 +41,7 @@ impl Outlet {
 
     /// Opens a file, made where there is none, as containerd's shim makes it.
     pub(super) async fn make(path: &Path) -> Result<Self, Error> {
-        let what = || format!("log file {}", path.display());
+        let what = || format!("opening log file {}", path.display());
         if let Some(folder) = path.parent() {
             fs::DirBuilder::new().recursive(true).mode(0o755).create(folder).await.map_err(Error::host(what()))?;
         }

@@ -225,7 +225,7 @@ pub(crate) async fn bring_up<H: HostPart>(
                 if vm.exit().borrow().is_some() || is_the_guests(&error) {
                     found.discard(&error);
                 } else {
-                    tracing::warn!(%error, "the clone did not come up: this machine boots instead");
+                    tracing::warn!(%error, "the clone did not start: booting a VM instead");
                 }
                 vm.stop(Duration::ZERO).await?;
                 source = request.again(share, run).await?;
@@ -251,7 +251,7 @@ impl Request<'_> {
         if !self.env.hypervisor.capabilities().hand_over {
             let driver = self.env.hypervisor.name();
             tracing::warn!(
-                "vm_cache_number is set, and hypervisor {driver} cannot hand virtual machines over: this one boots"
+                "vm_cache_number is set, but hypervisor {driver} cannot hand over VMs: booting a VM instead"
             );
             return None;
         }
@@ -327,7 +327,7 @@ impl Request<'_> {
             }
         };
         let vm = driver.launch(spec).await?;
-        run.push(Step::process(vm.pid())).map_err(Error::host("the undo journal"))?;
+        run.push(Step::process(vm.pid())).map_err(Error::host("writing the undo journal"))?;
         Ok(Started { vm, share, coming, plugged: Vec::new(), others: Vec::new(), fallback })
     }
 
@@ -337,8 +337,8 @@ impl Request<'_> {
         if !self.keeps_channel {
             return Ok((serial, None));
         }
-        let end = serial.ok_or_else(|| Error::Unsupported("the VM has no serial channel".into()))?;
-        let (relay, client) = Relay::start(&end).map_err(Error::host("the agent's channel"))?;
+        let end = serial.ok_or_else(|| Error::Unsupported("the VMM gave no serial channel to the agent".into()))?;
+        let (relay, client) = Relay::start(&end).map_err(Error::host("opening the agent's channel"))?;
         Ok((Some(client), Some(KeptChannel { end, relay })))
     }
 
@@ -347,8 +347,8 @@ impl Request<'_> {
         let Some(cgroup) = self.cgroup.clone() else { return Ok(()) };
         let processes = std::iter::once(vm.pid()).chain(share.pid()).chain(others.iter().copied()).collect();
         let vcpus = if cgroup.parts_vcpus() { vm.vcpu_threads().await? } else { Vec::new() };
-        tokio::task::spawn_blocking(move || cgroup.attach(&Members { processes, vcpus }))
-            .await
-            .unwrap_or_else(|error| Err(Error::host("the pod's cgroup")(std::io::Error::other(error))))
+        tokio::task::spawn_blocking(move || cgroup.attach(&Members { processes, vcpus })).await.unwrap_or_else(
+            |error| Err(Error::host("moving processes into the pod's cgroup")(std::io::Error::other(error))),
+        )
     }
 }

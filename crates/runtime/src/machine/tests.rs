@@ -127,7 +127,7 @@ async fn a_device_that_the_driver_does_not_have_is_refused_before_anything_runs(
     let device = Device::Host(HostDevice { id: "net1".into(), address: "0000:3b:02.1".into() });
     let refused = tried(Fake::new([]), false, Host::default(), vec![device]).await;
     assert_eq!(refused.launched, Vec::<bool>::new());
-    assert!(error(refused).contains("hypervisor fake has no device of the host net1"));
+    assert!(error(refused).contains("hypervisor fake has no support for device of the host net1"));
     let card = NetDevice { id: "net1".into(), mac: "m".into(), queues: Vec::new(), vhost: Vec::new() };
     let booted = tried(Fake::new([Guest::Boots]), false, Host::default(), vec![Device::Net(card)]).await;
     booted.outcome.map(drop).expect("cards are had");

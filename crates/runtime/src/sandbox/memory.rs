@@ -43,7 +43,7 @@ impl HostMemory {
         match error {
             Error::VmGone { what, reason, console, fault } if self.is_killed() => Error::VmGone {
                 what,
-                reason: format!("{reason}; the host killed it for want of memory: {self}"),
+                reason: format!("{reason}; the host's OOM killer killed it: {self}"),
                 console,
                 fault,
             },
@@ -56,7 +56,7 @@ impl fmt::Display for HostMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.room {
             Some(room) => f.write_str(&room.remedy()),
-            None => f.write_str("a memory limit above the pod's cgroup"),
+            None => f.write_str("a memory limit above the pod's cgroup was reached"),
         }
     }
 }

@@ -16,7 +16,7 @@ pub(super) fn lines(spec: &Spec) -> Vec<String> {
     let mut text = Vec::new();
     if let Err(error) = File::open(source).and_then(|file| file.take(LIMIT).read_to_end(&mut text)) {
         // the container's own mount of it is refused with its own words
-        tracing::warn!(file = %source.display(), %error, "the pod's name servers");
+        tracing::warn!(file = %source.display(), %error, "reading the pod's name servers");
     }
     let text = String::from_utf8_lossy(&text);
     text.lines()

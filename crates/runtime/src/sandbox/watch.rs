@@ -44,7 +44,7 @@ fn exit(inner: &Arc<Inner>, process: Arc<Process>) {
             }
             Err(error) => {
                 if process.exit().is_none() {
-                    tracing::error!(container = %process.name.container, %error, "the process is lost");
+                    tracing::error!(container = %process.name.container, %error, "cannot learn the exit status of a process");
                 }
                 lost(&inner, &process)
             }
@@ -73,7 +73,7 @@ fn lost(inner: &Inner, process: &Process) -> u32 {
         return LOST;
     }
     if process.exit().is_none() && process.name.exec.is_none() {
-        tracing::error!(container = %process.name.container, "the host killed the virtual machine: {}", inner.memory);
+        tracing::error!(container = %process.name.container, "the host's OOM killer killed the VM: {}", inner.memory);
         let _ = inner.events.send(Event::Oom(process.name.container.clone()));
     }
     KILLED
@@ -100,7 +100,7 @@ impl Sandbox {
                 return;
             }
             let Some(inner) = inner.upgrade() else { return };
-            tracing::warn!(container = %name.container, "its process on the host was killed: the container is killed, too");
+            tracing::warn!(container = %name.container, "the container's anchor process on the host was killed: killing the container");
             if let Err(error) = Sandbox(inner).signal(&name, libc::SIGKILL as u32, true).await {
                 tracing::debug!(%error, "killing the container");
             }
@@ -117,9 +117,9 @@ pub(super) async fn virtiofsd(inner: &Arc<Inner>) {
         let Some(inner) = inner.upgrade() else { return };
         // a normal stop has taken the host's side already
         if let Some(host) = inner.host.lock().await.as_mut() {
-            tracing::error!(reason, "virtiofsd is gone: ending the virtual machine");
+            tracing::error!(reason, "virtiofsd exited: stopping the VM");
             if let Err(error) = host.vm.stop(Duration::ZERO).await {
-                tracing::error!(%error, "ending the virtual machine");
+                tracing::error!(%error, "cannot stop the VM");
             }
         }
     });
@@ -132,7 +132,7 @@ pub(super) fn memory(inner: &Arc<Inner>) {
         loop {
             let request = api::GetOOMEventRequest::new();
             let answer = agent
-                .call_within("waiting for want of memory", None, |client, context| async {
+                .call_within("waiting for OOM events of the guest", None, |client, context| async {
                     client.get_oom_event(context, &request).await
                 })
                 .await;

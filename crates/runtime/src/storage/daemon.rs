@@ -63,7 +63,7 @@ impl Daemon {
             _ => {
                 let make = ask(&program).await?;
                 if let Some(Err(error)) = known.map(|file| remember(&file, make)) {
-                    tracing::warn!(%error, "the make of virtiofsd cannot be kept");
+                    tracing::warn!(%error, "cannot cache which kind of virtiofsd this is");
                 }
                 make
             }
@@ -139,10 +139,10 @@ async fn ask(program: &Path) -> Result<Make, Error> {
         Ok(Ok(output)) => output,
         Ok(Err(error)) if error.kind() == ErrorKind::NotFound => return Err(refused("no such file".into())),
         Ok(Err(error)) => return Err(refused(format!("cannot be started ({error})"))),
-        Err(_) => return Err(refused(format!("does not print its --help within {LIMIT:?}"))),
+        Err(_) => return Err(refused(format!("did not print its --help within {LIMIT:?}"))),
     };
     let said = [output.stdout, output.stderr].concat();
-    make_of(&String::from_utf8_lossy(&said)).ok_or_else(|| refused("its --help is not that of a virtiofsd".into()))
+    make_of(&String::from_utf8_lossy(&said)).ok_or_else(|| refused("is not a virtiofsd, by its --help".into()))
 }
 
 /// By the options that each needs.

@@ -64,8 +64,7 @@ impl Disks {
         let resized = self.idle.iter().find(|idle| idle.key == source.key && idle.bytes != source.bytes);
         if let Some(Known { bytes, .. }) = resized {
             return Err(Error::WrongState(format!(
-                "block device {} had {bytes} bytes when the pod got it as persistent memory, which it keeps, and has {} now: \
-                 it can be had anew when the pod ends",
+                "block device {} had {bytes} bytes when it was attached to the VM as persistent memory, whose size cannot change, and has {} now: restart the pod",
                 source.path.display(),
                 source.bytes
             )));
@@ -74,8 +73,7 @@ impl Disks {
         let idle = self.idle.iter().filter(|idle| idle.key != source.key).any(in_the_way);
         if (idle || self.kept.iter().any(in_the_way)) && !source.shared {
             return Err(Error::WrongState(format!(
-                "the guest has not let go of block device {}, which another container of the pod had: it is free when the \
-                 pod ends",
+                "the guest has not released block device {} of another container of the pod: it stays attached until the pod ends",
                 source.path.display()
             )));
         }

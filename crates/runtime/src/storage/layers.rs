@@ -36,7 +36,7 @@ pub(crate) fn understand(mounts: &[RootfsMount]) -> Result<Option<Vec<Part>>, Er
         return Ok(None);
     }
     if mounts.len() > MOST {
-        return Err(Error::Invalid(format!("{} mounts of a root file system are more than {MOST}", mounts.len())));
+        return Err(Error::Invalid(format!("the root file system has {} mounts: the limit is {MOST}", mounts.len())));
     }
     let parts = mounts.iter().map(part).collect::<Result<Vec<_>, _>>()?;
     let is_ordinary = !parts.iter().any(|part| part.is_disk) && !mounts.iter().any(|one| one.kind.contains('/'));
@@ -47,7 +47,10 @@ fn part(from: &RootfsMount) -> Result<Part, Error> {
     let mut steps: Vec<&str> = from.kind.split('/').collect();
     let kind = steps.pop().unwrap_or_default();
     if let Some(step) = steps.iter().find(|step| !["format", "mkdir"].contains(step)) {
-        return Err(Error::Unsupported(format!("{step:?} of the root file system's mount type {:?}", from.kind)));
+        return Err(Error::Unsupported(format!(
+            "{step:?} in the root file system's mount type {:?} is not supported",
+            from.kind
+        )));
     }
     let (mut options, mut folders, mut is_loop) = (Vec::new(), Vec::new(), false);
     for option in &from.options {
@@ -55,8 +58,7 @@ fn part(from: &RootfsMount) -> Result<Part, Error> {
             folders.push(folder_of(folder)?);
         } else if option.starts_with(OURS) {
             return Err(Error::Unsupported(format!(
-                "option {option:?} of the root file system's mount of {}: with the erofs snapshotter, set its \
-                 dmverity_mode = \"off\"",
+                "mount option {option:?} of the root file system {} is not supported: if it comes from the erofs snapshotter, set dmverity_mode = \"off\" there",
                 from.source
             )));
         } else if option == "loop" {
@@ -86,7 +88,9 @@ fn disk(source: &Path, is_loop: bool) -> Result<bool, Error> {
 fn folder_of(text: &str) -> Result<String, Error> {
     match text.rsplit_once(':') {
         Some((path, "0755" | "755")) if !path.contains(':') => Ok(path.to_owned()),
-        _ => Err(Error::Unsupported(format!("folder {text:?} of the root file system: its mode must be 0755"))),
+        _ => Err(Error::Unsupported(format!(
+            "mode of folder {text:?} of the root file system is not supported: must be 0755"
+        ))),
     }
 }
 
@@ -126,7 +130,7 @@ impl Part {
 
 /// Puts in where the earlier ones are.
 fn fill(text: &str, points: &[String]) -> Result<String, Error> {
-    let wrong = || Error::Invalid(format!("{text:?} of the root file system's mounts is not understood"));
+    let wrong = || Error::Invalid(format!("invalid {text:?} in the root file system's mounts"));
     let (mut out, mut rest) = (String::new(), text);
     while let Some((before, after)) = rest.split_once("{{") {
         let (inside, after) = after.split_once("}}").ok_or_else(wrong)?;

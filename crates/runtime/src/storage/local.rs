@@ -94,8 +94,7 @@ fn huge_pages(
     let size = limit.or_else(|| limits.iter().find(|limit| bytes(&limit.Pagesize) == Some(page)).map(|one| one.Limit));
     let size = size.filter(|size| (1..UNLIMITED).contains(size)).ok_or_else(|| {
         Error::Unsupported(format!(
-            "volume {} has huge pages of {page} bytes without a number: give the container a limit for them \
-             (hugepages-2Mi, hugepages-1Gi), so that the virtual machine can set them aside",
+            "volume {} has huge pages of {page} bytes without a size: set a limit for them on the container (hugepages-2Mi, hugepages-1Gi), so that the VM can reserve them",
             path.display()
         ))
     })?;

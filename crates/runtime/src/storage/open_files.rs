@@ -26,8 +26,7 @@ pub(super) fn tell(config: &config::Hypervisor) {
     let own = Own::look();
     if own.most() < PLENTY {
         tracing::info!(
-            "virtiofsd may have {} files open, two for each that the guest's programs have open at once, and containerd \
-             may not raise that: beyond it they get EMFILE or EBADF; raise LimitNOFILE of containerd",
+            "virtiofsd may have {} files open, and needs two for each file that the guest's programs have open: opening more fails with EMFILE or EBADF; raise LimitNOFILE of containerd",
             limit(&config.virtio_fs_extra_args, own)
         );
     }

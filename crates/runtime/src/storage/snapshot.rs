@@ -59,7 +59,7 @@ pub(crate) fn read(folder: &OwnedFd, limit: Limit) -> io::Result<Option<Vec<Watc
         match outcome {
             Ok(fits) if is_whole => return Ok(fits.then_some(reading.files)),
             Err(error) if is_whole && error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ if tries == TRIES => return Err(io::Error::other("it changes all the time")),
+            _ if tries == TRIES => return Err(io::Error::other("it changed during each attempt to read it")),
             _ => {}
         }
     }

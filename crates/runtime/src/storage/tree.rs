@@ -74,7 +74,7 @@ pub(crate) fn detached(from: &Path) -> Result<OwnedFd, Error> {
         change(&tree, &all, true)?;
         Ok(tree)
     });
-    made.map_err(Error::host(format!("a copy of the mount {}", from.display())))
+    made.map_err(Error::host(format!("copying the mount {}", from.display())))
 }
 
 /// The same for one that is open. `name` is for errors.
@@ -86,7 +86,7 @@ pub(crate) fn copy_of(from: BorrowedFd<'_>, name: &Path, to: &Path, how: How) ->
 fn failed(from: &Path, to: &Path) -> impl FnOnce(io::Error) -> Error {
     let what = format!("bind mount of {} on {}", from.display(), to.display());
     move |error| match error.raw_os_error() {
-        Some(libc::ENOSYS) => Error::Unsupported(format!("{what}: it takes Linux 5.12 on the host")),
+        Some(libc::ENOSYS) => Error::Unsupported(format!("{what}: needs Linux 5.12 or newer on the host")),
         _ => Error::host(what)(error),
     }
 }

@@ -22,7 +22,7 @@ use crate::machine::Env;
 /// # Errors
 /// The VM could not be made, or not cleaned up; the server was told.
 pub async fn keep(env: &Env, wanted: &str, server: OwnedFd) -> Result<(), Error> {
-    let server = Wire::new(server).map_err(Error::host("the pool's server"))?;
+    let server = Wire::new(server).map_err(Error::host("talking to the pool's server"))?;
     let folder = folder(std::process::id());
     let mut run = RunDir::create(&folder, Path::new("/")).map_err(Error::host(folder.display().to_string()))?;
     // large, and waited for once
@@ -39,8 +39,7 @@ pub async fn keep(env: &Env, wanted: &str, server: OwnedFd) -> Result<(), Error>
 async fn kept(env: &Env, wanted: &str, server: &Wire, run: &mut RunDir) -> Result<(), Error> {
     if key(env, None).await? != wanted {
         return Err(Error::WrongState(
-            "the configuration or a file of the guest is not what it was when the pool was started: end it and start it \
-             again"
+            "the configuration or a file of the guest has changed since the pool was started: restart `kata-runtime factory init`"
                 .into(),
         ));
     }
@@ -53,7 +52,7 @@ async fn kept(env: &Env, wanted: &str, server: &Wire, run: &mut RunDir) -> Resul
     // parted in two by now, of which both count for the pod
     let others = children(made.share.pid().unwrap_or_default());
     let ready = Report::Ready { vmm: made.vm.pid(), is_clone: made.is_clone };
-    server.send(&ready, &[]).await.map_err(Error::host("the pool's server"))?;
+    server.send(&ready, &[]).await.map_err(Error::host("talking to the pool's server"))?;
     let mut vmm = made.vm.exit();
     let pod = tokio::select! {
         order = server.receive::<Order>() => match order {
@@ -64,7 +63,7 @@ async fn kept(env: &Env, wanted: &str, server: &Wire, run: &mut RunDir) -> Resul
         exit = made.share.ended() => return Err(ended(exit)),
     };
     let Some(pod) = pod else { return end(made).await };
-    let pod = Wire::new(pod).map_err(Error::host("the pod's shim"))?;
+    let pod = Wire::new(pod).map_err(Error::host("talking to the pod's shim"))?;
     let served = serve(env, &made, others, &pod, &folder).await;
     end(made).await?;
     served
@@ -72,7 +71,7 @@ async fn kept(env: &Env, wanted: &str, server: &Wire, run: &mut RunDir) -> Resul
 
 fn ended(exit: Option<VmExit>) -> Error {
     let why = exit.map(|exit| exit.to_string()).unwrap_or_default();
-    Error::WrongState(format!("a ready machine is gone: {why}"))
+    Error::WrongState(format!("a VM of the pool exited: {why}"))
 }
 
 /// By `/proc/<pid>/stat`, since not every kernel lists them elsewhere.
@@ -95,7 +94,7 @@ async fn end(made: Made) -> Result<(), Error> {
 
 /// Hands the VM out, and returns when its pod needs it no more.
 async fn serve(env: &Env, made: &Made, others: Vec<u32>, pod: &Wire, folder: &Path) -> Result<(), Error> {
-    let failed = || Error::host("handing a machine out");
+    let failed = || Error::host("handing over a VM");
     let vmm = made.vm.pid();
     // one without is not made
     let daemon = made.share.pid().unwrap_or_default();

@@ -40,7 +40,7 @@ pub(super) async fn make(env: &Env, run: &mut RunDir) -> Result<Made, Error> {
     // nobody looks at the moments of a start that nobody waits for; large, and waited for once
     let Machine { vm, share, channel, origin, .. } =
         Box::pin(bring_up(&request, run, &Trace::default(), &Readying)).await?;
-    let channel = channel.ok_or_else(|| Error::Unsupported("the VM has no serial channel".into()))?;
+    let channel = channel.ok_or_else(|| Error::Unsupported("the VMM gave no serial channel to the agent".into()))?;
     Ok(Made { vm, share, channel: channel.give_back().await, is_clone: origin == Origin::Template })
 }
 
@@ -54,7 +54,7 @@ impl HostPart for Readying {
     async fn make(&self, share: &Share, _vm: &dyn Vm, _run: &mut RunDir) -> Result<(), Error> {
         if share.pid().is_none() {
             return Err(Error::Unsupported(
-                "a pool needs virtiofsd: set shared_fs to \"virtio-fs\", or vm_cache_number to 0".into(),
+                "the pool needs virtio-fs: install virtiofsd and set shared_fs to \"virtio-fs\" or \"auto\", or set vm_cache_number to 0".into(),
             ));
         }
         Ok(())
@@ -66,7 +66,9 @@ impl HostPart for Readying {
         let storages = share.storage().into_iter().collect();
         let request = api::CreateSandboxRequest { storages, ..Default::default() };
         agent
-            .call("mounting the folder", |client, context| async { client.create_sandbox(context, &request).await })
+            .call("mounting the shared folder in the guest", |client, context| async {
+                client.create_sandbox(context, &request).await
+            })
             .await?;
         warm::up(agent, share).await?;
         // what is plugged for the pod is looked for once, at its wake

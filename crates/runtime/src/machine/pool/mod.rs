@@ -114,10 +114,7 @@ pub struct Info {
 /// The driver cannot have one.
 fn no_hand_over(env: &Env) -> Error {
     let driver = env.hypervisor.name();
-    Error::Unsupported(format!(
-        "vm_cache_number is set, and a virtual machine of hypervisor {driver} cannot go from one process to another: set it \
-         to 0"
-    ))
+    Error::Unsupported(format!("vm_cache_number is set, but hypervisor {driver} cannot hand over VMs: set it to 0"))
 }
 
 /// The run folder of a keeper that lives, or that nobody has waited for: named by its start too, because the number may
@@ -159,7 +156,7 @@ pub async fn list(endpoint: &Path) -> Result<Option<Vec<Info>>, Error> {
         wire.send(&Ask::List, &[]).await?;
         match wire.receive().await? {
             Some((Answer::List(all), _)) => Ok(all),
-            _ => Err(io::Error::other("another answer than the one that was asked for")),
+            _ => Err(io::Error::other("unexpected answer")),
         }
     };
     let answer = tokio::time::timeout(ANSWER, answer).await.unwrap_or_else(|late| Err(late.into()));
@@ -196,5 +193,5 @@ fn reach(endpoint: &Path) -> Result<Option<Wire>, Error> {
 }
 
 fn failed(endpoint: &Path) -> impl FnOnce(io::Error) -> Error {
-    Error::host(format!("the pool at {}", endpoint.display()))
+    Error::host(format!("connecting to the pool at {}", endpoint.display()))
 }

@@ -92,7 +92,7 @@ pub async fn serve(env: &Env, stop: impl Future<Output = ()>, say: &mut dyn FnMu
             wire = listener.accept() => match wire {
                 Ok(wire) => server.hear(wire),
                 Err(error) => {
-                    (server.say)(format!("a connection: {error}"));
+                    (server.say)(format!("a connection to the pool failed: {error}"));
                     // for want of a descriptor it fails again at once, and nothing tells when one is free
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
@@ -163,7 +163,7 @@ impl Server<'_> {
         let now = Instant::now();
         match self.spawn() {
             Ok((id, wire)) => drop(self.keepers.insert(id, Keeper { wire, ready: None, since: now })),
-            Err(error) => self.failed(&format!("its keeper: {error}")),
+            Err(error) => self.failed(&format!("starting its keeper process: {error}")),
         }
     }
 
@@ -221,7 +221,7 @@ impl Server<'_> {
             }
             Event::Gone(id) => {
                 if self.keepers.remove(&id).is_some() {
-                    self.failed("its keeper is gone");
+                    self.failed("its keeper process has exited");
                 }
             }
         }
@@ -231,7 +231,7 @@ impl Server<'_> {
         self.failures += 1;
         let pause = Duration::from_secs(1 << self.failures.min(6)).min(LONGEST_PAUSE);
         self.next = Instant::now() + pause;
-        (self.say)(format!("a machine of the pool: {why}; another in {} s", pause.as_secs()));
+        (self.say)(format!("cannot make a VM of the pool: {why}; retrying in {} s", pause.as_secs()));
     }
 
     fn list(&self) -> Vec<Info> {
@@ -247,9 +247,9 @@ impl Server<'_> {
     /// Passes the one who asked on to the keeper that has waited longest.
     async fn give(&mut self, wire: Wire, key: &str, mounts: u64) {
         let refused = if mount_namespace().ok() != Some(mounts) {
-            Some("the pool's server has another mount namespace than this pod's shim")
+            Some("the pool's server runs in another mount namespace than this pod's shim")
         } else if key != self.key {
-            Some("the pod needs a machine of another kind or size")
+            Some("the pod needs a VM of another kind or size")
         } else {
             None
         };
@@ -261,7 +261,7 @@ impl Server<'_> {
         loop {
             let ready = self.keepers.iter().filter(|(_, keeper)| keeper.ready.is_some());
             let Some(id) = ready.min_by_key(|(_, keeper)| keeper.since).map(|(id, _)| *id) else {
-                let _ = wire.send(&Answer::None("none is ready".into()), &[]).await;
+                let _ = wire.send(&Answer::None("no VM is ready".into()), &[]).await;
                 return;
             };
             let Some(keeper) = self.keepers.remove(&id) else { return };
@@ -294,7 +294,7 @@ impl Server<'_> {
         };
         let limit = ANSWER * 2;
         if tokio::time::timeout(limit, gone).await.is_err() {
-            (self.say)(format!("keepers that do not end: {left:?}"));
+            (self.say)(format!("keeper processes did not exit: {left:?}"));
         }
     }
 }

@@ -34,11 +34,11 @@ pub(crate) struct Remains {
 impl Remains {
     /// It is not wanted, for what it has shown; nothing of it is left then. Its VM and folder are dropped.
     pub(crate) async fn give_up(self, why: &Error) {
-        tracing::warn!(error = %why, "a machine of the pool is not used; the pod starts as without a pool");
+        tracing::warn!(error = %why, "cannot use the VM from the pool: the pod starts without the pool");
         let Self { step, journal } = self;
         let gone = tokio::task::spawn_blocking(move || journal.take_back(&step)).await;
         if let Err(error) = gone.unwrap_or_else(|error| Err(io::Error::other(error))) {
-            tracing::warn!(%error, "the machine of the pool does not go");
+            tracing::warn!(%error, "cannot stop the VM from the pool");
         }
     }
 }
@@ -65,15 +65,15 @@ pub(crate) async fn take(env: &Env, size: Size, run: &mut RunDir) -> Option<Take
 
 /// A VM, or the pool's word for why there is none.
 async fn ask(env: &Env, size: Size, endpoint: &Path, run: &mut RunDir) -> Result<Result<Taken, String>, Error> {
-    let failed = || Error::host(format!("the pool at {}", endpoint.display()));
+    let failed = || Error::host(format!("connecting to the pool at {}", endpoint.display()));
     let wire = Wire::connect(endpoint).map_err(failed())?;
     let mounts = mount_namespace().map_err(failed())?;
     wire.send(&Ask::Take { key: key(env, Some(size)).await?, mounts }, &[]).await.map_err(failed())?;
     match wire.receive().await.map_err(failed())? {
         Some((Answer::Handed(handed), fds)) => adopt(env, handed, fds, wire, run).await.map(Ok),
         Some((Answer::None(why), _)) => Ok(Err(why)),
-        Some(_) => Err(failed()(io::Error::other("another answer than the one that was asked for"))),
-        None => Err(failed()(io::Error::other("it ended before it answered"))),
+        Some(_) => Err(failed()(io::Error::other("unexpected answer"))),
+        None => Err(failed()(io::Error::other("it closed the connection without an answer"))),
     }
 }
 
@@ -81,11 +81,11 @@ async fn adopt(env: &Env, handed: Handed, fds: Vec<OwnedFd>, wire: Wire, run: &m
     let Handed { folder, vmm, daemon, others, about } = handed;
     // from here on it is this pod's, however the pod ends
     let (step, journal) = (Step::Keeper(folder.clone()), run.journal());
-    run.push(step.clone()).map_err(Error::host("the undo journal"))?;
-    let failed = || Error::host("taking over a machine of the pool");
+    run.push(step.clone()).map_err(Error::host("writing the undo journal"))?;
+    let failed = || Error::host("taking over a VM from the pool");
     let mut fds = fds.into_iter();
     let (Some(channel), Some(vmm_process), Some(daemon_process)) = (fds.next(), fds.next(), fds.next()) else {
-        return Err(failed()(io::Error::other("it has no channel or no process")));
+        return Err(failed()(io::Error::other("it came without channel or process")));
     };
     let ((vmm_to, vmm_told), (daemon_to, daemon_told)) = (oneshot::channel(), oneshot::channel());
     let listening = tokio::spawn(listen(wire, vmm_to, daemon_to));
@@ -106,7 +106,7 @@ async fn adopt(env: &Env, handed: Handed, fds: Vec<OwnedFd>, wire: Wire, run: &m
             listening.abort();
             let gone = tokio::task::spawn_blocking(move || journal.take_back(&step)).await;
             if let Ok(Err(left)) = gone {
-                tracing::warn!(error = %left, "giving back a machine of the pool");
+                tracing::warn!(error = %left, "cannot return a VM to the pool");
             }
             Err(error)
         }

@@ -69,7 +69,7 @@ async fn live(agent: &AgentClient, share: &Share) -> Result<(), Error> {
     );
     let status = ended?.status;
     if status != 0 {
-        return Err(Error::WrongState(format!("a container that ends with 0 ended with {status}")));
+        return Err(Error::WrongState(format!("the warm-up container exited with {status}")));
     }
     let remove = api::RemoveContainerRequest { container_id, ..Default::default() };
     agent

@@ -74,7 +74,7 @@ impl Wire {
         let text = serde_json::to_vec(message)?;
         let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         if text.len() > LONGEST || fds.len() > MOST_FDS {
-            return Err(io::Error::other("the message is too long"));
+            return Err(io::Error::other("the message to send is too long"));
         }
         let rights = [ControlMessage::ScmRights(&fds)];
         let rights = if fds.is_empty() { &[] } else { &rights[..] };
@@ -120,7 +120,7 @@ fn packet(fd: &OwnedFd) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
     let is_whole = !got.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC);
     let count = got.bytes;
     if !is_whole {
-        return Err(io::Error::other("a message is too long"));
+        return Err(io::Error::other("a received message is too long"));
     }
     text.truncate(count);
     Ok((text, fds))

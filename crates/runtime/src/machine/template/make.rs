@@ -20,7 +20,7 @@ const SETTLED: Duration = Duration::from_secs(3);
 fn no_snapshots(env: &Env) -> Error {
     let driver = env.hypervisor.name();
     Error::Unsupported(format!(
-        "enable_template = true is set, and hypervisor {driver} cannot save a virtual machine: set it to false"
+        "enable_template = true is set, but hypervisor {driver} cannot save VMs: set it to false"
     ))
 }
 

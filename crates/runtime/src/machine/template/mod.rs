@@ -31,7 +31,7 @@ pub(crate) struct Found {
 impl Found {
     /// The saved VM does not come to life: nobody shall try it again.
     pub(crate) fn discard(self, why: &Error) {
-        tracing::warn!(error = %why, template = self.key, "the template is bad and goes; this pod's machine boots instead");
+        tracing::warn!(error = %why, template = self.key, "the template is damaged: removing it and booting a VM instead");
         self.store.discard(&self.key);
     }
 }
@@ -45,9 +45,7 @@ fn can_save(env: &Env) -> bool {
 pub(crate) async fn find(env: &Env, spec: &VmSpec, mode: CloneMemory) -> Result<Option<Found>, Error> {
     if !can_save(env) {
         let driver = env.hypervisor.name();
-        tracing::warn!(
-            "enable_template = true is set, and hypervisor {driver} cannot save virtual machines: this one boots"
-        );
+        tracing::warn!("enable_template = true is set, but hypervisor {driver} cannot save VMs: booting a VM instead");
         return Ok(None);
     }
     let store = Store::new(&env.config.factory.template_path);
@@ -59,7 +57,7 @@ pub(crate) async fn find(env: &Env, spec: &VmSpec, mode: CloneMemory) -> Result<
         }
         Ok(None) => {}
         Err(error) => {
-            tracing::warn!(%error, template = key, "a template that cannot be used goes; this pod's machine boots instead");
+            tracing::warn!(%error, template = key, "cannot use the template: removing it and booting a VM instead");
             store.discard(&key);
         }
     }
@@ -76,9 +74,9 @@ fn hear(maker: Child) {
         Ok(output) => {
             let words = String::from_utf8_lossy(&output.stderr);
             let why = words.lines().last().unwrap_or_default();
-            tracing::warn!(status = %output.status, why, "no template was made: the next pod's machine boots, too");
+            tracing::warn!(status = %output.status, why, "no template was made: the next pod boots a VM, too");
         }
-        Err(error) => tracing::warn!(%error, "whether a template was made is not known"),
+        Err(error) => tracing::warn!(%error, "cannot learn whether a template was made"),
     }
 }
 
@@ -102,7 +100,7 @@ fn make_beside(env: &Env, size: Size) {
         Ok(child) => drop(std::thread::spawn(move || hear(child))),
         Err(error) => tracing::warn!(
             program = %program.display(), %error,
-            "no template is made: install kata-runtime beside the shim, or run `kata-runtime factory init`"
+            "cannot make a template: install kata-runtime beside the shim, or run `kata-runtime factory init`"
         ),
     }
 }

@@ -87,12 +87,12 @@ impl Store {
         let checked = || -> io::Result<_> {
             let state = read_all(&folder.join("state"), LONGEST_STATE)?;
             if digest(&state) != about.state {
-                return Err(io::Error::other("`state` is not what was saved"));
+                return Err(io::Error::other("its `state` file was changed after it was saved"));
             }
             let memory = File::open(folder.join("memory"))?;
             let meta = memory.metadata()?;
             if meta.len() != memory_mib << 20 || written(&meta) != about.memory_written {
-                return Err(io::Error::other("`memory` is not what was saved"));
+                return Err(io::Error::other("its `memory` file was changed after it was saved"));
             }
             // those very bytes, whatever becomes of the file
             let mut checked = File::from(memfd_create(c"state", MFdFlags::MFD_CLOEXEC)?);
@@ -110,7 +110,7 @@ impl Store {
         if let Err(error) = gone
             && error.kind() != io::ErrorKind::NotFound
         {
-            tracing::warn!(%error, template = key, "taking a template away");
+            tracing::warn!(%error, template = key, "cannot remove a template");
         }
     }
 
