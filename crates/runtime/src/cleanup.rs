@@ -119,12 +119,12 @@ impl Step {
                 _ => Ok(()),
             },
             Self::Redirection { namespace, identity, index, .. } => {
-                crate::network::undo::redirection(namespace, *identity, *index)
+                crate::host_network::undo::redirection(namespace, *identity, *index)
             }
             Self::MacVtap { namespace, identity, name, below } => {
-                crate::network::undo::macvtap(namespace, *identity, name, *below)
+                crate::host_network::undo::macvtap(namespace, *identity, name, *below)
             }
-            Self::HostDevice { address, driver } => crate::network::undo::host_device(address, driver.as_deref()),
+            Self::HostDevice { address, driver } => crate::host_network::undo::host_device(address, driver.as_deref()),
             Self::Keeper(folder) => evict(folder),
         }
     }

@@ -32,7 +32,7 @@ use crate::Error;
 use crate::cleanup::{Journal, Step};
 
 /// The first argument of an anchor's command line: by this the shim's program knows that it is one.
-pub const NAME: &str = "kata-anchor";
+pub const NAME: &str = crate::host_network::ANCHOR;
 /// Shown of a container's command line, bytes.
 const SHOWN: usize = 1024;
 /// For what an anchor does: some dozen system calls.

@@ -21,6 +21,7 @@
 
 pub(crate) mod create;
 mod destination;
+pub mod hooks;
 pub(crate) mod inherit;
 pub(crate) mod io;
 pub(crate) mod json;
@@ -34,29 +35,16 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+pub(crate) use hooks::Hooks;
 pub use json::process as process_from_json;
 pub(crate) use logger::Logging;
 pub(crate) use process::Process;
-pub use process::{Exit, ProcessRef, ProcessView, Status, Stdio};
+pub use process::{Exit, ProcessRef, ProcessView, Status};
 
 use crate::anchor::Anchor;
-use crate::hooks::Hooks;
+pub(crate) use crate::request::{ContainerSpec, Stdio};
 use crate::storage::block::MountedVolume;
-use crate::storage::rootfs::RootfsMount;
-use crate::{ContainerId, Error, ExecId};
-
-/// What containerd asks for with `Create`.
-#[derive(Debug, Clone)]
-pub struct ContainerSpec {
-    /// Its id.
-    pub id: ContainerId,
-    /// The folder with `config.json`.
-    pub bundle: PathBuf,
-    /// The root file system; empty means `root.path` of the specification.
-    pub rootfs: Vec<RootfsMount>,
-    /// Where its streams go.
-    pub stdio: Stdio,
-}
+use crate::{Error, ExecId};
 
 /// What containerd asks for with `Exec`.
 #[derive(Debug, Clone)]

@@ -7,6 +7,7 @@ use agent_api::oci;
 use tokio::sync::watch;
 
 use super::output::Output;
+use crate::request::Stdio;
 use crate::{ContainerId, Error, ExecId};
 
 /// Names a process: a container's first, or an exec.
@@ -36,19 +37,6 @@ pub enum Status {
     Paused,
     /// Has ended.
     Stopped,
-}
-
-/// Named pipes, or empty for none; an output may also be a log URI.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Stdio {
-    /// Read by the process.
-    pub stdin: String,
-    /// Written by the process; everything, when there is a terminal.
-    pub stdout: String,
-    /// Written by the process.
-    pub stderr: String,
-    /// The process has a terminal.
-    pub terminal: bool,
 }
 
 /// How and when a process ended.

@@ -8,11 +8,11 @@ use super::changes::Changes;
 use super::diff;
 use super::guest;
 use super::join::{self, JoinOptions, Member};
-use super::netns::NetworkNamespace;
 use super::scan::{self, Found, Link, Neighbour, Refused, Route};
 use crate::Error;
 use crate::agent_client::AgentClient;
 use crate::cleanup::Journal;
+use crate::host_network::NetworkNamespace;
 
 /// The whole of it.
 #[derive(Debug)]

@@ -17,10 +17,10 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 
-use super::netns::NetworkNamespace;
 use super::steer::{self, Steering};
 use crate::Error;
 use crate::agent_client::AgentClient;
+use crate::host_network::NetworkNamespace;
 
 /// Connections at once; each may hold two chunks.
 const MOST: usize = 256;

@@ -7,12 +7,11 @@ use config::Internetworking;
 use hypervisor::{Device, HostDevice, NetDevice};
 
 use super::kind::{Attachment, Kind};
-use super::netns::NetworkNamespace;
-use super::physical::Function;
 use super::scan::Link;
-use super::{SYSFS, macvtap, tap, tcfilter};
+use super::{macvtap, tap, tcfilter};
 use crate::Error;
 use crate::cleanup::{Journal, Step};
+use crate::host_network::{Function, NetworkNamespace, SYSFS};
 
 /// What the configuration says about it.
 #[derive(Debug, Clone, Copy)]

@@ -15,13 +15,14 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
 use nix::sys::stat::{Mode, SFlag, makedev, mknodat};
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage, MacVtapMode};
+use rtnetlink::packet_route::link::MacVtapMode;
 use rtnetlink::{Handle, LinkMacVtap, LinkUnspec};
 
 use super::scan::Link;
-use super::tcfilter::{find, silence};
+use super::tcfilter::silence;
 use super::{failed, tap};
 use crate::Error;
+use crate::host_network::find;
 
 /// Makes one; the caller has written the undo down. Returns its descriptors, one a queue.
 pub(super) async fn connect(handle: &Handle, link: &Link, name: &str, queues: u32) -> Result<Vec<OwnedFd>, Error> {
@@ -39,35 +40,6 @@ pub(super) async fn connect(handle: &Handle, link: &Link, name: &str, queues: u3
     let fds: io::Result<Vec<OwnedFd>> =
         (0..queues.max(1)).map(|_| tap::attach(open_device(number)?, "", queues > 1)).collect();
     fds.map_err(Error::host(what("the macvtap's device")))
-}
-
-/// Removes the macvtap `name`, if it is the one on top of the interface with the index `below`.
-pub(super) async fn disconnect(handle: &Handle, name: &str, below: u32) -> Result<(), Error> {
-    let Ok(message) = find(handle, name).await else { return Ok(()) };
-    if !is_on(&message, below) {
-        return Ok(());
-    }
-    match handle.link().del(message.header.index).execute().await {
-        Err(rtnetlink::Error::NetlinkError(error)) if -error.raw_code() == libc::ENODEV => Ok(()),
-        other => other.map_err(failed(format!("removing the macvtap {name}"))),
-    }
-}
-
-/// Whether the link is a macvtap or macvlan on top of that interface of the same namespace.
-pub(super) fn is_on(message: &LinkMessage, below: u32) -> bool {
-    let (mut is_kind, mut is_above, mut is_elsewhere) = (false, false, false);
-    for attribute in &message.attributes {
-        match attribute {
-            LinkAttribute::LinkInfo(infos) => {
-                let kinds = [InfoKind::MacVtap, InfoKind::MacVlan];
-                is_kind = infos.iter().any(|one| matches!(one, LinkInfo::Kind(kind) if kinds.contains(kind)));
-            }
-            LinkAttribute::Link(index) => is_above = *index == below,
-            LinkAttribute::LinkNetNsId(_) => is_elsewhere = true,
-            _ => {}
-        }
-    }
-    is_kind && is_above && !is_elsewhere
 }
 
 /// The kernel's messages about devices of the calling thread's network namespace (netlink(7), NETLINK_KOBJECT_UEVENT).

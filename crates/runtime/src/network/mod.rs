@@ -1,6 +1,6 @@
 //! The pod's network: what CNI made in a namespace of the host, brought into the VM as it is.
 //!
-//! `scan` reads, `join` joins an interface with a device of the VM (`tcfilter`, `macvtap`, `physical`), `guest` tells the
+//! `scan` reads, `join` joins an interface with a device of the VM (`tcfilter`, `macvtap`, or a card of [`crate::host_network`]), `guest` tells the
 //! agent; `attached` is the whole of it, and `follow` lets it follow what changes. Everything is netlink; no program is run.
 //! A namespace without an interface costs one look, a container without a namespace path not even that.
 
@@ -14,14 +14,11 @@ mod join;
 mod kind;
 mod macvtap;
 mod names;
-mod netns;
-mod physical;
 mod routes;
 mod scan;
 mod steer;
 mod tap;
 mod tcfilter;
-pub(crate) mod undo;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
@@ -35,14 +32,12 @@ pub(crate) use forward::Forwarding;
 use hypervisor::{Device, Vm};
 use join::JoinOptions;
 pub(crate) use names::{Names, are_wanted as names_are_wanted, file_of as resolver_file};
-use netns::NetworkNamespace;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::Error;
 use crate::agent_client::AgentClient;
 use crate::cleanup::RunDir;
-
-const SYSFS: &str = "/sys";
+use crate::host_network::{NetworkNamespace, failed};
 
 /// The network of a pod that starts.
 #[derive(Debug, Default)]
@@ -171,18 +166,4 @@ fn namespace_path(spec: &Spec) -> Option<PathBuf> {
 
 fn mac_text(mac: [u8; 6]) -> String {
     mac.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":")
-}
-
-/// For `map_err`: names what netlink refused.
-fn failed(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Error {
-    let what = what.into();
-    move |error| {
-        let source = match &error {
-            rtnetlink::Error::NetlinkError(message) if message.code.is_some() => {
-                std::io::Error::from_raw_os_error(-message.raw_code())
-            }
-            _ => std::io::Error::other(error),
-        };
-        Error::Host { what, source }
-    }
 }

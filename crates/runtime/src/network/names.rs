@@ -17,9 +17,9 @@ use oci_spec::runtime::Spec;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 
-use super::netns::NetworkNamespace;
 use crate::Error;
 use crate::agent_client::AgentClient;
+use crate::host_network::NetworkNamespace;
 
 /// Where Docker's name server is (moby, libnetwork): in every container's network namespace, and nowhere else. Any other
 /// loopback address may be a server of the pod's own, in the guest.

@@ -5,13 +5,13 @@ use std::fs;
 use std::os::fd::OwnedFd;
 
 use futures_util::TryStreamExt;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::packet_route::tc::TcAttribute;
 use rtnetlink::{Handle, LinkUnspec};
 
 use super::scan::Link;
-use super::{failed, macvtap, tap};
+use super::{failed, tap};
 use crate::Error;
+use crate::host_network::{find, is_on};
 
 /// `ETH_P_ALL`, in network byte order as the kernel wants it here.
 const ALL_PROTOCOLS: u16 = 0x0003_u16.to_be();
@@ -34,7 +34,7 @@ pub(super) async fn is_taken(handle: &Handle, link: &Link) -> Result<bool, Error
         return Ok(true);
     }
     let links: Vec<_> = handle.link().get().execute().try_collect().await.map_err(what())?;
-    Ok(links.iter().any(|other| macvtap::is_on(other, link.index)))
+    Ok(links.iter().any(|other| is_on(other, link.index)))
 }
 
 /// Joins; the caller has written the undo down. Returns the tap's descriptors, one a queue.
@@ -62,21 +62,6 @@ pub(super) async fn connect(handle: &Handle, link: &Link, name: &str, queues: u3
     Ok(fds)
 }
 
-/// Takes the redirection of the link with this index away, with what hangs on it. Nothing there is success.
-pub(super) async fn disconnect(handle: &Handle, index: u32) -> Result<(), Error> {
-    let mut request = handle.qdisc().del(index as i32);
-    request.message_mut().header.parent = rtnetlink::packet_route::tc::TcHandle::INGRESS;
-    match request.execute().await {
-        // no such link, no such qdisc
-        Err(rtnetlink::Error::NetlinkError(error))
-            if matches!(-error.raw_code(), libc::ENODEV | libc::ENOENT | libc::EINVAL) =>
-        {
-            Ok(())
-        }
-        other => other.map_err(failed(format!("the ingress queue of interface {index}"))),
-    }
-}
-
 /// Follows a changed MTU.
 pub(super) async fn set_mtu(handle: &Handle, name: &str, mtu: u32) -> Result<(), Error> {
     let tap = find(handle, name).await?.header.index;
@@ -88,15 +73,4 @@ pub(super) async fn set_mtu(handle: &Handle, name: &str, mtu: u32) -> Result<(),
 pub(super) fn silence(name: &str) {
     // a kernel without IPv6 has no such file
     let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
-}
-
-/// The link of that name, which may be gone.
-pub(super) async fn find(handle: &Handle, name: &str) -> Result<LinkMessage, Error> {
-    let found = handle.link().get().match_name(name.to_owned()).execute().try_collect::<Vec<_>>().await;
-    let found = found.map_err(failed(format!("interface {name}")))?;
-    let named = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::IfName(other) if other == name);
-    found
-        .into_iter()
-        .find(|message| message.attributes.iter().any(named))
-        .ok_or_else(|| Error::NotFound(format!("interface {name}")))
 }

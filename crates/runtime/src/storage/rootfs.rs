@@ -10,17 +10,7 @@ use super::layers;
 use super::tree::{self, How};
 use crate::Error;
 use crate::cleanup::RunDir;
-
-/// A mount as containerd describes it (`types.Mount`).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RootfsMount {
-    /// File system type, or `bind`.
-    pub kind: String,
-    /// What is mounted.
-    pub source: String,
-    /// As in fstab(5).
-    pub options: Vec<String>,
-}
+pub(crate) use crate::request::RootfsMount;
 
 /// Mounts what containerd gave, or binds `bundle_root` when it gave nothing, on `target`. What must be mounted before goes
 /// below `layers`.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::netns::{Identity, NetworkNamespace};
 use super::physical::Function;
-use super::{SYSFS, macvtap, tcfilter};
+use super::{SYSFS, links};
 
 /// The namespace, unless it is gone or another one now.
 fn open(path: &Path, identity: Identity) -> io::Result<Option<NetworkNamespace>> {
@@ -21,7 +21,7 @@ fn open(path: &Path, identity: Identity) -> io::Result<Option<NetworkNamespace>>
 pub(crate) fn redirection(path: &Path, identity: Identity, index: u32) -> io::Result<()> {
     let Some(namespace) = open(path, identity)? else { return Ok(()) };
     namespace
-        .within_blocking(move |handle| async move { tcfilter::disconnect(&handle, index).await })
+        .within_blocking(move |handle| async move { links::remove_redirection(&handle, index).await })
         .map_err(io::Error::other)
 }
 
@@ -30,7 +30,7 @@ pub(crate) fn macvtap(path: &Path, identity: Identity, name: &str, below: u32) -
     let Some(namespace) = open(path, identity)? else { return Ok(()) };
     let name = name.to_owned();
     namespace
-        .within_blocking(move |handle| async move { macvtap::disconnect(&handle, &name, below).await })
+        .within_blocking(move |handle| async move { links::remove_macvtap(&handle, &name, below).await })
         .map_err(io::Error::other)
 }
 

@@ -15,7 +15,8 @@ use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::Handle;
 use tokio::sync::oneshot;
 
-use crate::{Error, anchor};
+use super::ANCHOR;
+use crate::Error;
 
 /// An open namespace.
 #[derive(Debug)]
@@ -69,7 +70,7 @@ impl NetworkNamespace {
         let user = self.user().map_err(Error::host(format!("network namespace {place}")))?;
         let Some(pid) = user else { return Ok(()) };
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let is_anchor = command.split(|byte| *byte == 0).next() == Some(anchor::NAME.as_bytes());
+        let is_anchor = command.split(|byte| *byte == 0).next() == Some(ANCHOR.as_bytes());
         if is_empty && !is_anchor {
             return Ok(());
         }

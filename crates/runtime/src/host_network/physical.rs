@@ -10,7 +10,7 @@ const VFIO: &str = "vfio-pci";
 
 /// A PCI device as sysfs shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Function {
+pub(crate) struct Function {
     sysfs: PathBuf,
     /// As `0000:3b:02.1`.
     address: String,
@@ -18,7 +18,7 @@ pub(super) struct Function {
 
 impl Function {
     /// `address` comes from the kernel or from our journal; it becomes part of a path.
-    pub(super) fn new(sysfs: &Path, address: &str) -> io::Result<Self> {
+    pub(crate) fn new(sysfs: &Path, address: &str) -> io::Result<Self> {
         let is_plain = (1..=32).contains(&address.len())
             && address.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b':' || byte == b'.')
             && !address.contains("..");
@@ -34,12 +34,12 @@ impl Function {
     }
 
     /// Which driver has it.
-    pub(super) fn driver(&self) -> Option<String> {
+    pub(crate) fn driver(&self) -> Option<String> {
         driver_of(&self.device())
     }
 
     /// Why it cannot be given to a VM, if so: there must be an IOMMU, and whatever shares its group must be free.
-    pub(super) fn obstacle(&self) -> Option<String> {
+    pub(crate) fn obstacle(&self) -> Option<String> {
         let group = match fs::canonicalize(self.device().join("iommu_group")) {
             Ok(group) => group,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -67,13 +67,13 @@ impl Function {
     }
 
     /// Takes it from its driver and gives it to `vfio-pci`.
-    pub(super) fn take(&self) -> io::Result<()> {
+    pub(crate) fn take(&self) -> io::Result<()> {
         self.hand_to(Some(VFIO))
     }
 
     /// Back to `driver`, if it is with `vfio-pci`; to whichever wants it, if that is not known. A device that is gone, or
     /// somebody else's by now, is left alone.
-    pub(super) fn give_back(&self, driver: Option<&str>) -> io::Result<()> {
+    pub(crate) fn give_back(&self, driver: Option<&str>) -> io::Result<()> {
         if !self.device().is_dir() || self.driver().is_some_and(|now| now != VFIO) {
             return Ok(());
         }
