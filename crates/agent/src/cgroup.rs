@@ -17,7 +17,7 @@ use crate::error::Error;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// What every container has under QEMU's translator. The others (`cpu` above all, by whose hierarchy the scheduler goes at
+/// What every container has where the guest is translated (`crate::translator`). The others (`cpu` above all, by whose hierarchy the scheduler goes at
 /// each wake-up and sleep) are handed down there when somebody asks for what they do; everywhere else all have all.
 const TRANSLATED: &str = "memory pids io";
 

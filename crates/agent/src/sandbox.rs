@@ -274,7 +274,7 @@ impl Sandbox {
     }
 }
 
-/// Under QEMU's translator (elsewhere a weight counts at once): lets the containers' weights count when there are two that
+/// Where the guest is translated (elsewhere a weight counts at once): lets the containers' weights count when there are two that
 /// work, or when the scheduler minds cgroups anyway. For one alone it would go through a hierarchy at each wake-up and
 /// sleep, 8 % of all instructions of a TCP round trip, to no end.
 fn weigh(containers: &HashMap<String, Option<Arc<Container>>>) {
