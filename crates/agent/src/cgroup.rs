@@ -17,8 +17,8 @@ use crate::error::Error;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// What every container has where the guest is translated (`crate::translator`). The others (`cpu` above all, by whose hierarchy the scheduler goes at
-/// each wake-up and sleep) are handed down there when somebody asks for what they do; everywhere else all have all.
+/// What every container has where the guest is translated ([`crate::translator`]). The others (`cpu` above all, by whose
+/// hierarchy the scheduler goes at each wake-up and sleep) are handed down there on demand; everywhere else all have all.
 const TRANSLATED: &str = "memory pids io";
 
 /// Hands those controllers down to the containers' cgroups that all have, as far as this kernel has them.
