@@ -24,13 +24,7 @@ const ALLOCATION: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("G_SLICE", "a
 impl Qemu {
     pub(super) async fn start(&self, spec: VmSpec, accelerator: Accelerator) -> Result<QemuVm, Error> {
         let (mut bridge, disks) = places(&self.settings, &spec)?;
-        for device in &spec.devices {
-            if let Device::Disk(disk) = device
-                && matches!(disks.find(&disk.id), Some((_, Frontend::Memory(_))))
-            {
-                pmem::lock(disk)?;
-            }
-        }
+        lock_memory(&spec, &disks)?;
         let later = if matches!(spec.begin, Begin::Clone(_)) { folders(&spec, &mut bridge)? } else { Vec::new() };
         let (qmp, qmp_child) = pair()?;
         let (console_stream, console_child) = pair()?;
@@ -127,6 +121,18 @@ impl Qemu {
             plugging,
         })
     }
+}
+
+/// Locks the files that are memory of the guest, as QEMU locks disks.
+fn lock_memory(spec: &VmSpec, disks: &Disks) -> Result<(), Error> {
+    for device in &spec.devices {
+        if let Device::Disk(disk) = device
+            && matches!(disks.find(&disk.id), Some((_, Frontend::Memory(_))))
+        {
+            pmem::lock(disk)?;
+        }
+    }
+    Ok(())
 }
 
 /// The host's end of the guest's console, and who reads it.
