@@ -1,15 +1,18 @@
 //! Kernel settings of a container or of its pod: which are allowed, and how they are written.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::File;
+use std::io::Write as _;
 
 use crate::error::words;
 
-/// Writes them below `/proc/sys`. The error is in words, with the setting's name.
+/// Writes them below `/proc/sys`. The error is in runc's words, with the setting's path.
 pub(crate) fn set(all: &HashMap<String, String>) -> Result<(), String> {
     for (name, value) in all {
         let path = path(name)?;
-        fs::write(&path, value).map_err(|error| format!("write sysctl key {name}: {}", words(&error)))?;
+        // two steps: runc's error says which one failed
+        let mut file = File::create(&path).map_err(|error| format!("open {path}: {}", words(&error)))?;
+        file.write_all(value.as_bytes()).map_err(|error| format!("write {path}: {}", words(&error)))?;
     }
     Ok(())
 }

@@ -128,9 +128,14 @@ fn what_runc_refuses_is_refused_in_its_words() -> Result<()> {
     with_node(|node| {
         let reason =
             |of: &Outcome| of.stderr.rsplit_once("error during container init: ").map(|(_, why)| why.to_owned());
-        for (name, pair) in [("none", "A"), ("empty", "=x")] {
+        for (name, part, key, value) in [
+            ("none", "process", "env", json!(["PATH=/bin", "A"])),
+            ("empty", "process", "env", json!(["PATH=/bin", "=x"])),
+            ("sysctl", "linux", "sysctl", json!({"net.no.such": "1"})),
+            ("value", "linux", "sysctl", json!({"kernel.shm_rmid_forced": "x"})),
+        ] {
             let mut spec = shell(node, "true")?;
-            spec["process"]["env"] = json!(["PATH=/bin", pair]);
+            spec[part][key] = value;
             let mut said = Vec::new();
             for runtime in BOTH {
                 let done = run(node, runtime, &format!("{name}-{}", runtime.tag()), &[], &spec)?.output()?;
@@ -185,6 +190,36 @@ fn streams_are_their_users() -> Result<()> {
         }
         ensure!(said[0] == said[1], "runc: {:#?}\nkata: {:#?}", said[0], said[1]);
         ensure!(said[1][0].2.contains("out\ninput\nin") && said[1][0].3 == "err\n", "{:?}", said[1][0]);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_user_begins_in_a_folder_that_it_may_not_enter() -> Result<()> {
+    with_node(|node| {
+        let script = "pwd; ls; id -u; cd /closed";
+        let mut spec = shell(node, script)?;
+        let closed = root(node)?.join("closed");
+        fs::create_dir(&closed)?;
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0o700))?;
+        spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+        spec["process"]["capabilities"] = json!({});
+        spec["process"]["cwd"] = json!("/closed");
+        let done = same(node, "begins", &spec)?;
+        ensure!(done.text() == "/closed\n1000" && done.stderr.contains("Permission denied"), "{done:?}");
+
+        let mut said = Vec::new();
+        for runtime in BOTH {
+            let id = runtime.tag();
+            node.detached(runtime, id, &[], &["sleep", "1000"])?;
+            node.exec(id, "make", &[], &["mkdir", "-m", "700", "/closed"]).output()?.ok()?;
+            let options = ["--user", "1000", "--cwd", "/closed"];
+            let done = node.exec(id, "begins", &options, &["sh", "-c", "pwd; id -u; ls"]).output()?;
+            said.push((done.code, done.text(), done.stderr));
+            node.remove(id)?;
+        }
+        ensure!(said[0] == said[1], "runc: {:#?}\nkata: {:#?}", said[0], said[1]);
+        ensure!(said[1].1.starts_with("/closed\n1000"), "{:?}", said[1]);
         Ok(())
     })
 }

@@ -248,12 +248,15 @@ fn prepare(process: &oci::Process, profile: Option<&oci::LinuxSeccomp>) -> Outco
         filter.load()?;
     }
     let env = credentials::environment(process)?;
+    // as root first: the user may begin in a folder that it may not enter
+    let entered = enter(&process.Cwd);
     credentials::become_user(process)?;
-    if !process.Cwd.is_empty() {
-        std::env::set_current_dir(&process.Cwd).map_err(|error| {
-            format!("chdir to cwd ({:?}) set in config.json failed: {}", process.Cwd, words(&error))
-        })?;
+    match entered {
+        // a folder of the user's on a file system that knows no root, such as FUSE
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => enter(&process.Cwd),
+        other => other,
     }
+    .map_err(|error| format!("chdir to cwd ({:?}) set in config.json failed: {}", process.Cwd, words(&error)))?;
     credentials::finish(process)?;
     let name = process.Args.first().ok_or("process.args must not be empty")?;
     let path = lookup::find(name, &env)?;
@@ -265,6 +268,11 @@ fn prepare(process: &oci::Process, profile: Option<&oci::LinuxSeccomp>) -> Outco
         env: environment,
         filter,
     })
+}
+
+/// Makes this the working folder.
+fn enter(folder: &str) -> io::Result<()> {
+    if folder.is_empty() { Ok(()) } else { std::env::set_current_dir(folder) }
 }
 
 /// An empty input is the container's `/dev/null`, where it has one, not that of the guest.

@@ -76,7 +76,7 @@ pub(crate) fn for_guest(
     if namespace(LinuxNamespaceType::Network).is_none() && !policy.without_network {
         return Err(Error::Unsupported(
             "host network is not possible in a virtual machine: give the container a network namespace (no \
-             hostNetwork, no --net-host)"
+             hostNetwork, no --network host, no --net-host)"
                 .into(),
         ));
     }
