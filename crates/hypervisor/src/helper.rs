@@ -27,6 +27,9 @@ const STDERR_KEPT: usize = 8 << 10;
 /// After the end of a process of another parent, that one's word on it is waited for so long.
 const WORD: Duration = Duration::from_millis(250);
 
+/// A killed process that only waits in the kernel is looked for after so long, and again.
+const HANGS_AFTER: Duration = Duration::from_secs(1);
+
 /// Of what size a helper's memory may be given to it at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pages {
@@ -185,14 +188,20 @@ impl Helper {
         self.exit.clone()
     }
 
-    /// Waits `grace` for it to end, then kills it and waits until it is gone.
+    /// Waits `grace` for it to end, then kills it and waits until it is gone, or hangs: one that waits for a file system of
+    /// the host's that does not answer does nothing more, and ends with that.
     pub async fn stop(&self, grace: Duration) {
         let mut exit = self.exit.clone();
         if !grace.is_zero() && tokio::time::timeout(grace, exit.wait_for(Option::is_some)).await.is_ok() {
             return;
         }
         self.kill.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let _ = exit.wait_for(Option::is_some).await;
+        while tokio::time::timeout(HANGS_AFTER, exit.wait_for(Option::is_some)).await.is_err() {
+            if pidfd::hangs(self.pid) {
+                tracing::warn!(pid = self.pid, "a killed process ends when the file system that it waits for answers");
+                return;
+            }
+        }
     }
 }
 

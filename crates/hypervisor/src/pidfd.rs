@@ -32,3 +32,16 @@ pub fn kill(process: BorrowedFd<'_>) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Whether a process that was killed does nothing but wait in the kernel: for a file system, most likely, that does not
+/// answer. It ends with that, and does nothing more.
+pub fn hangs(pid: u32) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let states = threads.filter_map(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).ok()?;
+        // the name is in parentheses and may hold anything (proc_pid_stat(5))
+        stat.rsplit_once(')')?.1.trim_start().chars().next()
+    });
+    let states: Vec<char> = states.collect();
+    states.contains(&'D') && states.iter().all(|state| ['D', 'X', 'Z'].contains(state))
+}

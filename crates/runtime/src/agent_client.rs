@@ -32,6 +32,12 @@ impl VmWatch {
         Self { exit: vm.exit(), console: vm.console().clone() }
     }
 
+    /// Of a VM that is not there; it is gone when `exit` says so.
+    #[cfg(test)]
+    pub(crate) fn of_a_test(exit: watch::Receiver<Option<VmExit>>) -> Self {
+        Self { exit, console: Console::default() }
+    }
+
     /// Resolves when the VMM is gone.
     pub(crate) async fn gone(&self, what: &str) -> Error {
         let mut exit = self.exit.clone();
@@ -217,5 +223,124 @@ impl AgentClient {
             gone = self.vm.gone(what) => Err(gone),
             () = expired => Err(self.vm.silent(what, limit.unwrap_or_default())),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use agent_api::agent::{RemoveContainerRequest, StartContainerRequest};
+    use tokio::sync::Notify;
+
+    use super::*;
+    use crate::agent_channel::AgentChannel;
+    use crate::fakes::agent::{Answer, FakeAgent};
+
+    const LIMIT: Duration = Duration::from_millis(100);
+
+    struct Guest {
+        agent: FakeAgent,
+        client: AgentClient,
+        vm: watch::Sender<Option<VmExit>>,
+    }
+
+    /// A guest whose calls may take so long.
+    async fn guest(limit: Duration) -> Guest {
+        let agent = FakeAgent::new();
+        let (vm, exit) = watch::channel(None);
+        let config = config::Config::parse("[hypervisor.qemu]\n", std::path::Path::new("/c")).expect("right").agent;
+        let config = config::Agent { request_timeout: limit, ..config };
+        let watch = VmWatch::of_a_test(exit);
+        let client = AgentChannel::Serial.connect(Some(agent.serve()), watch, &config).await.expect("connected");
+        Guest { agent, client, vm }
+    }
+
+    impl Guest {
+        async fn start(&self, id: &str) -> Result<(), Error> {
+            let request = StartContainerRequest { container_id: id.into(), ..Default::default() };
+            let call = |client, context| call_start(client, context, &request);
+            self.client.call("starting", call).await
+        }
+
+        async fn remove(&self, id: &str) -> Result<(), Error> {
+            let request = RemoveContainerRequest { container_id: id.into(), ..Default::default() };
+            let removed = self
+                .client
+                .call("removing", |client, context| async { client.remove_container(context, &request).await });
+            removed.await.map(drop)
+        }
+    }
+
+    async fn call_start(
+        client: &AgentServiceClient,
+        context: Context,
+        request: &StartContainerRequest,
+    ) -> ttrpc::Result<()> {
+        client.start_container(context, request).await.map(drop)
+    }
+
+    #[tokio::test]
+    async fn a_silent_agent_is_waited_for_as_long_as_is_allowed() {
+        let guest = guest(LIMIT).await;
+        guest.agent.answer("start_container", Answer::Silent);
+        let error = guest.start("c1").await.expect_err("nothing was said").to_string();
+        assert!(error.starts_with("starting: no answer from the guest within 100ms"), "{error}");
+        // the next call has its own answer
+        guest.remove("c1").await.expect("removed");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_has_the_agents_code_and_words() {
+        let guest = guest(Duration::from_secs(60)).await;
+        guest.agent.answer("start_container", Answer::Refuse);
+        match guest.start("c1").await {
+            Err(Error::Agent { code: ttrpc::Code::INTERNAL, message }) => assert_eq!(message, "refused"),
+            other => panic!("{other:?}"),
+        }
+        guest.start("c1").await.expect("the next");
+    }
+
+    #[tokio::test]
+    async fn a_late_answer_is_taken_in_time_and_is_nobodys_after_that() {
+        let late = guest(Duration::from_secs(60)).await;
+        let when = Arc::new(Notify::new());
+        late.agent.answer("start_container", Answer::Late(Arc::clone(&when)));
+        let (started, ()) = tokio::join!(late.start("c1"), async {
+            late.agent.called("start_container").await;
+            when.notify_one();
+        });
+        started.expect("late, and in time");
+
+        let late = guest(LIMIT).await;
+        late.agent.answer("start_container", Answer::Late(Arc::clone(&when)));
+        assert!(matches!(late.start("c1").await, Err(Error::AgentSilent { .. })));
+        when.notify_one();
+        late.agent.answer("remove_container", Answer::Refuse);
+        // not the answer to the call before
+        assert!(matches!(late.remove("c1").await, Err(Error::Agent { .. })));
+        late.remove("c1").await.expect("removed");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_message_is_no_answer() {
+        let guest = guest(LIMIT).await;
+        guest.agent.answer("start_container", Answer::Nonsense);
+        for _ in 0..2 {
+            guest.start("c1").await.expect_err("nothing was said");
+        }
+        guest.remove("c1").await.expect_err("nobody knows where a message begins");
+    }
+
+    #[tokio::test]
+    async fn the_end_of_the_vm_ends_every_call() {
+        let guest = guest(Duration::from_secs(60)).await;
+        guest.agent.answer("start_container", Answer::Silent);
+        let (started, ()) = tokio::join!(guest.start("c1"), async {
+            guest.agent.called("start_container").await;
+            let exit = VmExit { reason: "it fell over".into(), is_success: false, stderr: String::new() };
+            guest.vm.send_replace(Some(exit));
+        });
+        assert!(started.expect_err("gone").to_string().contains("it fell over"));
     }
 }

@@ -31,6 +31,10 @@ const JOURNAL_LIMIT: u64 = 1 << 20;
 /// How long a log program may take for what is left in its pipes; containerd waits for a `delete` 5 s.
 const LOGGER_LIMIT: Duration = Duration::from_secs(2);
 
+/// After so many milliseconds a killed process that does nothing but wait in the kernel will do nothing else. containerd
+/// waits for a `delete` 5 s.
+const HANGS_AFTER: u16 = 1000;
+
 /// How long an ended process may stay in its cgroup: the kernel's own time for freeing it, on a machine with no time left.
 const CGROUP_LIMIT: Duration = Duration::from_secs(5);
 
@@ -191,12 +195,13 @@ impl RunDir {
         self.journal.clone()
     }
 
-    /// Undoes everything and removes the folder.
+    /// Undoes everything and removes the folder. Nothing can be written down any more.
     ///
     /// # Errors
-    /// The first of what failed; the rest was undone all the same.
-    pub fn undo(self) -> io::Result<()> {
-        run(&self.path, &self.journal.close())
+    /// The first of what failed; the rest was undone all the same, and another call goes on with what was not.
+    pub fn undo(&self) -> io::Result<()> {
+        self.journal.undo()?;
+        remove(&self.path)
     }
 
     /// Undoes everything for another start. The folder stays this process's all the time: by that it is found and ended
@@ -205,7 +210,7 @@ impl RunDir {
     /// # Errors
     /// As [`RunDir::undo`].
     pub fn reset(self) -> io::Result<Self> {
-        undo_all(&self.journal.close())?;
+        self.journal.undo()?;
         sweep(&self.path, Some(OWNER))?;
         let journal = Journal::open(self.path.join("journal"))?;
         Ok(Self { journal, ..self })
@@ -234,14 +239,28 @@ pub fn clean(path: &Path) -> io::Result<()> {
     clean_after(path, None)
 }
 
+/// `dead` is an owner that was killed.
 fn clean_after(path: &Path, dead: Option<&Owner>) -> io::Result<()> {
-    let lock = hold(path, dead)?;
-    // between the opening and the lock, another one may have cleaned, and a new shim have come: that is not ours
-    if let Some(lock) = &lock
-        && fs::metadata(path.join(OWNER)).ok().map(identity) != Some(identity(lock.metadata()?))
-    {
+    let folder = match File::open(path) {
+        Ok(folder) => folder,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    // Who cleans has the folder, and is waited for by who cleans after the same dead owner. containerd 1.6 calls `delete`
+    // twice at once when it is restarted in a start, and forgets the next container of that name when the second call fails
+    // before the first is through.
+    let how = if dead.is_some() { FlockArg::LockExclusive } else { FlockArg::LockExclusiveNonblock };
+    let folder = Flock::lock(folder, how).map_err(|(_, errno)| match errno {
+        nix::errno::Errno::EWOULDBLOCK => {
+            io::Error::new(io::ErrorKind::ResourceBusy, format!("{} is being cleaned", path.display()))
+        }
+        other => other.into(),
+    })?;
+    // meanwhile another one may have cleaned, and a new shim have come: that is not ours
+    if fs::metadata(path).ok().map(identity) != Some(identity(folder.metadata()?)) {
         return Ok(());
     }
+    let _owner = hold(path, dead)?;
     let steps = match File::open(path.join("journal")) {
         Ok(file) => io::read_to_string(io::Read::take(file, JOURNAL_LIMIT))?
             .lines()
@@ -254,9 +273,8 @@ fn clean_after(path: &Path, dead: Option<&Owner>) -> io::Result<()> {
     run(path, &steps)
 }
 
-/// The lock of a folder, if there is one. `dead` is an owner that is known to be gone: who holds the lock in its stead
-/// is cleaning up after it, and is waited for. containerd 1.6 calls `delete` twice at once when it is restarted in a
-/// start, and forgets the next container of that name when the second call fails before the first is through.
+/// The lock of a folder's owner, if there is one. `dead` was killed: it may have the lock for as long as one of its threads
+/// waits for a file system that does not answer, and does nothing more.
 fn hold(path: &Path, dead: Option<&Owner>) -> io::Result<Option<Flock<File>>> {
     let file = match File::options().read(true).open(path.join(OWNER)) {
         Ok(file) => file,
@@ -270,7 +288,7 @@ fn hold(path: &Path, dead: Option<&Owner>) -> io::Result<Option<Flock<File>>> {
     };
     let holder: Option<Owner> = serde_json::from_reader(io::Read::take(&file, JOURNAL_LIMIT)).ok();
     if dead.is_some() && dead == holder.as_ref() {
-        return Flock::lock(file, FlockArg::LockExclusive).map(Some).map_err(|(_, errno)| errno.into());
+        return Ok(None);
     }
     let by = holder.map(|owner| format!(" by shim process {}", owner.pid)).unwrap_or_default();
     Err(io::Error::new(io::ErrorKind::ResourceBusy, format!("{} is in use{by}", path.display())))
@@ -298,7 +316,11 @@ pub fn evict(path: &Path) -> io::Result<()> {
 }
 
 fn run(path: &Path, steps: &[Step]) -> io::Result<()> {
-    undo_all(steps)?;
+    undo_all(steps).map_err(|(error, _)| error)?;
+    remove(path)
+}
+
+fn remove(path: &Path) -> io::Result<()> {
     sweep(path, None)?;
     match fs::remove_dir(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -307,16 +329,20 @@ fn run(path: &Path, steps: &[Step]) -> io::Result<()> {
 }
 
 /// The newest first, but those that may have to be waited for at the end; what fails keeps nothing else from being undone.
-fn undo_all(steps: &[Step]) -> io::Result<()> {
-    let mut first = Ok(());
+/// An error is the first, with the steps that are left.
+fn undo_all(steps: &[Step]) -> Result<(), (io::Error, Vec<Step>)> {
+    let mut first = None;
+    let mut left = Vec::new();
     let (loggers, others): (Vec<_>, Vec<_>) = steps.iter().rev().partition(|step| matches!(step, Step::Logger { .. }));
     for step in others.into_iter().chain(loggers) {
         if let Err(error) = step.undo() {
             tracing::warn!(?step, %error, "a cleanup step failed");
-            first = first.and(Err(error));
+            left.push(step.clone());
+            first = first.or(Some(error));
         }
     }
-    first
+    left.reverse();
+    first.map_or(Ok(()), |error| Err((error, left)))
 }
 
 /// Mounts are gone, so what is left is ours: sockets, the journal.
@@ -376,10 +402,16 @@ fn end(pid: u32, started: u64, grace: Duration) -> io::Result<()> {
         return if error.raw_os_error() == Some(libc::ESRCH) { Ok(()) } else { Err(error) };
     }
     // SIGKILL takes as long as the process is in the kernel; 10 s is beyond any healthy device
-    if nix::poll::poll(&mut poll, 10_000u16)? == 0 {
-        return Err(io::Error::new(io::ErrorKind::TimedOut, format!("process {pid} does not exit after SIGKILL")));
+    for limit in [HANGS_AFTER, 10_000] {
+        if nix::poll::poll(&mut poll, limit)? != 0 {
+            return Ok(());
+        }
+        if hypervisor::pidfd::hangs(pid) {
+            tracing::warn!(pid, "a killed process ends when the file system that it waits for answers");
+            return Ok(());
+        }
     }
-    Ok(())
+    Err(io::Error::new(io::ErrorKind::TimedOut, format!("process {pid} does not exit after SIGKILL")))
 }
 
 /// The helpers of a helper have no step of their own, so whatever is in it is killed.
@@ -389,6 +421,12 @@ fn remove_cgroup(path: &Path) -> io::Result<()> {
         for pid in fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default().lines().flat_map(str::parse) {
             if let Some(started) = start_time(pid) {
                 kill(pid, started)?;
+            }
+            // one that was killed and waits for a file system must not keep the pod's cgroup: it does nothing any more
+            if hypervisor::pidfd::hangs(pid)
+                && let Some(above) = path.parent()
+            {
+                let _ = fs::write(above.join("cgroup.procs"), pid.to_string());
             }
         }
         match fs::remove_dir(path) {
@@ -403,139 +441,4 @@ fn remove_cgroup(path: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn run_dir(root: &Path) -> RunDir {
-        RunDir::create(&root.join("ns@c1"), Path::new("/bundle")).expect("made")
-    }
-
-    #[test]
-    fn a_dead_shims_folder_is_cleaned_and_a_living_ones_is_not() {
-        let root = tempfile::tempdir().expect("a folder");
-        let mut dir = run_dir(root.path());
-        let staging = dir.path().join("mounts");
-        dir.push(Step::Staging(staging.clone())).expect("written");
-        fs::create_dir_all(staging.join("c1/rootfs")).expect("made");
-        fs::write(dir.path().join("journal-not"), "x").expect("written");
-        let path = dir.path().to_owned();
-        let error = clean(&path).expect_err("held");
-        assert!(error.to_string().contains(&std::process::id().to_string()), "{error}");
-        assert!(staging.exists());
-        drop(dir);
-        clean(&path).expect("cleaned");
-        assert!(!path.exists() && root.path().exists());
-        clean(&path).expect("again");
-    }
-
-    /// Two cleaners at once; while the second waits, the first is through and a new shim has taken the place.
-    #[test]
-    fn the_second_cleaner_waits_and_leaves_a_new_owner_alone() {
-        let root = tempfile::tempdir().expect("a folder");
-        let path = root.path().join("ns@c1");
-        fs::create_dir(&path).expect("made");
-        // no process has such an id
-        let dead = Owner { pid: u32::try_from(i32::MAX).expect("fits"), started: 1, bundle: "/bundle".into() };
-        fs::write(path.join(OWNER), serde_json::to_vec(&dead).expect("written")).expect("written");
-        let first = File::open(path.join(OWNER)).expect("opened");
-        let inode = first.metadata().expect("seen").ino();
-        let first = Flock::lock(first, FlockArg::LockExclusiveNonblock).expect("locked");
-        clean(&path).expect_err("who does not know that the owner is dead is told");
-        let second = std::thread::spawn({
-            let path = path.clone();
-            move || evict(&path)
-        });
-        // the kernel shows who waits here and nowhere else
-        let waits = |line: &str| line.contains("->") && line.contains(&format!(":{inode} "));
-        while !fs::read_to_string("/proc/locks").expect("read").lines().any(waits) {
-            assert!(!second.is_finished(), "{:?}", second.join());
-            std::thread::yield_now();
-        }
-        fs::remove_dir_all(&path).expect("cleaned");
-        let mut new = run_dir(root.path());
-        let staging = new.path().join("mounts");
-        fs::create_dir(&staging).expect("made");
-        new.push(Step::Staging(staging.clone())).expect("written");
-        drop(first);
-        second.join().expect("joined").expect("nothing left to do");
-        assert!(staging.exists(), "the new shim's");
-    }
-
-    /// Kernels differ in what they say of a number that is no process any more.
-    #[test]
-    fn a_process_that_is_gone_is_no_error() {
-        let mut child = std::process::Command::new("true").spawn().expect("started");
-        let (pid, started) = (child.id(), start_time(child.id()).unwrap_or_default());
-        child.wait().expect("ended");
-        kill(pid, started).expect("it is gone");
-        // the number may be a thread's by now
-        let (told, (stop, stopped)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel::<()>());
-        let thread = std::thread::spawn(move || {
-            let _ = told.0.send(nix::unistd::gettid());
-            let _ = stopped.recv();
-        });
-        let thread_id = told.1.recv().expect("its number");
-        kill(thread_id.as_raw() as u32, 1).expect("a thread is not the process that it was");
-        drop(stop);
-        thread.join().expect("ended");
-    }
-
-    #[test]
-    fn a_folder_that_is_reset_has_its_owner_all_the_time() {
-        let root = tempfile::tempdir().expect("a folder");
-        let mut dir = run_dir(root.path());
-        let (path, staging) = (dir.path().to_owned(), dir.path().join("mounts"));
-        dir.push(Step::Staging(staging.clone())).expect("written");
-        fs::create_dir(&staging).expect("made");
-        fs::write(path.join("socket"), "").expect("made");
-        let held = (owner(&path), identity(fs::metadata(path.join(OWNER)).expect("there")));
-        let mut dir = dir.reset().expect("undone");
-        assert_eq!((owner(&path), identity(fs::metadata(path.join(OWNER)).expect("there"))), held);
-        assert_eq!(held.0.expect("an owner").pid, std::process::id());
-        assert_eq!(clean(&path).expect_err("held").kind(), io::ErrorKind::ResourceBusy);
-        assert!(!staging.exists() && !path.join("socket").exists());
-        dir.push(Step::Staging(staging)).expect("written again");
-        dir.undo().expect("undone");
-        assert!(!path.exists());
-    }
-
-    #[test]
-    fn data_below_staging_is_never_removed() {
-        let root = tempfile::tempdir().expect("a folder");
-        let mut dir = run_dir(root.path());
-        let staging = dir.path().join("mounts");
-        dir.push(Step::Staging(staging.clone())).expect("written");
-        fs::create_dir_all(staging.join("c1")).expect("made");
-        fs::write(staging.join("c1/data"), "precious").expect("written");
-        dir.undo().expect_err("refused");
-        assert_eq!(fs::read(staging.join("c1/data")).expect("still there"), b"precious");
-    }
-
-    #[test]
-    fn processes_are_killed_unless_the_id_was_reused() {
-        let mut child = std::process::Command::new("/bin/sleep").arg("1000").spawn().expect("spawned");
-        let pid = child.id();
-        kill(pid, start_time(pid).expect("runs") + 1).expect("passed over");
-        assert!(child.try_wait().expect("waited").is_none(), "another process's start time");
-        let step = Step::process(pid);
-        let killer = std::thread::spawn(move || step.undo());
-        child.wait().expect("waited");
-        killer.join().expect("joined").expect("killed");
-        Step::process(pid).undo().expect("again");
-    }
-
-    #[test]
-    fn a_cut_line_is_passed_over() {
-        let root = tempfile::tempdir().expect("a folder");
-        let mut dir = run_dir(root.path());
-        let staging = dir.path().join("mounts");
-        dir.push(Step::Staging(staging.clone())).expect("written");
-        fs::create_dir_all(&staging).expect("made");
-        let mut file = File::options().append(true).open(dir.path().join("journal")).expect("opened");
-        file.write_all(b"{\"Mounts\": \"/et").expect("written");
-        let path = dir.path().to_owned();
-        drop(dir);
-        clean(&path).expect("cleaned");
-        assert!(!path.exists());
-    }
-}
+mod tests;

@@ -49,6 +49,17 @@ pub enum Error {
         /// `\nguest console:\n…` or empty.
         console: String,
     },
+    /// A file system of the host did not answer.
+    #[error(
+        "{what}: no answer from the host's file system within {limit:?}: check its server; create_container_timeout in \
+         [runtime] sets the limit"
+    )]
+    HostSilent {
+        /// What was being done, with the path.
+        what: String,
+        /// The limit.
+        limit: std::time::Duration,
+    },
     /// The agent refused or failed.
     #[error("{message}")]
     Agent {

@@ -12,7 +12,10 @@ mod container;
 pub mod direct_volume;
 mod driver;
 mod error;
+#[cfg(test)]
+mod fakes;
 mod host_network;
+mod host_work;
 mod id;
 mod machine;
 pub mod management;

@@ -19,7 +19,7 @@ pub(crate) fn status(error: &Error) -> ttrpc::Error {
         Error::WrongState(_) => Code::FAILED_PRECONDITION,
         Error::Invalid(_) | Error::Config(_) => Code::INVALID_ARGUMENT,
         Error::Unsupported(_) => Code::UNIMPLEMENTED,
-        Error::AgentSilent { .. } => Code::DEADLINE_EXCEEDED,
+        Error::AgentSilent { .. } | Error::HostSilent { .. } => Code::DEADLINE_EXCEEDED,
         Error::Agent { code, .. } => *code,
         _ => Code::UNKNOWN,
     };

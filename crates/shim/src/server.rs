@@ -30,7 +30,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .thread_keep_alive(Duration::from_secs(1))
         .build()
         .context("creating the async runtime")?;
-    runtime.block_on(serve(args, listener, ready))
+    let served = runtime.block_on(serve(args, listener, ready));
+    // a job on a file system that does not answer must not keep the process, which would wait for it otherwise
+    runtime.shutdown_background();
+    served
 }
 
 async fn serve(args: &Args, listener: UnixListener, ready: std::fs::File) -> Result<()> {

@@ -78,7 +78,7 @@ impl Folder {
         self.unused.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// For a sandbox; made anew where a start before this failed, and could not be undone at once.
+    /// For a sandbox; made anew where a start before this failed, and could not be undone at once. May block then.
     fn take(&self, bundle: &Path) -> Result<RunDir, Error> {
         self.unused().map_or_else(
             || {
@@ -97,7 +97,7 @@ impl Folder {
 
     /// When there never was a sandbox.
     fn remove(&self) {
-        if let Some(Err(error)) = self.unused().map(RunDir::undo) {
+        if let Some(Err(error)) = self.unused().map(|run| run.undo()) {
             log::error!("run folder {}: {error}", self.path.display());
         }
     }
@@ -189,7 +189,12 @@ async fn start_pod(
     }
     trace.step("configuration");
     let hypervisor = runtime::driver(&config);
-    let sandbox = SandboxSpec { id, namespace, run: folder.take(&first.bundle)? };
+    let run = {
+        let (folder, bundle) = (folder.clone(), first.bundle.clone());
+        let taken = tokio::task::spawn_blocking(move || folder.take(&bundle)).await;
+        taken.unwrap_or_else(|lost| Err(Error::WrongState(format!("the run folder: {lost}"))))?
+    };
+    let sandbox = SandboxSpec { id, namespace, run };
     let (events_to, events) = mpsc::unbounded_channel();
     let started = Sandbox::start(Env { config, hypervisor }, sandbox, first, events_to, &trace, cancelled).await;
     let sandbox = started.map_err(|failed| folder.give_back(failed))?;

@@ -8,6 +8,7 @@ pub mod containerd;
 pub mod containers;
 pub mod cri;
 pub mod ctr;
+pub mod dead_fs;
 pub mod docker;
 pub mod events;
 pub mod host;

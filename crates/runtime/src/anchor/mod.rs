@@ -37,6 +37,8 @@ pub const NAME: &str = crate::host_network::ANCHOR;
 const SHOWN: usize = 1024;
 /// For what an anchor does: some dozen system calls.
 const LIMIT: Duration = Duration::from_secs(10);
+/// After so long a killed one is looked at, whether it can end.
+const HANGS_AFTER: Duration = Duration::from_secs(1);
 /// Most that it says of a failure, bytes.
 const WORDS: u64 = 512;
 
@@ -133,10 +135,15 @@ impl Anchor {
         }
     }
 
-    /// Ends it, and waits for that. Idempotent.
+    /// Ends it, and waits for that, unless it waits for a file system of the host's that does not answer. Idempotent.
     pub(crate) async fn end(&self) {
         self.kill();
-        let _ = self.ended.clone().wait_for(|ended| *ended).await;
+        let mut ended = self.ended.clone();
+        while tokio::time::timeout(HANGS_AFTER, ended.wait_for(|ended| *ended)).await.is_err() {
+            if pidfd::hangs(self.pid) {
+                break;
+            }
+        }
         let (journal, step) = (self.journal.clone(), self.step.clone());
         let struck = tokio::task::spawn_blocking(move || journal.take_back(&step)).await;
         if let Ok(Err(error)) = struck {

@@ -67,11 +67,24 @@ impl Journal {
         Ok(())
     }
 
-    /// The steps, for undoing them; the list takes no more.
-    pub(super) fn close(&self) -> Vec<Step> {
-        let mut written = self.lock();
-        written.file = None;
-        std::mem::take(&mut written.steps)
+    /// Whether the end of what it is of has begun.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.lock().file.is_none()
+    }
+
+    /// Undoes all steps; the list takes no more, and keeps those that could not be undone. May block.
+    pub(super) fn undo(&self) -> io::Result<()> {
+        let steps = {
+            let mut written = self.lock();
+            written.file = None;
+            written.steps.clone()
+        };
+        let (outcome, left) = match super::undo_all(&steps) {
+            Ok(()) => (Ok(()), Vec::new()),
+            Err((error, left)) => (Err(error), left),
+        };
+        self.lock().steps = left;
+        outcome
     }
 
     fn lock(&self) -> MutexGuard<'_, Written> {

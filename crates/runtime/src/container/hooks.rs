@@ -12,8 +12,9 @@ use oci_spec::runtime::{Hook, Spec};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
+use tokio::runtime::Handle;
 
-use crate::cleanup::{self, RunDir, Step};
+use crate::cleanup::{self, Journal, Step};
 use crate::container::spec;
 use crate::storage::tree::{self, How};
 use crate::{ContainerId, Error};
@@ -59,13 +60,13 @@ impl Hooks {
 
     /// Shows `rootfs` at `root`, where config.json says that it is and hooks look for it: the guest has it from another
     /// place. Without hooks nobody looks.
-    pub(crate) fn show(&mut self, rootfs: &Path, root: &Path, run: &mut RunDir) -> Result<(), Error> {
+    pub(crate) fn show(&mut self, rootfs: &Path, root: &Path, journal: &Journal) -> Result<(), Error> {
         let none = [&self.before, &self.started, &self.stopped].iter().all(|list| list.is_empty());
         // elsewhere it may be anybody's folder
         if none || root == self.bundle || !root.starts_with(&self.bundle) {
             return Ok(());
         }
-        run.push(Step::Mounts(root.to_owned())).map_err(Error::host("writing the undo journal"))?;
+        journal.push(Step::Mounts(root.to_owned())).map_err(Error::host("writing the undo journal"))?;
         self.shown = Some(root.to_owned());
         std::fs::create_dir_all(root).map_err(Error::host(root.display().to_string()))?;
         tree::copy(rootfs, root, How { recursive: true, ..How::default() })
@@ -138,10 +139,19 @@ impl Hooks {
         let env = hook.env().clone().unwrap_or_default();
         command.envs(env.iter().filter_map(|pair| pair.split_once('=')));
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child = command.spawn().map_err(|error| failed(error.to_string()))?;
-        let (stdin, stderr) = (child.stdin.take(), child.stderr.take());
         let state = state.to_string();
         let work = async {
+            // the program, or its working folder, may be on a file system that does not answer
+            let handle = Handle::current();
+            let spawned = tokio::task::spawn_blocking(move || {
+                let _within = handle.enter();
+                command.spawn()
+            });
+            let mut child = match spawned.await.unwrap_or_else(|lost| Err(std::io::Error::other(lost))) {
+                Ok(child) => child,
+                Err(error) => return (Err(error), Vec::new()),
+            };
+            let (stdin, stderr) = (child.stdin.take(), child.stderr.take());
             // a hook need not read it
             if let Some(mut stdin) = stdin {
                 let _ = stdin.write_all(state.as_bytes()).await;

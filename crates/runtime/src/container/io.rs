@@ -1,7 +1,9 @@
 //! A process's streams: from the guest to where containerd wants them and back, a chunk at a time, so that a slow reader
 //! slows the writer and nothing is held in between. Output ends at the guest's end of file, never at the exit.
 
-use std::path::Path;
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use agent_api::agent::{CloseStdinRequest, ReadStreamRequest, WriteStreamRequest};
@@ -16,6 +18,7 @@ use super::output::Deletion;
 use super::{Process, ProcessRef, Stdio};
 use crate::Error;
 use crate::agent_client::AgentClient;
+use crate::host_work::{HostWork, Progress};
 
 /// The host's ends of a process's outputs, open.
 #[derive(Debug)]
@@ -30,6 +33,11 @@ impl Outputs {
     /// Refuses what cannot be, before anything is made for it.
     pub(crate) fn check(stdio: &Stdio) -> Result<(), Error> {
         destination::of(stdio).map(drop)
+    }
+
+    /// What errors call them.
+    pub(crate) fn name(stdio: &Stdio) -> String {
+        format!("output {} {}", stdio.stdout, stdio.stderr)
     }
 
     /// Opens what is named, and starts the log program.
@@ -81,15 +89,19 @@ pub(crate) struct Input(Option<pipe::Receiver>);
 
 impl Input {
     /// Opens it, if it is named.
-    pub(crate) fn open(stdio: &Stdio) -> Result<Self, Error> {
-        Ok(Self(match stdio.stdin.as_str() {
-            "" => None,
-            path => Some(
-                pipe::OpenOptions::new()
-                    .open_receiver(Path::new(path))
-                    .map_err(Error::host(format!("named pipe {path}")))?,
-            ),
-        }))
+    pub(crate) async fn open(stdio: &Stdio, work: &HostWork) -> Result<Self, Error> {
+        if stdio.stdin.is_empty() {
+            return Ok(Self(None));
+        }
+        let (path, what) = (PathBuf::from(&stdio.stdin), format!("named pipe {}", stdio.stdin));
+        let open = {
+            let what = what.clone();
+            move |_: &Progress| {
+                File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(Error::host(what))
+            }
+        };
+        let file = work.run(&what, open).await?;
+        pipe::Receiver::from_file(file).map(Some).map(Self).map_err(Error::host(what))
     }
 
     /// Copies until it ends, or the process.

@@ -42,6 +42,7 @@ pub(crate) use process::Process;
 pub use process::{Exit, ProcessRef, ProcessView, Status};
 
 use crate::anchor::Anchor;
+use crate::pod::Limits;
 pub(crate) use crate::request::{ContainerSpec, Stdio};
 use crate::storage::block::MountedVolume;
 use crate::{Error, ExecId};
@@ -73,6 +74,8 @@ pub(crate) struct Container {
     pub(crate) disks: Vec<String>,
     pub(crate) volumes: Vec<MountedVolume>,
     pub(crate) hooks: Hooks,
+    /// What it was made with.
+    pub(crate) limits: Limits,
 }
 
 /// What of the host's goes with a container.
@@ -88,12 +91,14 @@ pub(crate) struct Belongings {
     pub(crate) disks: Vec<String>,
     /// Its direct volumes.
     pub(crate) volumes: Vec<MountedVolume>,
+    pub(crate) limits: Limits,
 }
 
 impl Container {
     pub(crate) fn new(bundle: PathBuf, init: Arc<Process>, has: Belongings, hooks: Hooks) -> Self {
-        let Belongings { anchor, resolver_file, shared, disks, volumes } = has;
-        Self { bundle, init, execs: Mutex::new(HashMap::new()), anchor, resolver_file, shared, disks, volumes, hooks }
+        let Belongings { anchor, resolver_file, shared, disks, volumes, limits } = has;
+        let execs = Mutex::new(HashMap::new());
+        Self { bundle, init, execs, anchor, resolver_file, shared, disks, volumes, hooks, limits }
     }
 
     pub(crate) fn process(&self, of: &ProcessRef) -> Result<Arc<Process>, Error> {

@@ -14,9 +14,16 @@ use crate::{ContainerId, Error};
 /// near 200 KiB; the guest's protocol ends at 4 MiB.
 pub const CONFIG_LIMIT: u64 = 3 << 20;
 
+const FILE: &str = "config.json";
+
+/// What errors call the specification of a bundle.
+pub(crate) fn name(bundle: &Path) -> String {
+    bundle.join(FILE).display().to_string()
+}
+
 /// Reads `config.json` of a bundle.
 pub(crate) fn read(bundle: &Path) -> Result<Spec, Error> {
-    let path = bundle.join("config.json");
+    let path = bundle.join(FILE);
     let mut text = Vec::new();
     File::open(&path)
         .and_then(|file| file.take(CONFIG_LIMIT + 1).read_to_end(&mut text))

@@ -7,17 +7,18 @@ use oci_spec::runtime::Spec;
 use tokio::task::JoinSet;
 
 use super::Sandbox;
+use crate::host_work::Progress;
 use crate::pod::Role;
 use crate::storage::block::{Blocks, Plan};
 use crate::storage::disks::{Disks, Known};
 use crate::{ContainerSpec, Error};
 
-/// What a container needs; a pod's sandbox has no files.
-pub(super) fn wanted(from: &ContainerSpec, oci: &Spec, config: &config::Hypervisor) -> Result<Blocks, Error> {
+/// What a container needs; a pod's sandbox has no files. `in_guest`: its root file system may be mounted there.
+pub(super) fn wanted(from: &ContainerSpec, oci: &Spec, in_guest: bool, progress: &Progress) -> Result<Blocks, Error> {
     if Role::of_spec(oci)? == Role::Sandbox {
         return Ok(Blocks::default());
     }
-    Blocks::of(from, oci, !config.disable_block_device_use)
+    Blocks::of(from, oci, in_guest, progress)
 }
 
 impl Sandbox {

@@ -25,6 +25,7 @@ use tokio::sync::mpsc;
 use crate::agent_client::AgentClient;
 use crate::cleanup::RunDir;
 use crate::container::{Container, Logging, Process, inherit, io, spec};
+use crate::host_work::HostWork;
 use crate::machine::Env;
 use crate::network::Following;
 use crate::pod::Limits;
@@ -70,6 +71,10 @@ struct Inner {
     size: Size,
     memory: memory::HostMemory,
     agent: AgentClient,
+    /// What is done with files of the host.
+    work: HostWork,
+    /// The pod's own container, with which it ends.
+    first: ContainerId,
     namespace: crate::network::Namespace,
     containers: Mutex<HashMap<ContainerId, Slot>>,
     events: mpsc::UnboundedSender<Event>,
@@ -82,6 +87,8 @@ struct Inner {
     serving: OnceLock<tokio::task::JoinHandle<()>>,
     /// What must be given back; taken by the stop.
     host: tokio::sync::Mutex<Option<Host>>,
+    /// What the stop has taken, until all of it has been given back.
+    ending: tokio::sync::Mutex<Option<Host>>,
 }
 
 /// A process that has been started, until others are told so.
@@ -101,7 +108,7 @@ pub struct Deleted {
 /// A container's place, taken before the container is made, so that of two equal creates one is refused.
 enum Slot {
     /// Until this ends.
-    Making(tokio::sync::watch::Receiver<()>),
+    Making(make::Making),
     Made(Arc<Container>),
 }
 
@@ -109,7 +116,7 @@ enum Slot {
 struct Host {
     vm: Arc<dyn Vm>,
     share: Share,
-    run: RunDir,
+    run: Arc<RunDir>,
     /// Ends with the sandbox.
     forwarding: Option<crate::network::Forwarding>,
     /// The same.
@@ -178,9 +185,12 @@ impl Sandbox {
             let container = self.container(&name.container)?;
             self.answer_names(&container).await;
         }
-        let input = io::Input::open(&process.stdio)?;
+        let input = io::Input::open(&process.stdio, &self.0.work).await?;
         let outputs = match name.exec {
-            Some(_) => Some(io::Outputs::open(&process.stdio, name, &self.0.logging).await?),
+            Some(_) => {
+                let open = io::Outputs::open(&process.stdio, name, &self.0.logging);
+                Some(self.0.work.wait(&io::Outputs::name(&process.stdio), open).await?)
+            }
             None => None,
         };
         match &process.spec {
@@ -237,9 +247,11 @@ impl Sandbox {
     /// Lets the guest ask the name server of the pod's network namespace, if this container is to use it.
     async fn answer_names(&self, container: &Container) {
         let Some(file) = container.resolver_file.clone() else { return };
-        let wanted = tokio::task::spawn_blocking(move || crate::network::names_are_wanted(&file)).await;
-        if !wanted.unwrap_or_default() {
-            return;
+        let what = format!("name servers in {}", file.display());
+        match self.0.work.run(&what, move |_| Ok(crate::network::names_are_wanted(&file))).await {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => return tracing::warn!(%error, "names of the pod's network are not answered in the guest"),
         }
         let has_names = |host: &Host| host.names.is_some();
         if self.0.host.lock().await.as_ref().is_none_or(has_names) {
@@ -288,6 +300,9 @@ impl Sandbox {
     /// # Errors
     /// [`Error::NotFound`] when it has ended; but all of nothing have got it.
     pub async fn signal(&self, name: &ProcessRef, signal: u32, all: bool) -> Result<(), Error> {
+        if let Some(done) = self.signal_making(name, signal).await {
+            return done;
+        }
         let process = self.process(name)?;
         let all = all && name.exec.is_none();
         match process.status() {
@@ -330,6 +345,9 @@ impl Sandbox {
     /// # Errors
     /// [`Error::NotFound`].
     pub fn view(&self, name: &ProcessRef) -> Result<ProcessView, Error> {
+        if let Some(view) = self.view_of_making(name) {
+            return Ok(view);
+        }
         let container = self.container(&name.container)?;
         let process = container.process(name)?;
         Ok(ProcessView {
@@ -349,7 +367,9 @@ impl Sandbox {
     pub async fn delete(&self, name: &ProcessRef) -> Result<Deleted, Error> {
         let (sandbox, name) = (self.clone(), name.clone());
         to_the_end("deleting", async move {
-            sandbox.settled(&name.container).await;
+            if name.exec.is_none() {
+                sandbox.given_up(&name.container).await;
+            }
             // with the container it is forgotten
             let pid = sandbox.pid(&name.container)?;
             let exit = sandbox.delete_now(&name).await?;
@@ -389,6 +409,10 @@ impl Sandbox {
     async fn remove_container(&self, container: &Container, id: &ContainerId) -> Result<(), Error> {
         // it holds the root file system
         container.anchor.end().await;
+        if *id == self.0.first {
+            // nobody can be in a pod without it
+            self.give_up_all().await;
+        }
         let last = {
             let containers = self.containers();
             containers.keys().all(|other| other == id)
@@ -502,8 +526,7 @@ impl Sandbox {
     /// [`Error::NotFound`], a limit that the guest cannot keep, or what the guest said.
     pub async fn update(&self, id: &ContainerId, limits: &oci_spec::runtime::LinuxResources) -> Result<(), Error> {
         let container = self.container(id)?;
-        let had = spec::read(&container.bundle).map(|spec| Limits::own(&spec)).unwrap_or_default();
-        sizing::check_update(self.0.size, had, Limits::of_resources(limits))?;
+        sizing::check_update(self.0.size, container.limits, Limits::of_resources(limits))?;
         let mut resources = agent_api::oci_convert::resources(limits)?;
         spec::for_guest_resources(&mut resources)?;
         let request = api::UpdateContainerRequest {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_api::agent as api;
 use async_trait::async_trait;
@@ -20,9 +20,10 @@ use crate::cleanup::RunDir;
 use crate::container::create::Prepared;
 use crate::container::io::Outputs;
 use crate::container::{ContainerSpec, Logging, create, spec};
+use crate::host_work::{HostWork, Progress};
 use crate::machine::{Env, HostPart, Machine, Request, bring_up, while_served};
 use crate::pod::{Limits, Role};
-use crate::storage::block::Placed;
+use crate::storage::block::{Blocks, Placed};
 use crate::storage::disks::Disks;
 use crate::storage::share::Share;
 use crate::storage::shm::Shm;
@@ -44,9 +45,10 @@ impl Sandbox {
     ) -> Result<Self, FailedStart> {
         let SandboxSpec { id, namespace, mut run } = sandbox;
         let logging = Logging { namespace, journal: run.journal() };
+        let work = HostWork::new(env.config.runtime.create_container_timeout);
         let booted = tokio::select! {
             // large, and waited for once
-            booted = Box::pin(boot(&env, &id, &first, &mut run, &logging, trace)) => booted,
+            booted = Box::pin(boot(&env, &id, &first, &work, &mut run, &logging, trace)) => booted,
             () = cancelled.notified() => Err(Error::WrongState("the start was cancelled".into())),
         };
         match booted {
@@ -72,6 +74,8 @@ impl Sandbox {
                     size,
                     memory,
                     agent,
+                    work,
+                    first: first.id.clone(),
                     namespace,
                     containers: Mutex::new(containers),
                     events,
@@ -79,7 +83,15 @@ impl Sandbox {
                     shm,
                     disks: tokio::sync::Mutex::new(disks),
                     serving: OnceLock::new(),
-                    host: tokio::sync::Mutex::new(Some(Host { vm, share, run, forwarding, names: None, following })),
+                    host: tokio::sync::Mutex::new(Some(Host {
+                        vm,
+                        share,
+                        run: Arc::new(run),
+                        forwarding,
+                        names: None,
+                        following,
+                    })),
+                    ending: tokio::sync::Mutex::new(None),
                 });
                 watch::process(&inner, init, outputs);
                 watch::virtiofsd(&inner).await;
@@ -91,6 +103,8 @@ impl Sandbox {
                 Ok(sandbox)
             }
             Err(error) => {
+                // a job that hangs makes nothing more when it goes on; one that does not is waited for
+                work.settled(SETTLE).await;
                 let reset = tokio::task::spawn_blocking(move || run.reset()).await;
                 let reset = reset.unwrap_or_else(|lost| Err(std::io::Error::other(lost)));
                 let run =
@@ -126,30 +140,56 @@ struct Booted {
     disks: Disks,
 }
 
+/// How long the jobs of a start that has failed are waited for; those that take longer hang.
+pub(super) const SETTLE: Duration = Duration::from_millis(500);
+
+/// What is read of the host's files before anything is made.
+struct Read {
+    oci: Arc<Spec>,
+    role: Role,
+    shm: Option<Shm>,
+    blocks: Blocks,
+    name_servers: Vec<String>,
+}
+
+impl Read {
+    fn of(first: &ContainerSpec, in_guest: bool, progress: &Progress) -> Result<Self, Error> {
+        let oci = spec::read(&first.bundle)?;
+        let role = Role::of_spec(&oci)?;
+        if let Role::Member(pod) = role {
+            return Err(Error::NotFound(format!("sandbox {pod} of container {}", first.id)));
+        }
+        progress.step("/dev/shm of the pod")?;
+        let shm = Shm::of(&oci);
+        let blocks = disks::wanted(first, &oci, in_guest, progress)?;
+        progress.step("name servers of the pod")?;
+        let name_servers = resolver::lines(&oci);
+        Ok(Self { oci: Arc::new(oci), role, shm, blocks, name_servers })
+    }
+}
+
 async fn boot(
     env: &Env,
     id: &ContainerId,
     first: &ContainerSpec,
+    work: &HostWork,
     run: &mut RunDir,
     logging: &Logging,
     trace: &Trace,
 ) -> Result<Booted, Error> {
     // everything that can be refused is refused before anything is made
     Outputs::check(&first.stdio)?;
-    let oci = &spec::read(&first.bundle)?;
-    let role = Role::of_spec(oci)?;
-    if let Role::Member(pod) = role {
-        return Err(Error::NotFound(format!("sandbox {pod} of container {}", first.id)));
-    }
-    let shm = Shm::of(oci);
     let config = &env.config.hypervisor;
+    let (own, in_guest) = (first.clone(), !config.disable_block_device_use);
+    let read = work.run(&spec::name(&first.bundle), move |progress| Read::of(&own, in_guest, progress)).await?;
+    let Read { oci, role, shm, blocks, name_servers } = read;
+    let oci = &oci;
     let namespace = network::Namespace::of(&env.config, oci).await?;
     let mut network = namespace.connect(&env.config, run).await?;
     let anchor = Anchor::start(oci, namespace.as_fd(), &run.journal())?;
     if !network.is_empty() {
         trace.step("network-connected");
     }
-    let blocks = disks::wanted(first, oci, config)?;
     let mut disks = Disks::default();
     let (ids, plugged) = disks.assign(&blocks.sources)?;
     let blocks = blocks.placed(ids);
@@ -171,7 +211,7 @@ async fn boot(
         from_pool: true,
         keeps_channel: false,
     };
-    let host = FirstContainer { env, spec: first, oci, shm: shm.as_ref(), blocks: &blocks, trace };
+    let host = FirstContainer { env, spec: first, oci, shm: shm.as_ref(), blocks: &blocks, work, trace };
     let machine = bring_up(&request, run, trace, &host).await;
     let machine = machine.map_err(|error| memory.explain(blocks.explain(error)))?;
     let Machine { vm, share, agent, made: prepared, origin, .. } = machine;
@@ -180,20 +220,21 @@ async fn boot(
     let guest = async {
         let clock = async { if origin.knows_the_time() { Ok(()) } else { set_clock(&agent).await } };
         let storage = share.storage().filter(|_| !origin.has_share());
-        tokio::try_join!(create_sandbox(&agent, id, oci, storage, shm.as_ref()), clock)?;
+        tokio::try_join!(create_sandbox(&agent, id, oci, name_servers, storage, shm.as_ref()), clock)?;
         trace.step("sandbox-created");
         if !network.is_empty() {
             network.tell(&agent, vm.as_ref()).await?;
             trace.step("network-configured");
         }
         let limit = env.config.runtime.create_container_timeout;
-        let made = create::create(&agent, anchor, first, prepared, logging, limit).await?;
+        let outputs = create::outputs(first, logging, work).await;
+        let made = create::create(&agent, anchor, first, prepared, outputs, limit).await?;
         trace.step("container-created");
         Ok::<_, Error>(made)
     };
     let (container, outputs) =
         while_served(&share, VmWatch::new(vm.as_ref()), guest).await.map_err(|error| memory.explain(error))?;
-    share.watcher().follow(&agent);
+    share.folder().watcher().follow(&agent);
     let is_reachable = role == Role::Sandbox && !env.config.runtime.disable_new_netns;
     let forwarding = if is_reachable { network::forward(oci, &agent) } else { None };
     Ok(Booted { vm, size, memory, share, agent, container, outputs, namespace, network, forwarding, shm, disks })
@@ -203,9 +244,10 @@ async fn boot(
 struct FirstContainer<'a> {
     env: &'a Env,
     spec: &'a ContainerSpec,
-    oci: &'a Spec,
+    oci: &'a Arc<Spec>,
     shm: Option<&'a Shm>,
     blocks: &'a Placed,
+    work: &'a HostWork,
     trace: &'a Trace,
 }
 
@@ -215,16 +257,22 @@ impl HostPart for FirstContainer<'_> {
 
     async fn make(&self, share: &Share, vm: &dyn Vm, run: &mut RunDir) -> Result<Prepared, Error> {
         let runtime = &self.env.config.runtime;
-        let (policy, guest_empty_dir) = (spec::Policy::of(runtime), !runtime.disable_guest_empty_dir);
-        let given = create::Given { share, shm: self.shm, policy, guest_empty_dir };
+        let given = create::Given {
+            folder: Arc::clone(share.folder()),
+            shm: self.shm.cloned(),
+            policy: spec::Policy::of(runtime),
+            guest_empty_dir: !runtime.disable_guest_empty_dir,
+            journal: run.journal(),
+            pod: run.name().to_owned(),
+        };
         let plan = self.blocks.plan(vm, self.spec.id.as_str())?;
-        let prepared = create::prepare(given, self.spec, self.oci, plan, run);
+        let prepared = create::prepare(self.work, given, self.spec, self.oci, plan).await;
         self.trace.step("rootfs-ready");
         prepared
     }
 
     async fn take_back(&self, made: Prepared, share: &Share) {
-        made.take_back(share);
+        made.take_back(share.folder()).await;
     }
 }
 
@@ -246,6 +294,7 @@ async fn create_sandbox(
     agent: &AgentClient,
     id: &ContainerId,
     oci: &Spec,
+    dns: Vec<String>,
     share: Option<api::Storage>,
     shm: Option<&Shm>,
 ) -> Result<(), Error> {
@@ -256,7 +305,7 @@ async fn create_sandbox(
             _ => nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default(),
         },
         sandbox_id: id.as_str().into(),
-        dns: resolver::lines(oci),
+        dns,
         storages: share.into_iter().chain(shm.map(Shm::storage)).collect(),
         ..Default::default()
     };

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use agent_api::agent as api;
 
-use super::{GOODBYE, Inner};
+use super::start::SETTLE;
+use super::{GOODBYE, Host, Inner};
 use crate::Error;
 
 /// What still runs in the guest is ended there, so that its files are whole; the VM ends; the journal is undone.
@@ -13,8 +14,20 @@ use crate::Error;
 /// A guest in which nothing runs has nothing to say: it writes through to virtio-fs and 9p, also memory maps when their
 /// process ends (the kernel's fs/fuse, fs/9p), and a process that has ended has told so after that. File systems of the
 /// guest's own are another matter.
+///
+/// What could not be given back is kept: another stop goes on with it. One that is called meanwhile waits.
 pub(super) async fn stop(inner: &Arc<Inner>) -> Result<(), Error> {
-    let Some(mut host) = inner.host.lock().await.take() else { return Ok(()) };
+    let mut ending = inner.ending.lock().await;
+    if let Some(host) = inner.host.lock().await.take() {
+        *ending = Some(host);
+    }
+    let Some(host) = ending.as_mut() else { return Ok(()) };
+    end(inner, host).await?;
+    *ending = None;
+    Ok(())
+}
+
+async fn end(inner: &Arc<Inner>, host: &mut Host) -> Result<(), Error> {
     if let Some(forwarding) = host.forwarding.take() {
         forwarding.stop().await;
     }
@@ -36,20 +49,24 @@ pub(super) async fn stop(inner: &Arc<Inner>) -> Result<(), Error> {
             is_quiet = false;
         }
     }
-    if is_quiet {
+    let ended = if is_quiet {
         // everything is on the host: there is nothing to wait for
-        let (ended, ()) = tokio::join!(host.vm.stop(Duration::ZERO), host.share.stop());
-        ended?;
+        tokio::join!(host.vm.stop(Duration::ZERO), host.share.stop()).0
     } else {
-        host.vm.stop(Duration::ZERO).await?;
+        let ended = host.vm.stop(Duration::ZERO).await;
         host.share.stop().await;
-    }
+        ended
+    };
     if let Some(following) = host.following.take() {
         following.end().await;
     }
-    let run = host.run;
-    tokio::task::spawn_blocking(move || run.undo())
+    // a job that does not hang is through before its mounts are taken off; one that hangs makes nothing more
+    inner.work.settled(SETTLE).await;
+    let run = Arc::clone(&host.run);
+    let undone = tokio::task::spawn_blocking(move || run.undo())
         .await
         .map_err(|error| Error::Host { what: "cleaning".into(), source: std::io::Error::other(error) })?
-        .map_err(Error::host("cleaning up the sandbox"))
+        .map_err(Error::host("cleaning up the sandbox"));
+    // the journal has ended the VM all the same
+    undone.and(ended.map_err(Error::from))
 }

@@ -8,6 +8,7 @@ use agent_api::csi::VolumeStatsResponse;
 use serde_json::json;
 
 use super::{Inner, Sandbox, Slot};
+use crate::host_work::Progress;
 use crate::management::{self, Request};
 use crate::storage::block::MountedVolume;
 use crate::{Error, direct_volume};
@@ -71,7 +72,10 @@ impl Sandbox {
             )));
         }
         let resize = vm.resize().ok_or(hypervisor::Error::Lacks { what: "disks that grow while it runs" })?;
-        let size = direct_volume::grow(&volume.device, size)?;
+        let (device, limit) = (volume.device.clone(), self.0.env.config.agent.request_timeout);
+        let what = format!("block device {}", device.display());
+        let grow = move |_: &Progress| direct_volume::grow(&device, size);
+        let size = self.0.work.within(limit).run(&what, grow).await?;
         resize.disk(&volume.disk, size).await?;
         let request = api::ResizeVolumeRequest { volume_guest_path: volume.point.clone(), size, ..Default::default() };
         self.0

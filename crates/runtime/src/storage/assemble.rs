@@ -11,14 +11,14 @@ use super::layers::Part;
 use super::loop_device::LoopDevice;
 use super::rootfs::parse;
 use crate::Error;
-use crate::cleanup::{RunDir, Step};
+use crate::cleanup::{Journal, Step};
 
 /// Mounts the last of `parts` on `target`, the others below `folder`; the folder around it is
 /// written down first.
-pub(crate) fn on_host(parts: &[Part], folder: &Path, target: &Path, run: &mut RunDir) -> Result<(), Error> {
+pub(crate) fn on_host(parts: &[Part], folder: &Path, target: &Path, journal: &Journal) -> Result<(), Error> {
     let all = folder.parent().unwrap_or(folder);
     for step in [Step::Staging(all.to_owned()), Step::Mounts(all.to_owned())] {
-        run.push(step).map_err(Error::host("the undo journal"))?;
+        journal.push(step).map_err(Error::host("the undo journal"))?;
     }
     let mut points = Vec::new();
     // held, since overlayfs' options have room for one page: short names for long ones

@@ -17,6 +17,7 @@ use oci_spec::runtime::Spec;
 use super::layers::{self, Part};
 use super::raw;
 use crate::direct_volume::{Store, VolumeInfo};
+use crate::host_work::Progress;
 use crate::{ContainerSpec, Error};
 
 /// A file or a block device of the host's, open.
@@ -129,20 +130,23 @@ struct Volume {
 
 impl Blocks {
     /// Those of a container; `in_guest` is false where its root file system is to be mounted by the host.
-    pub(crate) fn of(from: &ContainerSpec, oci: &Spec, in_guest: bool) -> Result<Self, Error> {
+    pub(crate) fn of(from: &ContainerSpec, oci: &Spec, in_guest: bool, progress: &Progress) -> Result<Self, Error> {
         let mut own = Self::default();
+        let shown: Vec<_> = from.rootfs.iter().map(|one| one.source.as_str()).collect();
+        progress.step(format!("the container's rootfs ({})", shown.join(", ")))?;
         if let Some(parts) = layers::understand(&from.rootfs)?.filter(|parts| in_guest && fits_the_guest(parts)) {
-            own.uses.rootfs = Some(parts.into_iter().map(|part| own.layer(part)).collect::<Result<_, _>>()?);
+            own.uses.rootfs = Some(parts.into_iter().map(|part| own.layer(part, progress)).collect::<Result<_, _>>()?);
         }
         for device in raw::devices(oci)? {
-            let disk = own.open(&device.host, device.read_only, true)?;
+            let disk = own.open(&device.host, device.read_only, true, progress)?;
             own.uses.nodes.push((device.path, disk));
         }
-        own.volumes(oci)?;
+        own.volumes(oci, progress)?;
         Ok(own)
     }
 
-    fn open(&mut self, path: &Path, read_only: bool, shared: bool) -> Result<usize, Error> {
+    fn open(&mut self, path: &Path, read_only: bool, shared: bool, progress: &Progress) -> Result<usize, Error> {
+        progress.step(format!("block device {}", path.display()))?;
         let source = Source::open(path, read_only, shared)?;
         if let Some(place) = self.sources.iter().position(|one| one.key == source.key) {
             return Ok(place);
@@ -151,19 +155,19 @@ impl Blocks {
         Ok(self.sources.len() - 1)
     }
 
-    fn layer(&mut self, mut part: Part) -> Result<Layer, Error> {
+    fn layer(&mut self, mut part: Part, progress: &Progress) -> Result<Layer, Error> {
         if !part.is_disk {
             return Ok(Layer { part, disk: None, more: Vec::new() });
         }
         let read_only = part.is_read_only();
-        let disk = self.open(Path::new(&part.source), read_only, false)?;
+        let disk = self.open(Path::new(&part.source), read_only, false, progress)?;
         let others: Vec<PathBuf> = part.more().map(PathBuf::from).collect();
-        let more = others.iter().map(|path| self.open(path, true, false)).collect::<Result<_, _>>()?;
+        let more = others.iter().map(|path| self.open(path, true, false, progress)).collect::<Result<_, _>>()?;
         part.options.retain(|option| !option.starts_with("device="));
         Ok(Layer { part, disk: Some(disk), more })
     }
 
-    fn volumes(&mut self, oci: &Spec) -> Result<(), Error> {
+    fn volumes(&mut self, oci: &Spec, progress: &Progress) -> Result<(), Error> {
         let store = Store::default();
         for (mount, one) in oci.mounts().iter().flatten().enumerate() {
             let is_bind = |option: &String| option == "bind" || option == "rbind";
@@ -171,7 +175,7 @@ impl Blocks {
             let Some(source) = one.source().as_ref().filter(|_| bound) else { continue };
             if let Some(info) = store.find(source)? {
                 let read_only = info.options.iter().any(|option| option == "ro");
-                let disk = self.open(&info.device, read_only, false)?;
+                let disk = self.open(&info.device, read_only, false, progress)?;
                 self.uses.volumes.push(Volume { mount, path: source.clone(), info, disk });
             }
         }

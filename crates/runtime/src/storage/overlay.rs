@@ -9,8 +9,9 @@ use agent_api::{mount_options, oci};
 use nix::mount::{MsFlags, mount};
 
 use super::rootfs;
-use super::share::{Share, guest_path};
+use super::share::{PodFolder, guest_path};
 use super::source::{GuestWritable, Source};
+use crate::host_work::Progress;
 use crate::{ContainerId, Error};
 
 /// The name of the file system.
@@ -26,11 +27,12 @@ pub(super) fn is_one(mount: &oci::Mount) -> bool {
 /// Mounts it below the share and makes `mount` a bind mount of it. The name in the share comes back by `names` also when
 /// the rest failed.
 pub(super) fn connect(
-    share: &Share,
+    share: &PodFolder,
     id: &ContainerId,
     writable: &GuestWritable,
     mount: &mut oci::Mount,
     names: &mut Vec<String>,
+    progress: &Progress,
 ) -> Result<(), Error> {
     let what = format!("the overlay mount on {}", mount.destination);
     share.must_serve(&what)?;
@@ -40,9 +42,13 @@ pub(super) fn connect(
     let mut layers = Vec::new();
     let data = options
         .into_iter()
-        .map(|option| by_descriptors(option, &what, writable, &mut layers))
+        .map(|option| {
+            progress.step(format!("{option} of {what}"))?;
+            by_descriptors(option, &what, writable, &mut layers)
+        })
         .collect::<Result<Vec<_>, _>>()?
         .join(",");
+    progress.step(what.clone())?;
     let name = share.shelf().own(id.as_str());
     let target = share.host_path(&name);
     names.push(name.clone());

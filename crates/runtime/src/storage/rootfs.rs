@@ -9,7 +9,8 @@ use super::assemble;
 use super::layers;
 use super::tree::{self, How};
 use crate::Error;
-use crate::cleanup::RunDir;
+use crate::cleanup::Journal;
+use crate::host_work::Progress;
 pub(crate) use crate::request::RootfsMount;
 
 /// Mounts what containerd gave, or binds `bundle_root` when it gave nothing, on `target`. What must be mounted before goes
@@ -19,10 +20,12 @@ pub(crate) fn connect(
     bundle_root: &Path,
     target: &Path,
     layers: &Path,
-    run: &mut RunDir,
+    journal: &Journal,
+    progress: &Progress,
 ) -> Result<(), Error> {
     fs::create_dir_all(target).map_err(Error::host(target.display().to_string()))?;
     if mounts.is_empty() {
+        progress.step(format!("rootfs {} of the container", bundle_root.display()))?;
         let meta = fs::metadata(bundle_root)
             .map_err(Error::host(format!("rootfs {} of the container", bundle_root.display())))?;
         if !meta.is_dir() {
@@ -30,8 +33,10 @@ pub(crate) fn connect(
         }
         return tree::copy(bundle_root, target, How { recursive: true, ..How::default() });
     }
+    let shown: Vec<_> = mounts.iter().map(|one| format!("{} {}", one.kind, one.source)).collect();
+    progress.step(format!("the container's rootfs ({})", shown.join(", ")))?;
     if let Some(parts) = layers::understand(mounts)? {
-        return assemble::on_host(&parts, layers, target, run);
+        return assemble::on_host(&parts, layers, target, journal);
     }
     for one in mounts {
         mount_one(one, target)?;

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_api::agent::Storage;
@@ -30,10 +30,18 @@ use crate::cleanup::{RunDir, Step};
 /// A served folder, or none.
 #[derive(Debug)]
 pub(crate) struct Share {
+    folder: Arc<PodFolder>,
+    server: Server,
+}
+
+/// Where the files of a pod's containers are on the host, and what of them is where. Jobs that make containers have it, so it
+/// may live longer than who serves it.
+#[derive(Debug)]
+pub(crate) struct PodFolder {
     mounts: PathBuf,
     shelf: Mutex<Shelf>,
     watcher: Watcher,
-    server: Server,
+    is_served: bool,
 }
 
 #[derive(Debug)]
@@ -49,7 +57,8 @@ enum Server {
 impl Share {
     fn new(mounts: PathBuf, server: Server) -> Self {
         let (shelf, watcher) = Default::default();
-        Self { mounts, shelf, watcher, server }
+        let is_served = !matches!(server, Server::None);
+        Self { folder: Arc::new(PodFolder { mounts, shelf, watcher, is_served }), server }
     }
 
     /// Makes the two views and starts the daemon, where one is needed; returns the VMM's part too.
@@ -119,40 +128,9 @@ impl Share {
         matches!(self.server, Server::VirtioFs(..))
     }
 
-    /// The run folders of all sandboxes of this host.
-    pub(crate) fn sandboxes(&self) -> &Path {
-        self.mounts.parent().and_then(Path::parent).unwrap_or(&self.mounts)
-    }
-
-    /// What of the pod is where.
-    pub(crate) fn shelf(&self) -> MutexGuard<'_, Shelf> {
-        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Who keeps the guest's copies of volumes up to date.
-    pub(crate) fn watcher(&self) -> &Watcher {
-        &self.watcher
-    }
-
-    /// Where the parts of a root file system are mounted that the guest does not see by themselves.
-    pub(crate) fn layers_path(&self, name: &str) -> PathBuf {
-        self.mounts.with_file_name("layers").join(name)
-    }
-
-    /// Where `name` is to be mounted on the host.
-    pub(crate) fn host_path(&self, name: &str) -> PathBuf {
-        self.mounts.join(name)
-    }
-
-    /// Refuses `what`, which only a shared file system brings into the guest, when there is none.
-    pub(crate) fn must_serve(&self, what: &str) -> Result<(), Error> {
-        match self.server {
-            Server::None => Err(Error::Unsupported(format!(
-                "shared_fs = \"none\" is set, and {what} reaches a virtual machine by a shared file system only: use a \
-                 block device for it, or set shared_fs = \"virtio-fs\""
-            ))),
-            _ => Ok(()),
-        }
+    /// Where the containers' files are.
+    pub(crate) fn folder(&self) -> &Arc<PodFolder> {
+        &self.folder
     }
 
     /// What the guest mounts with the sandbox.
@@ -206,6 +184,51 @@ impl Share {
             Server::VirtioFs(helper, _) => Some(helper),
             _ => None,
         }
+    }
+}
+
+impl PodFolder {
+    /// The run folders of all sandboxes of this host.
+    pub(crate) fn sandboxes(&self) -> &Path {
+        self.mounts.parent().and_then(Path::parent).unwrap_or(&self.mounts)
+    }
+
+    /// What of the pod is where.
+    pub(crate) fn shelf(&self) -> MutexGuard<'_, Shelf> {
+        self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who keeps the guest's copies of volumes up to date.
+    pub(crate) fn watcher(&self) -> &Watcher {
+        &self.watcher
+    }
+
+    /// Where the parts of a root file system are mounted that the guest does not see by themselves.
+    pub(crate) fn layers_path(&self, name: &str) -> PathBuf {
+        self.mounts.with_file_name("layers").join(name)
+    }
+
+    /// Where `name` is to be mounted on the host.
+    pub(crate) fn host_path(&self, name: &str) -> PathBuf {
+        self.mounts.join(name)
+    }
+
+    /// Refuses `what`, which only a shared file system brings into the guest, when there is none.
+    pub(crate) fn must_serve(&self, what: &str) -> Result<(), Error> {
+        if self.is_served {
+            return Ok(());
+        }
+        Err(Error::Unsupported(format!(
+            "shared_fs = \"none\" is set, and {what} reaches a virtual machine by a shared file system only: use a \
+             block device for it, or set shared_fs = \"virtio-fs\""
+        )))
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        // a job that hangs may keep the folder
+        self.folder.watcher.end();
     }
 }
 
@@ -410,13 +433,13 @@ mod tests {
     #[test]
     fn without_a_server_what_needs_one_is_refused() {
         let share = Share::new("/m".into(), Server::None);
-        let error = share.must_serve("the mount on /data").expect_err("refused").to_string();
+        let error = share.folder().must_serve("the mount on /data").expect_err("refused").to_string();
         assert!(error.contains("shared_fs = \"none\"") && error.contains("the mount on /data"), "{error}");
         assert_eq!((share.storage(), share.pid()), (None, None));
         assert!(share.in_template().is_empty());
         let share = Share::new("/m".into(), Server::NineP { msize: 8192 });
         assert!(matches!(share.in_template()[..], [SharedDir { server: FileServer::NineP { folder: None }, .. }]));
-        share.must_serve("anything").expect("served");
+        share.folder().must_serve("anything").expect("served");
         let storage = share.storage().expect("some");
         assert_eq!((storage.driver.as_str(), storage.options.last().map(String::as_str)), ("9p", Some("msize=8192")));
     }

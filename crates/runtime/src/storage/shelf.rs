@@ -19,6 +19,8 @@ pub(crate) struct Shelf {
     /// By the host's folder that one stands for.
     local: HashMap<(PathBuf, u64, u64), String>,
     local_names: HashSet<String>,
+    /// Of containers, for what each has of its own.
+    owners: HashSet<String>,
     count: u64,
 }
 
@@ -68,6 +70,13 @@ impl Shelf {
         format!("{owner}-{:04}", self.count)
     }
 
+    /// The name of a container's own folder: its id, unless that is still the name of an earlier one's.
+    pub(crate) fn own_or(&mut self, id: &str) -> String {
+        let name = if self.owners.contains(id) { self.own(id) } else { id.to_owned() };
+        self.owners.insert(name.clone());
+        name
+    }
+
     fn add(&mut self, source: Identity, how: How, owner: &str) -> String {
         let name = self.own(owner);
         self.shared.push(Shared { source, how, name: name.clone(), users: 1, is_old: false });
@@ -76,6 +85,7 @@ impl Shelf {
 
     /// A container less has it; `true` when that was the last one, or nobody knows it.
     pub(crate) fn give_back(&mut self, name: &str) -> bool {
+        self.owners.remove(name);
         let Some(index) = self.shared.iter().position(|shared| shared.name == name) else { return true };
         let shared = &mut self.shared[index];
         shared.users = shared.users.saturating_sub(1);

@@ -10,12 +10,13 @@ use agent_api::agent::{Storage, WatchedVolume};
 use agent_api::{oci, paths};
 
 use super::local::{self, Wanted};
-use super::share::{Share, guest_path};
+use super::share::{PodFolder, guest_path};
 use super::shelf::Place;
 use super::shm::{self, Shm};
 use super::source::{GuestWritable, Source};
 use super::tree::{self, How, ReadOnly};
 use super::{kubelet, overlay, watched};
+use crate::host_work::Progress;
 use crate::{ContainerId, Error, cleanup};
 
 /// Most submounts that one container's guest is told of. Each costs its start a request to virtiofsd.
@@ -39,13 +40,14 @@ pub(crate) struct Volumes {
 /// What there is for a container's volumes.
 #[derive(Clone, Copy)]
 pub(crate) struct For<'a> {
-    pub(crate) share: &'a Share,
+    pub(crate) share: &'a PodFolder,
     pub(crate) id: &'a ContainerId,
     pub(crate) shm: Option<&'a Shm>,
     /// emptyDirs on disk are the VM's own.
     pub(crate) guest_empty_dir: bool,
     /// Mounts that are the guest's own, by their places in the specification, and where the guest has them.
     pub(crate) on_disks: &'a HashMap<usize, String>,
+    pub(crate) progress: &'a Progress,
 }
 
 /// Shares every host bind mount of `spec` and rewrites its source to the guest's path. `volumes` has what was done also
@@ -74,13 +76,14 @@ pub(crate) fn connect(given: For<'_>, spec: &mut oci::Spec, volumes: &mut Volume
         if !is_overlay && ["/dev", "/proc", "/sys"].iter().any(|own| path.starts_with(own)) {
             continue;
         }
+        given.progress.step(format!("source {} of the mount on {}", mount.source, mount.destination))?;
         let writable = match &writable {
             Some(known) => known,
             None => &*writable
                 .insert(GuestWritable::of(given.share.sandboxes()).map_err(Error::host("the mounts of all pods"))?),
         };
         if is_overlay {
-            overlay::connect(given.share, given.id, writable, mount, &mut volumes.names)?;
+            overlay::connect(given.share, given.id, writable, mount, &mut volumes.names, given.progress)?;
             continue;
         }
         let source = Source::open(path, writable)

@@ -9,7 +9,8 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use agent_api::agent::WatchedVolume;
 use nix::errno::Errno;
@@ -22,6 +23,9 @@ use super::snapshot::{self, Limit};
 use super::source::{GuestWritable, Source};
 use crate::Error;
 use crate::agent_client::AgentClient;
+
+/// How long a volume that has changed may take to be read.
+const READING: Duration = Duration::from_secs(10);
 
 /// The copies of one pod, and who keeps them up to date. With it that ends.
 #[derive(Debug, Default)]
@@ -62,7 +66,7 @@ impl Volume {
 
 impl Watcher {
     /// Begins to watch a volume and reads it, when it has no more than `room` bytes. `None`: it is no volume for that, or
-    /// cannot be watched.
+    /// cannot be watched. May block.
     pub(crate) fn add(
         &self,
         path: &Path,
@@ -71,31 +75,30 @@ impl Watcher {
         name: &str,
         room: usize,
     ) -> Option<WatchedVolume> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_known = state.volumes.values().any(|volume| volume.name == name);
+        let is_known = lock(&self.state).volumes.values().any(|volume| volume.name == name);
         let identity = source.device_and_inode();
         let volume = Volume { name: name.into(), path: path.into(), identity, sandboxes: sandboxes.into() };
         // watched first, so that no change is missed
-        if let Err(errno) = state.watch(source, volume.clone()) {
+        if let Err(errno) = watch(&self.state, source, volume.clone()) {
             tracing::warn!(path = %path.display(), %errno, "changes of the volume come without inotify in the guest");
             return None;
         }
         let limit = if is_known { snapshot::GROWN } else { snapshot::SMALL };
-        let read = snapshot::open(source).and_then(|folder| state.read(&volume, &folder, limit));
+        let read = snapshot::open(source).and_then(|folder| read(&self.state, &volume, &folder, limit));
         let volume = read.unwrap_or_else(|error| {
             tracing::warn!(path = %path.display(), %error, "reading the volume");
             None
         });
         let fitting = volume.filter(|volume| size(volume) <= room);
         if fitting.is_none() && !is_known {
-            state.forget(name);
+            lock(&self.state).forget(name);
         }
         fitting
     }
 
     /// Tells the guest from now on. Once is enough.
     pub(crate) fn follow(&self, agent: &AgentClient) {
-        let inotify = self.state.lock().unwrap_or_else(PoisonError::into_inner).inotify.clone();
+        let inotify = lock(&self.state).inotify.clone();
         let Some(inotify) = inotify else { return };
         let (state, agent) = (Arc::clone(&self.state), agent.clone());
         let tell = move |volume| {
@@ -104,6 +107,18 @@ impl Watcher {
         };
         self.following.get_or_init(|| tokio::spawn(follow(inotify, state, tell)));
     }
+
+    /// Tells the guest nothing more.
+    pub(super) fn end(&self) {
+        if let Some(task) = self.following.get() {
+            task.abort();
+        }
+    }
+}
+
+/// Never held while a volume is looked at, which may be on a file system that does not answer.
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Bytes of its files.
@@ -113,27 +128,43 @@ pub(crate) fn size(volume: &WatchedVolume) -> usize {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        if let Some(task) = self.following.get() {
-            task.abort();
-        }
+        self.end();
     }
 }
 
+/// What happens before the volume is known is in what is read of it after that.
+fn watch(state: &Mutex<State>, source: &Source, volume: Volume) -> nix::Result<()> {
+    let inotify = lock(state).inotify()?;
+    // a swap is a rename; what else kubelet does in the folder is for the swap, or after it
+    let what = AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CREATE | AddWatchFlags::IN_DELETE;
+    // the very folder that was opened, whatever is at its path by now
+    let opened = format!("/proc/self/fd/{}", source.as_fd().as_raw_fd());
+    let watch = inotify.add_watch(opened.as_str(), what | AddWatchFlags::IN_ONLYDIR)?;
+    lock(state).volumes.insert(watch, volume);
+    Ok(())
+}
+
+/// The number is given before the reading: of two readings the one with the higher number began later. A change that the
+/// later one may have missed is told by inotify, and read with a higher number still.
+fn read(state: &Mutex<State>, volume: &Volume, folder: &OwnedFd, limit: Limit) -> io::Result<Option<WatchedVolume>> {
+    let revision = lock(state).next_revision();
+    let Some(files) = snapshot::read(folder, limit)? else { return Ok(None) };
+    Ok(Some(WatchedVolume { name: volume.name.clone(), revision, files, ..Default::default() }))
+}
+
 impl State {
-    fn watch(&mut self, source: &Source, volume: Volume) -> nix::Result<()> {
-        let inotify = if let Some(inotify) = &self.inotify {
-            inotify
-        } else {
-            let fresh = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-            self.inotify.insert(Arc::new(fresh))
-        };
-        // a swap is a rename; what else kubelet does in the folder is for the swap, or after it
-        let what = AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_CREATE | AddWatchFlags::IN_DELETE;
-        // the very folder that was opened, whatever is at its path by now
-        let opened = format!("/proc/self/fd/{}", source.as_fd().as_raw_fd());
-        let watch = inotify.add_watch(opened.as_str(), what | AddWatchFlags::IN_ONLYDIR)?;
-        self.volumes.insert(watch, volume);
-        Ok(())
+    fn inotify(&mut self) -> nix::Result<Arc<Inotify>> {
+        if let Some(inotify) = &self.inotify {
+            return Ok(Arc::clone(inotify));
+        }
+        let fresh = Arc::new(Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?);
+        self.inotify = Some(Arc::clone(&fresh));
+        Ok(fresh)
+    }
+
+    fn next_revision(&mut self) -> u64 {
+        self.revision += 1;
+        self.revision
     }
 
     fn forget(&mut self, name: &str) {
@@ -147,13 +178,6 @@ impl State {
             }
             false
         });
-    }
-
-    /// The number is given where the reading is, so that a later reading has the higher one.
-    fn read(&mut self, volume: &Volume, folder: &OwnedFd, limit: Limit) -> io::Result<Option<WatchedVolume>> {
-        let Some(files) = snapshot::read(folder, limit)? else { return Ok(None) };
-        self.revision += 1;
-        Ok(Some(WatchedVolume { name: volume.name.clone(), revision: self.revision, files, ..Default::default() }))
     }
 }
 
@@ -201,15 +225,24 @@ where
 }
 
 /// Reads what is in a volume now and tells the guest.
-async fn bring<T, F>(volume: &Volume, state: &Mutex<State>, tell: &T) -> Result<(), Error>
+async fn bring<T, F>(volume: &Volume, state: &Arc<Mutex<State>>, tell: &T) -> Result<(), Error>
 where
     T: Fn(WatchedVolume) -> F,
     F: Future<Output = Result<(), Error>>,
 {
-    let read = volume
-        .open()
-        .and_then(|folder| state.lock().unwrap_or_else(PoisonError::into_inner).read(volume, &folder, snapshot::GROWN));
-    match read {
+    let reading = tokio::task::spawn_blocking({
+        let (volume, state) = (volume.clone(), Arc::clone(state));
+        move || volume.open().and_then(|folder| read(&state, &volume, &folder, snapshot::GROWN))
+    });
+    let Ok(read) = tokio::time::timeout(READING, reading).await else {
+        // not tried again, since each try may leave a thread that hangs
+        tracing::warn!(
+            path = %volume.path.display(),
+            "the volume's file system does not answer: it stays as it was in the guest until it changes again"
+        );
+        return Ok(());
+    };
+    match read.unwrap_or_else(|lost| Err(io::Error::other(lost))) {
         Ok(Some(fresh)) => return tell(fresh).await,
         Ok(None) => tracing::warn!(
             path = %volume.path.display(),
@@ -234,7 +267,7 @@ fn changes(inotify: &Inotify, state: &Mutex<State>) -> Vec<Volume> {
             // no more of them
             Err(_) => return changed,
         };
-        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(state);
         for event in events {
             if event.mask.contains(AddWatchFlags::IN_IGNORED) {
                 state.volumes.remove(&event.wd);

@@ -21,13 +21,13 @@ const PROGRAM: &str = "true";
 /// Runs a container from the shared folder to its end, and takes it away.
 pub(super) async fn up(agent: &AgentClient, share: &Share) -> Result<(), Error> {
     let lived = live(agent, share).await;
-    create::release(share, &[NAME.to_owned()]);
+    create::release(share.folder(), &[NAME.to_owned()]);
     lived
 }
 
 async fn live(agent: &AgentClient, share: &Share) -> Result<(), Error> {
     let root = format!("{NAME}/rootfs");
-    let at = share.host_path(&root);
+    let at = share.folder().host_path(&root);
     let failed = || Error::host(at.display().to_string());
     fs::create_dir_all(&at).map_err(failed())?;
     // a mount of its own, as a pod's has, which goes with what is in it
