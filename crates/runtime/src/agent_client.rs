@@ -338,7 +338,7 @@ mod tests {
         guest.agent.answer("start_container", Answer::Silent);
         let (started, ()) = tokio::join!(guest.start("c1"), async {
             guest.agent.called("start_container").await;
-            let exit = VmExit { reason: "it fell over".into(), is_success: false, stderr: String::new() };
+            let exit = VmExit { reason: "it fell over".into(), is_success: false, stderr: String::new(), fault: None };
             guest.vm.send_replace(Some(exit));
         });
         assert!(started.expect_err("gone").to_string().contains("it fell over"));

@@ -1,3 +1,5 @@
-//! Stand-ins for tests without a VM: an agent that speaks the real protocol and answers by a script.
+//! Stand-ins for tests without a VM: a driver whose VMs are idle processes, and an agent that speaks the real protocol and
+//! answers by a script.
 
 pub(crate) mod agent;
+pub(crate) mod vm;

@@ -8,6 +8,8 @@ mod memory;
 mod resolver;
 mod start;
 mod stop;
+#[cfg(test)]
+mod tests;
 mod volumes;
 mod watch;
 
