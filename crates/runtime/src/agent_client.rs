@@ -285,7 +285,7 @@ mod tests {
         let guest = guest(LIMIT).await;
         guest.agent.answer("start_container", Answer::Silent);
         let error = guest.start("c1").await.expect_err("nothing was said").to_string();
-        assert!(error.starts_with("starting: no answer from the guest within 100ms"), "{error}");
+        assert!(error.starts_with("starting: the agent did not answer within 100ms"), "{error}");
         // the next call has its own answer
         guest.remove("c1").await.expect("removed");
     }

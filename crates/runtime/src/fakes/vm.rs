@@ -175,7 +175,7 @@ impl Vm for FakeVm {
     }
 
     fn address(&self, id: &str) -> Option<Address> {
-        lock(&self.disks).contains(id).then(|| Address::Pci("1e/01".into()))
+        lock(&self.disks).contains(id).then(|| Address::Pci("02/01".into()))
     }
 
     async fn stop(&self, _: Duration) -> Result<(), Error> {

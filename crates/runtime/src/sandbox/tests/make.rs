@@ -51,7 +51,7 @@ async fn an_agent_that_is_silent() {
     let Some(world) = World::new(SHORT) else { return };
     let pod = world.pod(&[]).await;
     world.driver.agent.answer("create_container", Answer::Silent);
-    fails(&world, pod, "no answer from the guest within 2s").await;
+    fails(&world, pod, "the agent did not answer within 2s").await;
 }
 
 #[tokio::test]

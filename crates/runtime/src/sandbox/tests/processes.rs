@@ -45,7 +45,7 @@ async fn a_start_that_the_agent_does_not_answer_can_be_tried_again() {
     let pod = world.pod(&["one"]).await;
     world.driver.agent.answer("start_container", Answer::Silent);
     let error = words(pod.sandbox.start_process(&name("one")).await);
-    assert!(error.contains("no answer from the guest"), "{error}");
+    assert!(error.contains("the agent did not answer"), "{error}");
     drop(pod.sandbox.start_process(&name("one")).await.expect("started"));
     pod.ends(&world).await;
 }

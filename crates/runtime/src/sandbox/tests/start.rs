@@ -43,7 +43,7 @@ async fn an_agent_that_is_silent_at_a_step() {
     for call in CALLS {
         let Some(world) = World::new(SHORT) else { return };
         world.driver.agent.answer(call, Answer::Silent);
-        fails(&world, "no answer from the guest within 2s").await;
+        fails(&world, "the agent did not answer within 2s").await;
     }
 }
 
