@@ -98,7 +98,7 @@ fn too_small_is_refused(cri: &Cri<'_>) -> Result<(u64, u64)> {
         let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
         digits.parse().with_context(|| format!("no number after {after:?} in {}", refused.stderr))
     };
-    Ok((number("which needs ")?, number("RuntimeClass to ")?))
+    Ok((number("which needs at least ")?, number("RuntimeClass to ")?))
 }
 
 fn the_least_starts(cri: &Cri<'_>, least: u64) -> Result<()> {
