@@ -122,7 +122,7 @@ impl PoolNode<'_> {
     fn waiting(&self) -> Result<Vec<Waiting>> {
         let status = self.command(&["status"]).output()?.ok()?.text();
         let number = |line: &str, after: &str| line.split(after).nth(1)?.split_whitespace().next()?.parse().ok();
-        let one = |line: &str| Some(Waiting { keeper: number(line, "keeper ")?, vmm: number(line, "process ")? });
+        let one = |line: &str| Some(Waiting { keeper: number(line, "keeper ")?, vmm: number(line, "pid ")? });
         Ok(status.lines().filter_map(one).collect())
     }
 
