@@ -1,6 +1,9 @@
 //! Pods as Kubernetes makes them: `crictl` against the node's containerd, with CNI's own plugins for the network.
 
-use crate::{Containerd, Node, NodeSetup, Runtime, containerd::client, ctr::Invocation, image, with_node_setup};
+use crate::{
+    Containerd, Node, NodeSetup, Runtime, containerd::client, ctr::Invocation, every_containerd, image,
+    pod_network::Model, with_node_setup,
+};
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 use std::{
@@ -264,6 +267,37 @@ impl Cri<'_> {
         let more = text("/status/network/additionalIps/0/ip");
         first.zip(more).with_context(|| format!("two addresses of the pod in {shown}"))
     }
+}
+
+/// With each containerd and with each way into the VM, but not with every pair of them, unless `KATA_POD_MATRIX` is set.
+pub fn with_pods(test: impl Fn(&Cri<'_>) -> Result<()>) -> Result<()> {
+    with_pods_of(Network::default(), test)
+}
+
+/// The same, whose pods have this network.
+pub fn with_pods_of(network: Network, test: impl Fn(&Cri<'_>) -> Result<()>) -> Result<()> {
+    let everything = std::env::var_os("KATA_POD_MATRIX").is_some();
+    let chosen = Containerd::chosen()?;
+    let is_alone = chosen.len() == 1;
+    for containerd in chosen {
+        let usual = match containerd {
+            Containerd::Debian => Some(Model::TcFilter),
+            Containerd::V2 => Some(Model::MacVtap),
+            // between the two, and like both
+            Containerd::V1_7 => is_alone.then_some(Model::TcFilter),
+        };
+        for model in Model::ALL.into_iter().filter(|model| everything || usual == Some(*model)) {
+            let config = Some(model.config()?);
+            with_cri(NodeSetup { config, containerd, ..NodeSetup::default() }, network, &test)
+                .with_context(|| format!("with containerd {} and {model:?}", containerd.name()))?;
+        }
+    }
+    Ok(())
+}
+
+/// With each containerd, by the way into the VM that is the default.
+pub fn with_pods_everywhere(test: impl Fn(&Cri<'_>) -> Result<()>) -> Result<()> {
+    every_containerd(|setup| with_cri(setup, Network::default(), &test))
 }
 
 /// Puts `more` over `base`, object by object.
