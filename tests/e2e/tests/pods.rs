@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use e2e::{
     BOTH, NodeSetup, Runtime,
     cri::{Cri, Network, with_cri, with_pods, with_pods_everywhere},
+    ctr::Invocation,
     install::Install,
     inventory::Inventory,
     processes,
@@ -68,6 +69,11 @@ fn a_process_namespace_is_shared_when_asked() -> Result<()> {
             ensure!(shown.contains("sleep 12345") && shown.contains("sleep 54321"), "{shown}");
             ensure!(!shown.contains("kata-agent"), "{shown}");
             ensure!(!cri.sh(&two, "tr '\\0' ' ' < /proc/1/cmdline")?.contains("100000"), "process 1 is the sandbox's");
+            // process 1 has another root, which is nobody's working folder
+            let words = ["-a", &cri.node.address(), "-n", "k8s.io", "task", "exec", "--exec-id", "astray"];
+            let words = [&words[..], &["--cwd", "/proc/1/root", &two, "ls"]].concat();
+            let astray = Invocation::new("ctr", words).output()?;
+            ensure!(astray.code != 0 && astray.stderr.contains("outside of"), "{} {astray:?}", runtime.tag());
             // with a container its processes end, and nobody else's
             cri.say(["stop", "--timeout", "0", &one])?;
             let shown = cri.sh(&two, "ps -o args")?;

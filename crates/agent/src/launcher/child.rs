@@ -270,9 +270,21 @@ fn prepare(process: &oci::Process, profile: Option<&oci::LinuxSeccomp>) -> Outco
     })
 }
 
-/// Makes this the working folder.
+/// Makes this the working folder. In a pod whose containers share their processes, root's `/proc/1/root` leads to another root:
+/// what is not below the container's own is refused.
 fn enter(folder: &str) -> io::Result<()> {
-    if folder.is_empty() { Ok(()) } else { std::env::set_current_dir(folder) }
+    if folder.is_empty() {
+        return Ok(());
+    }
+    std::env::set_current_dir(folder)?;
+    let mut path = [0_u8; libc::PATH_MAX as usize];
+    // SAFETY: the kernel writes at most so many bytes. The C library's function does not tell "(unreachable)" from "removed".
+    let length = unsafe { libc::syscall(libc::SYS_getcwd, path.as_mut_ptr(), path.len()) };
+    if length > 0 && path[0] != b'/' {
+        std::env::set_current_dir("/")?;
+        return Err(io::Error::other("it is outside of the container's root"));
+    }
+    Ok(())
 }
 
 /// An empty input is the container's `/dev/null`, where it has one, not that of the guest.
